@@ -1,0 +1,205 @@
+"""The one file that knows that vLLM has versions: 0.25 to 0.33.
+
+It asks for features, not for version numbers, and gives the rest of the package one shape of vLLM:
+
+    what                              0.25   0.26   0.27   0.28   0.30   0.31   0.33
+    a job's row numbers               block_ids ................. chunk_ids ........
+    Medium, Locality                  -      -      yes ............................
+    JobResult.successful_keys         -      -      -      yes .....................
+    JobResult.transfer_bytes          -      -      -      -      -      yes .......
+    backpressure_detector, the
+      signal of a reset               -      -      -      -      -      yes .......
+    touch in prefix order             yes ....................... yes    - .........
+    positions of keys                 -      -      -      -      -      yes .......
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from async_tier.block_store import Finished
+from async_tier.eviction import SequenceOrder
+
+try:
+    import vllm.v1.kv_offload.base as vllm_base
+    from vllm.v1.kv_offload.base import ReqContext
+    from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
+except ImportError as error:
+    raise ImportError(
+        "async-tier needs a vLLM with KV-offload tiering (vllm.v1.kv_offload.tiering), version 0.25 or later; install "
+        "the extra 'vllm' or 'cpu'"
+    ) from error
+
+_RESULT_FIELDS = {field.name for field in dataclasses.fields(JobResult)}
+_BASE_TAKES_DETECTOR = "backpressure_detector" in inspect.signature(SecondaryTierManager.__init__).parameters
+_HAS_POSITIONS = hasattr(ReqContext, "get_offload_key_position")
+
+# Whether `drain_jobs` is vLLM's only word of a reset, because there is no detector to tell of it.
+DRAIN_MEANS_RESET = not _BASE_TAKES_DETECTOR
+
+
+class TierBase(SecondaryTierManager):
+    """vLLM's base class, with the constructor and class attributes of its version."""
+
+    if hasattr(vllm_base, "Medium"):
+        medium = vllm_base.Medium.CPU
+
+    def __init__(
+        self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, detector: ResetListener | None
+    ) -> None:
+        options: dict[str, Any] = {"backpressure_detector": detector} if _BASE_TAKES_DETECTOR else {}
+        super().__init__(
+            offloading_spec=offloading_spec, primary_kv_view=primary_kv_view, tier_type=tier_type, **options
+        )
+
+
+def locality(name: str | None) -> Any:
+    """vLLM's Locality called `name`; the name itself where vLLM has none."""
+    if name is None or not hasattr(vllm_base, "Locality"):
+        return name
+    return vllm_base.Locality(name)
+
+
+def row_numbers(job: Any) -> np.ndarray:
+    """The rows of the primary of a TransferJob (JobMetadata before 0.28), in the order of its keys."""
+    return job.chunk_ids if hasattr(job, "chunk_ids") else job.block_ids
+
+
+def job_result(finished: Finished) -> JobResult:
+    """vLLM's JobResult, with those of its fields that this version has."""
+    fields: dict[str, Any] = {
+        "job_id": finished.job_id,
+        "success": finished.success,
+        "successful_keys": finished.loaded_keys,
+        "transfer_time": finished.seconds,
+        "transfer_bytes": finished.bytes,
+    }
+    return JobResult(**{name: value for name, value in fields.items() if name in _RESULT_FIELDS})
+
+
+def node_count(offloading_spec: Any) -> int:
+    """The nodes that the workers of one engine are spread over, as far as the configuration shows it; else 1."""
+    sources = [
+        getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None),
+        getattr(getattr(offloading_spec, "config", None), "parallel", None),
+    ]
+    try:
+        from vllm.config import get_current_vllm_config_or_none
+
+        sources.append(getattr(get_current_vllm_config_or_none(), "parallel_config", None))
+    except ImportError:  # an older vLLM
+        pass
+    for parallel in sources:
+        for name in ("nnodes_within_dp", "nnodes"):
+            nodes = getattr(parallel, name, None)
+            if isinstance(nodes, int) and nodes >= 1:  # vLLM's unit tests pass mocks
+                if nodes > 1:
+                    return nodes
+                break
+    return 1
+
+
+class RequestOrder:
+    """The order of a request's blocks from the positions that vLLM 0.31 and later note in its ReqContext."""
+
+    __slots__ = ("_context", "position")
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.position: Callable[[bytes], int | None] = context.get_offload_key_position
+
+    def previous(self, key: bytes) -> bytes | None:
+        """See SequenceOrder.previous. vLLM notes positions in prefix order, but has no public way to list them."""
+        places = getattr(self._context, "_offload_key_positions", None)
+        place = self.position(key)
+        if not places or place is None or next(iter(places)) == key:
+            return None
+        return next((other for other in reversed(places) if places[other] < place), None)
+
+
+class TouchOrder:
+    """The order of a request's blocks from `touch`, which vLLM up to 0.30 calls with all its keys in prefix order."""
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, int] = {}
+
+    def note(self, keys: Collection[bytes]) -> None:
+        """`keys` are those of one KV group, in prefix order."""
+        self._places.update(zip(keys, range(len(keys)), strict=True))
+
+    def position(self, key: bytes) -> int | None:
+        return self._places.get(key)
+
+    def previous(self, key: bytes) -> bytes | None:
+        return None  # touch itself has refreshed all of the request's blocks
+
+
+def order_of(context: Any) -> SequenceOrder:
+    """A new order for the request of this ReqContext."""
+    return RequestOrder(context) if _HAS_POSITIONS else TouchOrder()
+
+
+class NeverDrop:
+    """A back-pressure policy for a tier that nobody asked to hold stores back: it drops nothing."""
+
+    def should_store(self, detector: Any) -> bool:
+        return True
+
+    def on_store_skipped(self, num_blocks: int) -> None:
+        pass
+
+    def pop_stores_dropped(self) -> tuple[int, int]:
+        return 0, 0
+
+    def reset(self) -> None:
+        pass
+
+
+class NoPressure:
+    """A back-pressure detector that never holds a store back, with what vLLM asks of one (0.31 to 0.33)."""
+
+    policy = NeverDrop()
+    stats: dict[str, float] = {}  # noqa: RUF012 - read only, and vLLM's type for it
+
+    def should_store(self, num_blocks: int) -> bool:
+        return True
+
+    def update(self, submit_time: float, num_bytes: int) -> None:
+        pass
+
+    def on_store_completed(self, elapsed_s: float, num_bytes: int) -> None:
+        pass
+
+    def on_store_failed(self) -> None:
+        pass
+
+    def is_under_pressure(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        pass
+
+
+class ResetListener:
+    """A detector, seen through a wrapper that hears `reset`: vLLM's only word of `reset_cache` beyond a drain."""
+
+    def __init__(self, detector: Any, on_reset: Callable[[], None]) -> None:
+        self.__dict__["_detector"] = detector
+        self.__dict__["_on_reset"] = on_reset
+
+    def reset(self) -> None:
+        try:
+            self._on_reset()
+        finally:
+            self._detector.reset()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_detector"], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.__dict__["_detector"], name, value)

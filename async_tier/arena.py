@@ -1,0 +1,167 @@
+"""Arena: the tier's own rows.
+
+`Rows` is how copies see memory: equally spaced rows at an address. The primary tier and the arena are both that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from async_tier.config import format_size
+
+# Since Linux 5.14 (include/uapi/asm-generic/mman-common.h); Python 3.11 does not name it.
+_MADV_POPULATE_WRITE = 23
+_HUGE_PAGE = 2 << 20
+# What the background thread populates between two looks at whether it should stop: some 10 ms.
+_POPULATE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows of `row_bytes` bytes, `stride` bytes apart, from `address` on."""
+
+    address: int
+    count: int
+    row_bytes: int
+    stride: int
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """The addresses (uint64) of row numbers `rows` (any integer type, all below `count`)."""
+        return rows.astype(np.uint64) * np.uint64(self.stride) + np.uint64(self.address)
+
+    @classmethod
+    def of_view(cls, view: memoryview) -> Rows:
+        """The rows of a memoryview of shape (count, ...), such as vLLM's `primary_kv_view`.
+
+        Takes the address only: it neither copies nor exports the view, so the owner can release it. Raises
+        ValueError for a view without rows, read-only or with gaps inside a row.
+        """
+        if view.ndim < 1 or view.strides is None or view.shape is None or view.nbytes == 0:
+            raise ValueError(f"the primary view must hold at least one row, not shape {view.shape}")
+        if view.readonly:
+            raise ValueError("the primary view must be writable: loads are copied into it")
+        count, stride = view.shape[0], view.strides[0]
+        row_bytes = view.nbytes // count
+        expected = view.itemsize
+        for size, inner in zip(reversed(view.shape[1:]), reversed(view.strides[1:]), strict=True):
+            if inner != expected:
+                raise ValueError(f"rows of the primary view must be contiguous, not strides {view.strides}")
+            expected *= size
+        if stride < row_bytes:
+            raise ValueError(f"rows of the primary view must not overlap: stride {stride}, row {row_bytes} bytes")
+        array = np.asarray(view)
+        return cls(address=array.ctypes.data, count=count, row_bytes=row_bytes, stride=stride)
+
+
+class Arena:
+    """Anonymous host memory for `count` rows of `row_bytes` bytes.
+
+    Reserved at once, populated by a background thread, huge pages advised. It holds users' conversations: kept out
+    of core dumps and of forked children, and without a name that could outlive the process.
+
+    Raises MemoryError, in words, for more than the machine or the container can give.
+    """
+
+    def __init__(self, count: int, row_bytes: int) -> None:
+        size = count * row_bytes
+        refuse_if_unavailable(size)
+        # Room to start on a huge page's boundary.
+        length = size + (_HUGE_PAGE if size >= _HUGE_PAGE else 0)
+        length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map: mmap.mmap | None = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):
+            self._map.madvise(advice)
+        try:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel built without them
+                raise
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
+        self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
+        self._stop = threading.Event()
+        self._populator = threading.Thread(
+            target=_populate, args=(address, size, self._stop), name="async-tier-populate", daemon=True
+        )
+        self._populator.start()
+
+    def close(self) -> None:
+        """Free the memory. Every copy that touches it must have ended. Idempotent."""
+        self._stop.set()
+        self._populator.join()
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
+def _populate(address: int, size: int, stop: threading.Event) -> None:
+    """Back the range with memory, so that no copy pays for page faults. Gives up quietly: faults do the same later.
+
+    Through ctypes, which releases the GIL for the call; `mmap.madvise` does not.
+    """
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    end = -(-(address + size) // mmap.PAGESIZE) * mmap.PAGESIZE
+    for at in range(address, end, _POPULATE_BYTES):
+        if stop.is_set() or madvise(at, min(_POPULATE_BYTES, end - at), _MADV_POPULATE_WRITE) != 0:
+            return
+
+
+def refuse_if_unavailable(size: int) -> None:
+    """Raise MemoryError if `size` bytes are more than can be had: an error in words now, not an out-of-memory kill."""
+    for limit, available in _available():
+        if size > available:
+            raise MemoryError(
+                f"the tier asks for {format_size(size)} ({size} bytes), but {limit} has "
+                f"{format_size(available)} ({available} bytes) available; set bytes_to_use to less"
+            )
+
+
+def _available(root: Path = Path("/")) -> Iterator[tuple[str, int]]:
+    """(who sets a limit, bytes that it leaves), for the machine and for each memory cgroup around this process."""
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            yield "the machine", int(line.split()[1]) * 1024
+    for group in _memory_cgroups(root):
+        for limit_name, usage_name, inactive_name in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                limit = int((group / limit_name).read_text())
+                usage = int((group / usage_name).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # the other version's name, "max", or no permission
+                continue
+            # The kernel drops inactive file cache before it kills, so that is not in use.
+            yield "the memory cgroup", max(0, limit - usage + int(stat.get(inactive_name, 0)))
+
+
+def _memory_cgroups(root: Path) -> Iterator[Path]:
+    """The folders of this process's memory cgroup, version 1 or 2, and of all its parents."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount = root / "sys/fs/cgroup"
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while True:
+            yield group
+            if group == mount:
+                break
+            group = group.parent

@@ -1,0 +1,397 @@
+"""BlockStore: the index, the arena, the streams and the jobs in flight, put together. No vLLM.
+
+Ownership, before any code:
+
+- Every field belongs to the thread that calls (vLLM: whoever holds the manager's lock). There is no lock here: copy
+  threads know addresses only, and what they have done is asked of events.
+- Rows of the arena belong to the index. While copies of a job touch a row, the job holds a pin on it.
+- Memory of the primary belongs to the caller, who keeps it valid until the job is reported or the store is closed.
+- A job is in `_stores` or `_loads` from its first queued copy until its event is done, else in `_finished`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from async_tier.arena import Arena, Rows
+from async_tier.config import TierConfig, format_size
+from async_tier.eviction import SequenceOrder
+from async_tier.index import BlockIndex
+from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
+from async_tier.streams.host import HostEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a job.
+
+    success: whether every block arrived, or did not need to.
+    loaded_keys: of a load that failed in part, the keys that did arrive; else None.
+    bytes: bytes moved. seconds: from the first copy's start to the last one's end.
+    """
+
+    job_id: int
+    success: bool
+    loaded_keys: tuple[bytes, ...] | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts since construction, and how things stand. Bytes are `row_bytes` a block.
+
+    capacity, rows_used: rows of the arena, and those not free. blocks: READY.
+    jobs_in_flight: queued and not yet polled to their end. store_jobs, load_jobs, failed_jobs: reported.
+    blocks_stored, blocks_loaded: copied well. blocks_present: offered for storing, but already here or on their way.
+    blocks_refused: offered, but without a row to be had. evictions. hits, misses: of `lookup`.
+    faults: calls that met an unexpected error and turned it into a failed job.
+    """
+
+    capacity: int
+    row_bytes: int
+    rows_used: int
+    blocks: int
+    jobs_in_flight: int
+    store_jobs: int
+    load_jobs: int
+    failed_jobs: int
+    blocks_stored: int
+    blocks_loaded: int
+    blocks_present: int
+    blocks_refused: int
+    evictions: int
+    hits: int
+    misses: int
+    faults: int
+
+
+class _Job:
+    __slots__ = ("event", "job_id", "keys", "missing", "rows")
+
+    def __init__(
+        self, job_id: int, event: CopyEvent, keys: Sequence[bytes], rows: Sequence[int], missing: bool
+    ) -> None:
+        self.job_id = job_id
+        self.event = event
+        self.keys = keys
+        self.rows = rows  # of the arena, one a key
+        self.missing = missing  # loads: other keys of the job were not here
+
+
+class BlockStore:
+    """Stores rows of a primary tier by key and loads them back, asynchronously.
+
+    Call `submit_store` and `submit_load` to queue jobs and `poll` for their ends; none of them waits for bytes to
+    move. `lookup` says what can be loaded. Keys are bytes; rows are row numbers of the primary.
+
+    `engine` and `arena` are for tests and for other engines; by default the configuration says. Raises MemoryError
+    or ValueError, in words, when the arena cannot be had.
+    """
+
+    def __init__(
+        self,
+        primary: Rows,
+        config: TierConfig | None = None,
+        *,
+        engine: CopyEngine | None = None,
+        arena: Arena | None = None,
+    ) -> None:
+        config = config or TierConfig()
+        self.primary = primary
+        self._arena = arena or Arena(_capacity(primary, config), primary.row_bytes)
+        self._engine = engine or HostEngine(config.copy_threads)
+        self._rows = self._arena.rows
+        self._index = BlockIndex(self._rows.count)
+        self._load_stream: CopyStream = self._engine.load_stream
+        self._store_stream: CopyStream = self._engine.store_stream
+        self._loads: deque[_Job] = deque()
+        self._stores: deque[_Job] = deque()
+        self._finished: list[Finished] = []
+        # Sequence -> (its keys hit this step, their order).
+        self._step_hits: dict[str | None, tuple[list[bytes], SequenceOrder | None]] = {}
+        self._store_jobs = self._load_jobs = self._failed_jobs = 0
+        self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
+        self._hits = self._misses = self._faults = 0
+        self._closed = False
+        # Engine before arena: no copy may touch freed memory. Also when nobody calls close().
+        self._release = weakref.finalize(self, _release, self._engine, self._arena)
+
+    # ------------------------------------------------------------------------------------------------- the contract
+
+    def lookup(self, key: bytes, sequence: str | None = None, order: SequenceOrder | None = None) -> bool:
+        """Whether `key` can be loaded now. If so it stays loadable until the next `end_step`.
+
+        Counts as a use by `sequence` (a request's name), in the place that `order` tells.
+        """
+        if not self._index.pin_hit(key):
+            self._misses += 1
+            return False
+        self._hits += 1
+        hits = self._step_hits.get(sequence)
+        if hits is None:
+            self._step_hits[sequence] = ([key], order)
+        else:
+            hits[0].append(key)
+        return True
+
+    def end_step(self) -> None:
+        """The end of a scheduler step: release the pins of its hits."""
+        if self._step_hits:
+            hits, self._step_hits = self._step_hits, {}
+            for sequence, (keys, order) in hits.items():
+                self._index.use(keys, sequence, order)
+        self._index.end_step()
+
+    def submit_store(
+        self,
+        job_id: int,
+        keys: Collection[bytes],
+        rows: np.ndarray | Sequence[int],
+        sequence: str | None = None,
+        order: SequenceOrder | None = None,
+    ) -> None:
+        """Queue the copy of primary rows `rows` (shape (n,), any integer type) into the tier, under `keys` (n of them).
+
+        Keys that are here or on their way are not copied again. When no row can be had, keys are left out, the last
+        of the sequence first; that is a success of fewer bytes. Unequal lengths and rows out of range fail the job.
+        """
+        keys = list(keys)
+        sources = self._checked(job_id, keys, rows)
+        if sources is None:
+            self._finish(job_id, success=False)
+            return
+        taken = self._index.reserve(keys, sequence, order)
+        if not taken:
+            self._count_left_out(keys, taken)
+            self._store_jobs += 1
+            self._finish(job_id, success=True)
+            return
+        if len(taken) < len(keys):
+            self._count_left_out(keys, taken)
+            wanted: dict[bytes, int] = {}
+            for at, key in enumerate(keys):
+                if key in taken:
+                    wanted.setdefault(key, at)
+            keys = list(wanted)
+            sources = sources[list(wanted.values())]
+        arena_rows = [taken[key] for key in keys]
+        try:
+            event = self._store_stream.copy(
+                self._rows.addresses(np.array(arena_rows)), self.primary.addresses(sources), self.primary.row_bytes
+            )
+        except Exception as error:
+            self._index.drop_filling(keys, arena_rows)
+            self.fail(job_id, "queue a store", error)
+            return
+        self._stores.append(_Job(job_id, event, keys, arena_rows, missing=False))
+
+    def submit_load(self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> None:
+        """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
+
+        Keys that are not here, or only on their way, fail and the rest loads: `Finished.loaded_keys`. A key whose
+        load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range fail
+        the whole job.
+        """
+        keys = list(keys)
+        targets = self._checked(job_id, keys, rows)
+        if targets is None:
+            self._index.drop(keys)
+            self._finish(job_id, success=False)
+            return
+        arena_rows = self._index.pin_ready(keys)
+        missing = -1 in arena_rows
+        if missing:
+            self._index.drop([key for key, row in zip(keys, arena_rows, strict=True) if row < 0])
+            found = [at for at, row in enumerate(arena_rows) if row >= 0]
+            keys = [keys[at] for at in found]
+            arena_rows = [arena_rows[at] for at in found]
+            targets = targets[found]
+        if not keys:
+            self._load_jobs += 1
+            self._finish(job_id, success=not missing)
+            return
+        try:
+            event = self._load_stream.copy(
+                self.primary.addresses(targets), self._rows.addresses(np.array(arena_rows)), self.primary.row_bytes
+            )
+        except Exception as error:
+            self._index.unpin(arena_rows)
+            self.fail(job_id, "queue a load", error, keys)
+            return
+        self._loads.append(_Job(job_id, event, keys, arena_rows, missing))
+
+    def poll(self) -> list[Finished]:
+        """The jobs that ended since the last call, each once. Never blocks."""
+        self._collect(self._loads, self._end_load)
+        self._collect(self._stores, self._end_store)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def drain(self) -> None:
+        """Block until every submitted job has ended. Nothing is lost; the next `poll` reports them."""
+        for queue, end in ((self._loads, self._end_load), (self._stores, self._end_store)):
+            for job in queue:
+                job.event.synchronize()
+            self._collect(queue, end)
+
+    def clear(self) -> None:
+        """Forget every block. Copies in flight go on, and their jobs are reported."""
+        self._step_hits.clear()
+        self._index.clear()
+
+    def touch(self, keys: Collection[bytes], sequence: str | None = None, order: SequenceOrder | None = None) -> None:
+        """The sequence used `keys`, in this order if `order` does not say; those not here are passed over."""
+        self._index.use(keys, sequence, order)
+
+    def finish_sequence(self, sequence: str) -> None:
+        """Nothing more will be stored for the sequence."""
+        self._index.finish(sequence)
+
+    def fault(self, doing: str, reason: object) -> None:
+        """Count something that went wrong, and say so once in the log."""
+        self._faults += 1
+        logger.error("The tier could not %s: %s", doing, reason)
+
+    def fail(self, job_id: int, doing: str, reason: object, lost_keys: Collection[bytes] = ()) -> None:
+        """`fault`, forget `lost_keys`, and report the job, of which nothing was queued, as failed."""
+        self.fault(doing, reason)
+        self._index.drop(key for key in lost_keys if isinstance(key, bytes))
+        self._finish(job_id, success=False)
+
+    def close(self) -> None:
+        """End the engine and free the memory; jobs not finished have failed, and `poll` still says so. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._engine.close()
+        self.drain()
+        self._index.clear()
+        self._release()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be loaded."""
+        return len(self._index)
+
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether a job is in flight or not yet reported."""
+        return bool(self._loads or self._stores or self._finished)
+
+    def statistics(self) -> Statistics:
+        """A snapshot; see Statistics."""
+        return Statistics(
+            capacity=self._index.capacity,
+            row_bytes=self.primary.row_bytes,
+            rows_used=self._index.rows_used,
+            blocks=len(self._index),
+            jobs_in_flight=len(self._loads) + len(self._stores),
+            store_jobs=self._store_jobs,
+            load_jobs=self._load_jobs,
+            failed_jobs=self._failed_jobs,
+            blocks_stored=self._blocks_stored,
+            blocks_loaded=self._blocks_loaded,
+            blocks_present=self._blocks_present,
+            blocks_refused=self._blocks_refused,
+            evictions=self._index.evictions,
+            hits=self._hits,
+            misses=self._misses,
+            faults=self._faults,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- job ends
+
+    @staticmethod
+    def _collect(queue: deque[_Job], end: Callable[[_Job], None]) -> None:
+        # In order of submission: behind a job that is not done nothing needs to be asked.
+        while queue and queue[0].event.is_done:
+            end(queue.popleft())
+
+    def _end_store(self, job: _Job) -> None:
+        self._store_jobs += 1
+        if job.event.failed:
+            self._index.drop_filling(job.keys, job.rows)
+            self._finish(job.job_id, success=False)
+            return
+        self._index.fill(job.rows)
+        self._blocks_stored += len(job.rows)
+        self._finish(job.job_id, True, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
+
+    def _end_load(self, job: _Job) -> None:
+        self._load_jobs += 1
+        self._index.unpin(job.rows)
+        if job.event.failed:
+            self._index.drop(job.keys)
+            self._finish(job.job_id, success=False)
+            return
+        self._blocks_loaded += len(job.rows)
+        loaded = tuple(job.keys) if job.missing else None
+        self._finish(job.job_id, not job.missing, loaded, len(job.rows) * self.primary.row_bytes, job.event.seconds)
+
+    def _finish(
+        self,
+        job_id: int,
+        success: bool,
+        loaded_keys: tuple[bytes, ...] | None = None,
+        size: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        self._failed_jobs += not success
+        self._finished.append(Finished(job_id, success, loaded_keys, size, seconds))
+
+    # ------------------------------------------------------------------------------------------------------- details
+
+    def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> np.ndarray | None:
+        """Row numbers as uint64, or None, with a log line, if they do not fit the keys or the primary."""
+        if self._closed:
+            self.fault(f"take job {job_id}", "the tier is shut down")
+            return None
+        try:
+            # A negative number becomes one beyond any count.
+            numbers = np.asarray(rows, dtype=np.int64).astype(np.uint64)
+        except (TypeError, ValueError, OverflowError) as error:
+            self.fault(f"take job {job_id}", error)
+            return None
+        if numbers.shape != (len(keys),):
+            self.fault(f"take job {job_id}", f"{len(keys)} keys but row numbers of shape {numbers.shape}")
+            return None
+        if len(keys) and int(numbers.max()) >= self.primary.count:
+            self.fault(f"take job {job_id}", f"a row number is not from 0 to {self.primary.count - 1}")
+            return None
+        return numbers
+
+    def _count_left_out(self, keys: list[bytes], taken: dict[bytes, int]) -> None:
+        present = sum(1 for key in keys if key not in taken and self._index.state(key))
+        self._blocks_present += present
+        self._blocks_refused += len(keys) - len(taken) - present
+
+
+def _capacity(primary: Rows, config: TierConfig) -> int:
+    """Rows that the configured size holds; by default twice the primary's."""
+    if config.bytes_to_use is None:
+        return 2 * primary.count
+    count = config.bytes_to_use // primary.row_bytes
+    if count < 1:
+        raise ValueError(
+            f"bytes_to_use must hold at least one block of {format_size(primary.row_bytes)} "
+            f"({primary.row_bytes} bytes), not {config.bytes_to_use} bytes"
+        )
+    return count
+
+
+def _release(engine: CopyEngine, arena: Arena) -> None:
+    engine.close()
+    arena.close()

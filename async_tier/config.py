@@ -1,0 +1,113 @@
+"""TierConfig: a tier's dictionary in `secondary_tiers`, parsed and checked.
+
+Every mistake is a ValueError of one sentence that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+ENGINES = ("auto", "cuda", "host")
+LOCALITIES = ("LOCAL", "REMOTE")
+MAX_COPY_THREADS = 64
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE_HELP = "an integer number of bytes or text with a unit, such as 68719476736, '64GiB' or '500 MB'"
+
+
+def parse_size(key: str, value: object) -> int:
+    """Bytes in `value`: an int, or text with one of the units B, KB to TB (powers of 1000), KiB to TiB (of 1024).
+
+    Raises ValueError that names `key`.
+    """
+    size: float | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        number, unit = match.groups()
+        scale = {name.lower(): factor for name, factor in _UNITS.items()}.get(unit.lower())
+        if scale is not None:
+            # Whole numbers stay exact beyond the 53 bits of a float.
+            size = int(number) * scale if number.isdigit() else float(number) * scale
+    if size is None or size < 1:
+        raise ValueError(f"{key} must be {_SIZE_HELP}, and at least 1 byte, not {value!r}")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """`size` bytes for a person: "1.5 GiB"."""
+    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def parse_threads(key: str, value: object) -> int:
+    """A number of copy threads, 1 to 64. Raises ValueError that names `key`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COPY_THREADS:
+        raise ValueError(f"{key} must be an integer from 1 to {MAX_COPY_THREADS}, not {value!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class TierConfig:
+    """The checked configuration of one tier.
+
+    bytes_to_use: capacity in bytes; None is twice the primary tier.
+    engine: "auto" or "host" (native copy threads); "cuda" is known and not available yet.
+    pool: where the tier's rows lie: "host".
+    copy_threads: native threads that copy, 1 to 64.
+    keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
+    locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
+    """
+
+    bytes_to_use: int | None = None
+    engine: str = "auto"
+    pool: str = "host"
+    copy_threads: int = 2
+    keep_on_reset: bool = False
+    locality: str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> TierConfig:
+        """Check `options`; raises ValueError naming the key, the value and what is allowed."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                raise ValueError(
+                    f"unknown key {key!r} in the tier's configuration; the known keys are "
+                    + ", ".join([*known, "custom_param"])
+                )
+        values = dict(options)
+        if values.get("bytes_to_use") is not None:
+            values["bytes_to_use"] = parse_size("bytes_to_use", values["bytes_to_use"])
+        if "copy_threads" in values:
+            values["copy_threads"] = parse_threads("copy_threads", values["copy_threads"])
+        config = cls(**values)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {self.engine!r}")
+        if self.engine == "cuda":
+            raise ValueError("engine 'cuda' is not available in this version; use 'auto' or 'host'")
+        if isinstance(self.pool, str) and re.fullmatch(r"cuda(:\d+)?", self.pool):
+            raise ValueError(
+                f"pool {self.pool!r} needs engine 'cuda', which is not available in this version; use 'host'"
+            )
+        if self.pool != "host":
+            raise ValueError(f"pool must be 'host', not {self.pool!r}")
+        if not isinstance(self.keep_on_reset, bool):
+            raise ValueError(f"keep_on_reset must be true or false, not {self.keep_on_reset!r}")
+        if self.locality is not None and self.locality not in LOCALITIES:
+            raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {self.locality!r}")

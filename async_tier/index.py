@@ -1,0 +1,186 @@
+"""BlockIndex: which row holds which block. Pure Python: no memory, no streams.
+
+    reserve        FILLING   a row is taken and its copy is on the way; not found by `lookup`
+    fill           READY     the bytes are there
+    drop, evict    FREE      the key is gone; the row comes back when nothing pins it (ORPHAN until then)
+
+A *pin* is a reason not to reuse a row: the store that fills it, a load that reads it, a hit of this step. A row is
+reused only without a pin, whatever becomes of its key.
+
+Everything that grows with the number of blocks is a flat array or one dict of bytes to int: neither gives the garbage
+collector anything to walk that grows with it, but for lists of references.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed, SequenceOrder
+
+FREE, FILLING, READY, ORPHAN = range(4)
+
+
+class BlockIndex:
+    """Keys (bytes) to rows (0 to `capacity` - 1), with pins and an eviction policy."""
+
+    def __init__(self, capacity: int, policy: Callable[..., EvictionPolicy] = LeastRecentlyUsed) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 row, not {capacity}")
+        self.capacity = capacity
+        self.evictions = 0
+        self.filling = 0
+        self._row_of: dict[bytes, int] = {}
+        self._state = bytearray(capacity)
+        self._pins = [0] * capacity
+        # Rows never used yet, from here on; then rows given back.
+        self._fresh = 0
+        self._free: list[int] = []
+        self._step_pins: list[int] = []
+        self._policy = policy(self._row_of, self._pins)
+
+    def __len__(self) -> int:
+        """The number of READY blocks."""
+        return len(self._row_of) - self.filling
+
+    @property
+    def rows_used(self) -> int:
+        """Rows that are not free: READY, FILLING, or orphaned and still being copied."""
+        return self._fresh - len(self._free)
+
+    def state(self, key: bytes) -> int:
+        """FREE (not here), FILLING or READY."""
+        row = self._row_of.get(key, -1)
+        return FREE if row < 0 else self._state[row]
+
+    def pin_hit(self, key: bytes) -> bool:
+        """Whether `key` is READY; then it stays loadable until `end_step`."""
+        row = self._row_of.get(key, -1)
+        if row < 0 or self._state[row] != READY:
+            return False
+        self._pins[row] += 1
+        self._step_pins.append(row)
+        return True
+
+    def end_step(self) -> None:
+        """Release the pins of this step's hits."""
+        if self._step_pins:
+            pinned, self._step_pins = self._step_pins, []
+            self.unpin(pinned)
+
+    def reserve(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> dict[bytes, int]:
+        """Rows for those of `keys` that are neither here nor on their way, now FILLING and pinned once.
+
+        Takes free rows, then evicts. Keys for which there is no row are left out, those that come last in the
+        sequence first: a prefix without its end is of use, an end without its prefix is not.
+        """
+        row_of = self._row_of
+        if row_of.keys().isdisjoint(keys):
+            new = list(dict.fromkeys(keys))
+        else:
+            new = [key for key in dict.fromkeys(keys) if key not in row_of]
+        rows = self._take(len(new), sequence)
+        if len(rows) < len(new):
+            if order is not None:  # keys of unknown place last
+                new.sort(key=lambda key: math.inf if (place := order.position(key)) is None else place)
+            del new[len(rows) :]
+        taken = dict(zip(new, rows, strict=True))
+        if not taken:
+            return taken
+        row_of.update(taken)
+        self.filling += len(rows)
+        state, pins = self._state, self._pins
+        for row in rows:
+            state[row] = FILLING
+            pins[row] = 1
+        self._policy.store(new, sequence, order)
+        return taken
+
+    def fill(self, rows: Iterable[int]) -> None:
+        """The store that filled `rows` has ended well: READY, unless the key was dropped meanwhile."""
+        state, pins = self._state, self._pins
+        for row in rows:
+            if state[row] == FILLING:
+                state[row] = READY
+                self.filling -= 1
+            pins[row] -= 1
+            if state[row] == ORPHAN and not pins[row]:
+                self._give_back(row)
+
+    def pin_ready(self, keys: Sequence[bytes]) -> list[int]:
+        """The rows of `keys` in order, pinned once each; -1 for a key that is not READY."""
+        get, state, pins = self._row_of.get, self._state, self._pins
+        rows = [get(key, -1) for key in keys]
+        for at, row in enumerate(rows):
+            if row >= 0 and state[row] == READY:
+                pins[row] += 1
+            else:
+                rows[at] = -1
+        return rows
+
+    def unpin(self, rows: Iterable[int]) -> None:
+        """Take one pin off each of `rows`."""
+        state, pins = self._state, self._pins
+        for row in rows:
+            pins[row] -= 1
+            if state[row] == ORPHAN and not pins[row]:
+                self._give_back(row)
+
+    def use(self, keys: Iterable[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
+        """Those of `keys` that are here were used by the sequence, in the order given if `order` does not say."""
+        here = [key for key in keys if key in self._row_of]
+        if here:
+            self._policy.use(here, sequence, order)
+
+    def finish(self, sequence: str) -> None:
+        """The sequence is over; see EvictionPolicy.finish."""
+        self._policy.finish(sequence)
+
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Forget `keys`; those not here are passed over."""
+        for key in keys:
+            row = self._row_of.get(key)
+            if row is not None:
+                self._policy.remove(row)
+                del self._row_of[key]
+                self._orphan(row)
+
+    def drop_filling(self, keys: Sequence[bytes], rows: Sequence[int]) -> None:
+        """The store of `keys` into `rows` has ended badly: forget those that are still its, and unpin the rows."""
+        self.drop([key for key, row in zip(keys, rows, strict=True) if self._row_of.get(key) == row])
+        self.unpin(rows)
+
+    def clear(self) -> None:
+        """Forget every key. Rows with a pin come back when it is taken off."""
+        self._policy.clear()
+        rows = list(self._row_of.values())
+        self._row_of.clear()
+        for row in rows:
+            self._orphan(row)
+
+    def _take(self, count: int, sequence: str | None) -> list[int]:
+        """At most `count` rows: given back, fresh, evicted."""
+        rows: list[int] = []
+        if self._free:
+            rows = self._free[-count:] if count else []
+            del self._free[len(self._free) - len(rows) :]
+        fresh = min(count - len(rows), self.capacity - self._fresh)
+        rows.extend(range(self._fresh, self._fresh + fresh))
+        self._fresh += fresh
+        if len(rows) < count:
+            victims = self._policy.evict(count - len(rows), sequence)
+            rows.extend(map(self._row_of.pop, victims))
+            self.evictions += len(victims)
+        return rows
+
+    def _orphan(self, row: int) -> None:
+        """The key of `row` has just left."""
+        if self._state[row] == FILLING:
+            self.filling -= 1
+        self._state[row] = ORPHAN
+        if not self._pins[row]:
+            self._give_back(row)
+
+    def _give_back(self, row: int) -> None:
+        self._state[row] = FREE
+        self._free.append(row)

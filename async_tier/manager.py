@@ -1,0 +1,202 @@
+"""AsyncSecondaryTierManager: vLLM's face of the tier. Translates jobs and results; decides nothing about rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
+
+from async_tier import _vllm_compat as compat
+from async_tier.arena import Rows
+from async_tier.block_store import BlockStore, Statistics
+from async_tier.config import TierConfig, format_size
+from async_tier.eviction import SequenceOrder
+
+# Under vLLM's logger, whose handlers and level it then has.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class AsyncSecondaryTierManager(compat.TierBase):
+    """A secondary tier in memory whose stores and loads are queued on streams and never hold up the scheduler.
+
+    Configured by a dictionary in `secondary_tiers` (see TierConfig for the keys and README.md for an example):
+
+        {"type": "AsyncSecondaryTierManager", "module_path": "async_tier.manager", "bytes_to_use": "64GiB"}
+
+    All methods are called in vLLM's scheduler process, by one thread at a time. None waits for bytes to move but
+    `drain_jobs` and `shutdown`, and none raises after construction: a fault becomes `success=False` in the job's
+    result, a count in `statistics()` and one line in the log.
+    """
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        custom_param: int = 0,
+        *,
+        backpressure_detector: Any = None,
+        **options: Any,
+    ) -> None:
+        """Args:
+        offloading_spec: vLLM's spec, or a mock of it.
+        primary_kv_view: the primary tier, shape (blocks, bytes a block), writable.
+        tier_type: the name in the configuration.
+        custom_param: an int without effect, as in vLLM's reference tier.
+        backpressure_detector: vLLM's detector, if one is configured.
+        options: the keys of TierConfig.
+
+        Raises ValueError for a bad configuration and for workers on several nodes, MemoryError when the arena cannot
+        be had, each in words.
+        """
+        if isinstance(custom_param, bool) or not isinstance(custom_param, int):
+            raise ValueError(f"custom_param must be an integer, not {custom_param!r}")
+        self.config = TierConfig.parse(options)
+        nodes = compat.node_count(offloading_spec)
+        if nodes > 1:
+            raise ValueError(
+                f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees "
+                "only its own node's part of each block; use one node an engine, or a tier on shared storage"
+            )
+        detector = compat.ResetListener(backpressure_detector or compat.NoPressure(), self._on_reset)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, detector)
+        self.locality = compat.locality(self.config.locality)
+        self.custom_param = custom_param
+        self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
+        # By request: from on_new_request to on_request_finished.
+        self._orders: dict[str, SequenceOrder] = {}
+        # Lookups answer MISS until the step has ended: after a reset, workers may still write to rows of the primary
+        # that a promotion would be given, up to the end of the first step.
+        self._hold_lookups = False
+        statistics = self._store.statistics()
+        logger.info(
+            "Tier '%s' holds %d blocks of %s (%s)",
+            tier_type,
+            statistics.capacity,
+            format_size(statistics.row_bytes),
+            format_size(statistics.capacity * statistics.row_bytes),
+        )
+
+    # ------------------------------------------------------------------------------------------ jobs and their ends
+
+    def lookup(self, key: bytes, req_context: Any) -> LookupResult:
+        """HIT if the block can be loaded, and stays so until the next `on_schedule_end`; else MISS.
+
+        A block on its way here is a MISS and not a RETRY, which would defer the whole request: it is still in the
+        primary tier.
+        """
+        if self._hold_lookups:
+            return LookupResult.MISS
+        try:
+            sequence = req_context.req_id
+            hit = self._store.lookup(key, sequence, self._orders.get(sequence))
+        except Exception as error:
+            self._store.fault("look up a block", error)
+            return LookupResult.MISS
+        return LookupResult.HIT if hit else LookupResult.MISS
+
+    def submit_store(self, job_metadata: Any) -> None:
+        """Queue the copy of a job's blocks from the primary tier. Costs by the number of keys, not of bytes."""
+        try:
+            context = job_metadata.req_context
+            # vLLM hands the keys over as a set: list it once, beside the row numbers.
+            self._store.submit_store(
+                job_metadata.job_id,
+                list(job_metadata.keys),
+                compat.row_numbers(job_metadata),
+                context.req_id,
+                self._orders.get(context.req_id) or compat.order_of(context),
+            )
+        except Exception as error:
+            self._store.fail(job_metadata.job_id, "store blocks", error)
+
+    def submit_load(self, job_metadata: Any) -> None:
+        """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest loads."""
+        try:
+            self._store.submit_load(job_metadata.job_id, list(job_metadata.keys), compat.row_numbers(job_metadata))
+        except Exception as error:
+            self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)
+
+    def get_finished_jobs(self) -> Iterable[Any]:
+        """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""
+        try:
+            return [compat.job_result(finished) for finished in self._store.poll()]
+        except Exception as error:
+            self._store.fault("poll jobs", error)
+            return []
+
+    def has_pending_work(self) -> bool:
+        """Whether vLLM should go on stepping, because a job's end is still to be reported."""
+        return self._store.has_pending_work
+
+    def drain_jobs(self) -> None:
+        """Block until every job has ended; their results wait for `get_finished_jobs`."""
+        try:
+            self._store.drain()
+        except Exception as error:
+            self._store.fault("drain jobs", error)
+        if compat.DRAIN_MEANS_RESET:
+            self._on_reset()
+
+    # ---------------------------------------------------------------------------------------------- requests, steps
+
+    def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
+        """Takes note of the request; has no wish for how its blocks are offloaded."""
+        self._orders[req_context.req_id] = compat.order_of(req_context)
+        return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: Any) -> None:
+        """Nothing more will be stored for the request."""
+        self._orders.pop(req_context.req_id, None)
+        self._store.finish_sequence(req_context.req_id)
+
+    def touch(self, keys: Collection[bytes], req_context: Any) -> None:
+        """The request uses `keys`, given in prefix order. Called by vLLM up to 0.30."""
+        try:
+            sequence = req_context.req_id
+            order = self._orders.get(sequence)
+            if isinstance(order, compat.TouchOrder):
+                order.note(keys)
+            self._store.touch(keys, sequence, order)
+        except Exception as error:
+            self._store.fault("touch blocks", error)
+
+    def on_schedule_end(self, context: Any) -> None:
+        """The end of a scheduler step: hits of this step may be evicted again."""
+        self._hold_lookups = False
+        try:
+            self._store.end_step()
+        except Exception as error:
+            self._store.fault("end a step", error)
+
+    def shutdown(self) -> None:
+        """End the threads, free the memory and let go of the primary. Idempotent; jobs not finished have failed."""
+        try:
+            self._store.close()
+        except Exception as error:
+            self._store.fault("shut down", error)
+        # Dropped, never released: the memoryview is vLLM's, which closes its mmap after us.
+        self._primary_kv_view = memoryview(b"")
+
+    # --------------------------------------------------------------------------------------------------- for people
+
+    def get_num_blocks(self) -> int:
+        """The number of blocks that can be loaded."""
+        return self._store.num_blocks
+
+    def get_num_chunks(self) -> int:
+        """`get_num_blocks`, by its name from vLLM 0.30 on."""
+        return self.get_num_blocks()
+
+    def statistics(self) -> Statistics:
+        """Counts since construction; see Statistics."""
+        return self._store.statistics()
+
+    def _on_reset(self) -> None:
+        """vLLM has reset its caches: other weights, perhaps, and block hashes do not cover the weights."""
+        if self.config.keep_on_reset:
+            self._hold_lookups = True
+        else:
+            self._store.clear()

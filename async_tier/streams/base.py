@@ -1,0 +1,61 @@
+"""CopyStream and CopyEvent: what the tier asks of an engine.
+
+The contract, for every engine:
+
+- `copy` returns at once. What it costs depends on the number of addresses, never on the number of bytes.
+- The copies of a stream may run in any order, also at the same time. Only an event says that they have ended, and
+  whoever reuses memory waits for the events of all copies that touch it.
+- Asking an event never blocks and never needs a lock that a copy holds.
+- A thread of the engine never needs the GIL.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class CopyEvent(Protocol):
+    """The end of one `copy` call's copies."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of them have ended, well or not."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the bytes did not all arrive. Only meaningful once `is_done`."""
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the first copy to the end of the last, in seconds. Only meaningful once `is_done`."""
+
+    def synchronize(self) -> None:
+        """Block until `is_done`, without the GIL."""
+
+
+class CopyStream(Protocol):
+    """A queue of copies."""
+
+    def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
+        """Queue copies from `sources[i]` to `destinations[i]`.
+
+        The arrays have shape (n,), dtype uint64, and hold addresses; they are free to be reused when the call
+        returns. `size` is the bytes of each copy: one number, or an array (n,) of uint64. Raises RuntimeError, and
+        queues nothing, where the engine cannot take the job.
+        """
+
+
+class CopyEngine(Protocol):
+    """The owner of a tier's streams. Loads go before stores: see each engine for how."""
+
+    @property
+    def load_stream(self) -> CopyStream: ...
+
+    @property
+    def store_stream(self) -> CopyStream: ...
+
+    def close(self) -> None:
+        """End the engine. When it returns no copy touches memory any more; those not finished have failed.
+        Idempotent."""

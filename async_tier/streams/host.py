@@ -1,0 +1,84 @@
+"""HostEngine: streams and events made of native copy threads, for processes without a CUDA context.
+
+Ownership: `_host_copy.Engine` owns the threads and the queues; its header comment names the owner of every field.
+Here live only the choice of queues, where the threads may run, and the life of the engine. Events are
+`_host_copy.Job` objects, handed out as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import numpy as np
+
+from async_tier import _host_copy
+from async_tier.streams.base import CopyEvent
+
+# For `limit`: no limit.
+_UNLIMITED = -1
+
+
+class HostStream:
+    """One queue of a HostEngine."""
+
+    def __init__(self, engine: _host_copy.Engine, queue: int) -> None:
+        self._engine = engine
+        self._queue = queue
+
+    def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
+        """See CopyStream.copy. Raises RuntimeError in a forked child: the threads stayed with the parent."""
+        return self._engine.submit(self._queue, destinations, sources, size)
+
+    def hold(self) -> None:
+        """For tests: start no further piece of this queue. A piece is at most 2 MiB."""
+        self._engine.limit(self._queue, 0)
+
+    def step(self, pieces: int = 1) -> None:
+        """For tests: of a held queue, let that many pieces go."""
+        self._engine.limit(self._queue, pieces)
+
+    def release(self) -> None:
+        """For tests: end a `hold`."""
+        self._engine.limit(self._queue, _UNLIMITED)
+
+
+class HostEngine:
+    """`threads` native threads that serve three queues: expedited loads before loads before stores.
+
+    A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one, so a load waits
+    for at most one piece a thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
+    as on a CUDA stream. `kernel` names a copy kernel (`_host_copy.kernels()`); by default the fastest is measured.
+
+    Raises ValueError for a number of threads outside 1 to 256, RuntimeError if the system refuses them.
+    """
+
+    def __init__(self, threads: int, *, ordered: bool = False, kernel: str | None = None) -> None:
+        engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
+        self.expedited_stream = HostStream(engine, 0)
+        self.load_stream = HostStream(engine, 1)
+        self.store_stream = HostStream(engine, 2)
+        self.kernel = engine.kernel
+        self.thread_ids = tuple(engine.thread_ids)
+        for thread in self.thread_ids:
+            os.sched_setaffinity(thread, _allowed_cpus())
+        # Also at the interpreter's exit, before the memory under the copies goes.
+        self._close = weakref.finalize(self, engine.close)
+
+    def close(self) -> None:
+        """See CopyEngine.close."""
+        self._close()
+
+
+def _allowed_cpus() -> set[int]:
+    """Where copy threads may run: not only where the calling thread may.
+
+    vLLM's CPU backend binds the thread that constructs us to one core, and a new thread would inherit that. What the
+    user allowed (taskset, numactl) still stands in the parent process, which vLLM does not bind.
+    """
+    cpus = os.sched_getaffinity(0)
+    try:
+        cpus |= os.sched_getaffinity(os.getppid())
+    except OSError:  # no parent in this namespace, or one that may not be asked
+        cpus |= set(range(os.cpu_count() or 1))
+    return cpus
