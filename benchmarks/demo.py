@@ -1,0 +1,217 @@
+"""The main job, end to end: vLLM's server on this machine's CPU answers questions on documents that left its caches.
+
+Every document is asked about twice. Between the two questions its KV blocks leave the KV cache and the primary tier,
+both made too small on purpose; with the tier they come back, without it they are computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.model import kv_bytes_per_token, smollm2
+from benchmarks.server import Server, serve
+
+BUILD = Path(__file__).resolve().parent.parent / "build"
+BLOCK_TOKENS = 128
+FLOAT32_BYTES = 4
+MAX_TOKENS = 24
+QUESTIONS = ("Which warehouse is named first?", "What is the last item in the list?")
+TIERS = {
+    "async": {"type": "async"},
+    "module": {"type": "AsyncSecondaryTierManager", "module_path": "async_tier.manager"},
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    ttft_s: float
+    text: str
+
+
+def documents(count: int, tokens: int, tokenizer: Any) -> list[str]:
+    """`count` different texts of `tokens` tokens each, the same on every run."""
+    words = "copper linen amber quartz cedar indigo saffron granite velvet walnut silver jasper ivory maple".split()
+    texts = []
+    for number in range(count):
+        draw = random.Random(number)
+        lines = [f"Stock list number {number} of the northern warehouses."]
+        while len(tokenizer.encode("\n".join(lines))) < tokens:
+            lines.append(
+                f"The {draw.choice(words)} warehouse holds {draw.randrange(2, 999)} crates of {draw.choice(words)} "
+                f"and {draw.choice(words)}, checked on day {draw.randrange(1, 365)}."
+            )
+        texts.append(tokenizer.decode(tokenizer.encode("\n".join(lines))[:tokens]))
+    return texts
+
+
+def ask(server: Server, prompt: str) -> Answer:
+    """One streamed, greedy completion, with the time to its first token."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    started = time.perf_counter()
+    first = None
+    text = ""
+    for part in client.completions.create(
+        model="model", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=True
+    ):
+        if first is None:
+            first = time.perf_counter() - started
+        text += part.choices[0].text if part.choices else ""
+    if first is None:
+        raise RuntimeError("the server sent no token")
+    return Answer(first, text)
+
+
+def rounds(server: Server, label: str, texts: list[str]) -> list[list[Answer]]:
+    """Ask the first question on every text, then the second on every text."""
+    ask(server, "Hello.")  # the first request of a server pays for what it builds on first use
+    answers = []
+    for question in QUESTIONS:
+        answers.append([])
+        for number, text in enumerate(texts):
+            answer = ask(server, f"{text}\n\nQuestion: {question}\nAnswer:")
+            answers[-1].append(answer)
+            print(
+                f"  {label}, question {len(answers)}, document {number + 1} of {len(texts)}: "
+                f"first token after {answer.ttft_s:.2f} s",
+                flush=True,
+            )
+    return answers
+
+
+def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> dict[str, Any]:
+    """Serve with the tier and without it; the report, also written to `output`."""
+    from transformers import AutoTokenizer
+
+    texts = documents(count, tokens, AutoTokenizer.from_pretrained(model))
+    block_bytes = kv_bytes_per_token(model, FLOAT32_BYTES) * BLOCK_TOKENS
+    # One request fits in the KV cache, and its blocks in the primary tier; two do not.
+    blocks = -(-(tokens + 100) // BLOCK_TOKENS) + 3
+    arguments = ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
+    arguments += ["--max-model-len", str((blocks - 1) * BLOCK_TOKENS), "--max-num-seqs", "2"]
+    arguments += ["--num-gpu-blocks-override", str(blocks)]
+    offloading = {
+        "spec_name": "CPUBackendTieringSpec",
+        "spec_module_path": "async_tier.cpu_backend",
+        "cpu_bytes_to_use": blocks * block_bytes,
+    }
+    results, metrics, tracebacks = {}, {}, []
+    for label, tiers in (
+        ("with the tier", [{**TIERS[tier], "bytes_to_use": 2 * count * blocks * block_bytes}]),
+        ("without", []),
+    ):
+        print(f"Starting vLLM's server {label} ...", flush=True)
+        with serve(
+            model,
+            output.with_name(f"{output.stem}-{'tier' if tiers else 'recompute'}.log"),
+            name=f"async-tier-{os.getpid()}-{len(results)}",
+            offloading={**offloading, "secondary_tiers": tiers},
+            arguments=arguments,
+        ) as server:
+            results[label] = rounds(server, label, texts)
+            metrics[label] = server.metrics()
+        tracebacks += server.tracebacks()
+    report = summarize(results["with the tier"], results["without"], metrics["with the tier"], block_bytes)
+    report |= {"model": str(Path(model).name), "documents": count, "tokens": tokens, "tracebacks": len(tracebacks)}
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def summarize(
+    tier: list[list[Answer]], recomputed: list[list[Answer]], metrics: dict[tuple[str, str], float], block_bytes: int
+) -> dict[str, Any]:
+    """What the answers and vLLM's own metrics say."""
+
+    def median(answers: list[Answer]) -> float:
+        return statistics.median(answer.ttft_s for answer in answers)
+
+    def metric(name: str) -> float:
+        prefix = f"vllm:kv_offload_tiering_{name}"
+        return sum(value for (metric, label), value in metrics.items() if metric == prefix and label.startswith("1:"))
+
+    queries, read, wrote = metric("chunk_queries_total"), metric("read_bytes_total"), metric("write_bytes_total")
+    read_time, write_time = metric("read_time_total"), metric("write_time_total")
+    return {
+        "ttft_s": {"cold": median(tier[0]), "recompute": median(recomputed[1]), "tier": median(tier[1])},
+        "ttft_ratio": median(tier[1]) / median(recomputed[1]),
+        "requests": len(tier[1]),
+        "stored_blocks": round(wrote / block_bytes),
+        "promoted_blocks": round(read / block_bytes),
+        "hit_ratio": metric("chunk_hits_total") / queries if queries else 0.0,
+        "stored_bytes": int(wrote),
+        "promoted_bytes": int(read),
+        "store_gb_s": wrote / write_time / 1e9 if write_time else 0.0,
+        "promote_gb_s": read / read_time / 1e9 if read_time else 0.0,
+        "identical_outputs": [[answer.text for answer in part] for part in tier]
+        == [[answer.text for answer in part] for part in recomputed],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    ttft = report["ttft_s"]
+    rows = [
+        ("time to first token, cold", f"{ttft['cold']:.2f} s"),
+        ("time to first token, recomputed", f"{ttft['recompute']:.2f} s"),
+        ("time to first token, from the tier", f"{ttft['tier']:.2f} s"),
+        ("from the tier / recomputed", f"{report['ttft_ratio']:.2f}"),
+        (
+            "blocks stored",
+            f"{report['stored_blocks']} ({report['stored_bytes'] / 1e6:.0f} MB, {report['store_gb_s']:.1f} GB/s)",
+        ),
+        (
+            "blocks promoted",
+            f"{report['promoted_blocks']} ({report['promoted_bytes'] / 1e6:.0f} MB, {report['promote_gb_s']:.1f} GB/s)",
+        ),
+        ("hit ratio of the tier's lookups", f"{report['hit_ratio']:.2f}"),
+        ("texts equal to the letter", "yes" if report["identical_outputs"] else "NO"),
+    ]
+    title = f"{report['model']}, {report['documents']} documents of {report['tokens']} tokens, medians"
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """What is wrong with the report, in words."""
+    wrong = []
+    if report["promoted_blocks"] == 0:
+        wrong.append("no block was promoted from the tier")
+    if not report["identical_outputs"]:
+        wrong.append("a text differs from the recomputed one")
+    if report["tracebacks"]:
+        wrong.append(f"the servers' logs have {report['tracebacks']} tracebacks")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="a folder, or a name that vLLM knows (default: SmolLM2-135M)")
+    parser.add_argument("--documents", type=int, default=7, help="how many (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1800, help="tokens a document (default: %(default)s)")
+    parser.add_argument("--tier", choices=TIERS, default="module", help="how the configuration names the tier")
+    parser.add_argument("--output", type=Path, default=BUILD / "demo.json", help="default: build/demo.json")
+    options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if not options.model:
+        print("Preparing the model ...", flush=True)
+    model = options.model or smollm2(BUILD / "SmolLM2-135M-Instruct")
+    report = run(model, options.documents, options.tokens, options.tier, options.output)
+    print("\n" + table(report) + f"\n\nWritten to {options.output}")
+    wrong = failures(report)
+    for sentence in wrong:
+        print(f"FAILED: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
