@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -186,15 +187,20 @@ class NoPressure:
 
 
 class ResetListener:
-    """A detector, seen through a wrapper that hears `reset`: vLLM's only word of `reset_cache` beyond a drain."""
+    """A detector, seen through a wrapper that hears `reset`: vLLM's only word of `reset_cache` beyond a drain.
+
+    `on_reset` is a method of the tier, which holds this object: kept weakly, so that a tier ends with its last user.
+    """
 
     def __init__(self, detector: Any, on_reset: Callable[[], None]) -> None:
         self.__dict__["_detector"] = detector
-        self.__dict__["_on_reset"] = on_reset
+        self.__dict__["_on_reset"] = weakref.WeakMethod(on_reset)
 
     def reset(self) -> None:
+        on_reset = self._on_reset()
         try:
-            self._on_reset()
+            if on_reset is not None:
+                on_reset()
         finally:
             self._detector.reset()
 

@@ -117,7 +117,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         try:
             self._store.submit_load(job_metadata.job_id, list(job_metadata.keys), compat.row_numbers(job_metadata))
         except Exception as error:
-            self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)
+            self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys or ())
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""

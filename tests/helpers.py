@@ -1,0 +1,183 @@
+"""What the tests of the tier arrange with: real vLLM objects of whatever version is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
+from vllm.v1.kv_offload.tiering import base as tiering_base
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+
+from async_tier.manager import AsyncSecondaryTierManager
+
+# Far beyond what anything here takes; only a failure waits that long.
+PATIENCE_S = 30
+
+_JOB = getattr(tiering_base, "TransferJob", None) or tiering_base.JobMetadata
+_ROWS = "chunk_ids" if "chunk_ids" in inspect.signature(_JOB).parameters else "block_ids"
+_COUNT = "num_chunks" if "num_chunks" in inspect.signature(CPUPrimaryTierOffloadingManager).parameters else "num_blocks"
+HAS_POSITIONS = hasattr(ReqContext, "set_offload_key_position")
+HAS_DETECTOR = "backpressure_detector" in inspect.signature(tiering_base.SecondaryTierManager.__init__).parameters
+RESULT_FIELDS = set(inspect.signature(tiering_base.JobResult).parameters)
+
+
+def key(number: int, group: int = 0) -> bytes:
+    """A key as vLLM makes them: 32 bytes of hash and the KV group."""
+    return make_offload_key(hashlib.sha256(str(number).encode()).digest(), group)
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key(number) for number in numbers]
+
+
+def request(name: str, ordered: Sequence[bytes] = ()) -> ReqContext:
+    """A request's context; `ordered` are its keys in prefix order, where vLLM notes positions."""
+    context = ReqContext(req_id=name)
+    if HAS_POSITIONS:
+        for place, each in enumerate(ordered, start=1):
+            context.set_offload_key_position(each, place * 16)
+    return context
+
+
+def primary_rows(count: int, row_bytes: int = 64, seed: int = 1) -> np.ndarray:
+    """A primary tier of random bytes, shape (count, row_bytes), uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (count, row_bytes), dtype=np.uint8)
+
+
+def make_tier(primary: np.ndarray, blocks: int | None = None, **options: Any) -> AsyncSecondaryTierManager:
+    """A tier that holds `blocks` blocks, over `primary`."""
+    if blocks is not None:
+        options["bytes_to_use"] = blocks * primary.shape[1]
+    return AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **options)
+
+
+def job(
+    job_id: int,
+    names: Collection[bytes],
+    rows: Sequence[int] | np.ndarray,
+    context: ReqContext | None = None,
+    load: bool = False,
+) -> Any:
+    """A job as vLLM's manager hands it over."""
+    fields = {_ROWS: np.asarray(rows, dtype=np.int32), "req_context": context or request(f"request of job {job_id}")}
+    return _JOB(job_id=job_id, keys=names, is_promotion=load, **fields)
+
+
+def store(
+    tier: AsyncSecondaryTierManager, job_id: int, names: Sequence[bytes], rows: Sequence[int], **more: Any
+) -> Any:
+    """Store and wait; the job's result."""
+    tier.submit_store(job(job_id, names, rows, **more))
+    return finish(tier)[job_id]
+
+
+def load(tier: AsyncSecondaryTierManager, job_id: int, names: Sequence[bytes], rows: Sequence[int], **more: Any) -> Any:
+    """Load and wait; the job's result."""
+    tier.submit_load(job(job_id, names, rows, load=True, **more))
+    return finish(tier)[job_id]
+
+
+def finish(tier: AsyncSecondaryTierManager) -> dict[int, Any]:
+    """Wait for all jobs; their results by job id, each checked to be there once."""
+    tier._store.drain()
+    results = list(tier.get_finished_jobs())
+    assert len({result.job_id for result in results}) == len(results), "a job was reported twice"
+    return {result.job_id: result for result in results}
+
+
+def end_step(tier: Any, new: Sequence[str] = ()) -> None:
+    tier.on_schedule_end(ScheduleEndContext(new_req_ids=new, preempted_req_ids=()))
+
+
+def held(tier: AsyncSecondaryTierManager, names: Sequence[bytes]) -> list[bool]:
+    """Which of `names` the tier would serve; their pins are let go of."""
+    answers = [tier.lookup(name, request("asks")) is LookupResult.HIT for name in names]
+    tier._store._step_hits.clear()  # only asking: does not count as a use
+    end_step(tier)
+    return answers
+
+
+def returns(call: Callable[[], Any], within_s: float = PATIENCE_S) -> Any:
+    """What `call` returns, in a thread of its own: a call that blocks fails the test and does not hang it."""
+    outcome: list[Any] = []
+    thread = threading.Thread(target=lambda: outcome.append(call()), daemon=True)
+    thread.start()
+    thread.join(within_s)
+    assert outcome, "the call blocked or raised"
+    return outcome[0]
+
+
+class Region:
+    """What vLLM's primary tier asks of its SharedOffloadRegion, over an array."""
+
+    def __init__(self, primary: np.ndarray) -> None:
+        self.primary = primary
+
+    def create_kv_memoryview(self) -> memoryview:
+        return memoryview(self.primary)
+
+    def cleanup(self) -> None:
+        pass
+
+
+class World:
+    """vLLM's real tiering manager and primary tier above our tier."""
+
+    def __init__(self, primary_blocks: int, tier_blocks: int, row_bytes: int = 64, **options: Any) -> None:
+        self.primary = np.zeros((primary_blocks, row_bytes), dtype=np.uint8)
+        primary_tier = CPUPrimaryTierOffloadingManager(**{_COUNT: primary_blocks, "mmap_region": Region(self.primary)})
+        self.tier = AsyncSecondaryTierManager(
+            offloading_spec=MagicMock(),
+            primary_kv_view=primary_tier.get_kv_memoryview(),
+            tier_type="async",
+            bytes_to_use=tier_blocks * row_bytes,
+            **options,
+        )
+        self.manager = TieringOffloadingManager(primary_tier=primary_tier, secondary_tiers=[self.tier])
+
+    def step(self) -> None:
+        """The end of a scheduler step, with statistics and events taken as vLLM does."""
+        end_step(self.manager)
+        if hasattr(self.manager, "get_stats"):
+            self.manager.get_stats()
+        list(self.manager.take_events())
+
+    def start(self, context: ReqContext, ordered: Sequence[bytes]) -> None:
+        self.manager.on_new_request(context)
+        if not HAS_POSITIONS:
+            self.manager.touch(list(ordered), context)
+
+    def offload(self, context: ReqContext, names: Sequence[bytes], content: Callable[[bytes], np.ndarray]) -> int:
+        """As after a forward pass: write the blocks' bytes to the primary and cascade; the number newly stored."""
+        prepared = self.manager.prepare_store(list(names), context)
+        if prepared is None or not prepared.keys_to_store:
+            return 0
+        for name, row in zip(prepared.keys_to_store, prepared.store_spec.block_ids, strict=True):
+            self.primary[row] = content(name)
+        # A set, as vLLM's scheduler does.
+        self.manager.complete_store(set(prepared.keys_to_store), context)
+        return len(prepared.keys_to_store)
+
+    def fetch(self, context: ReqContext, name: bytes) -> np.ndarray | None:
+        """The bytes of a block as a worker would read them, promoted from the tier if need be; None for a miss."""
+        for _ in range(1000):
+            answer = self.manager.lookup(name, context)
+            if answer is LookupResult.MISS:
+                return None
+            if answer is LookupResult.HIT:
+                row = self.manager.prepare_load([name], context).block_ids[0]
+                content = self.primary[row].copy()
+                self.manager.complete_load([name], context)
+                return content
+            self.step()
+            self.tier._store.drain()
+        raise AssertionError("the block neither came nor was missed")
+
+    def close(self) -> None:
+        self.manager.shutdown()

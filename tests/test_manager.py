@@ -1,0 +1,728 @@
+"""The tier's contract, rule by rule, on vLLM's own objects. Runs on every supported vLLM (`make test-versions`)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+from vllm.v1.kv_offload.base import LookupResult
+
+from async_tier.manager import AsyncSecondaryTierManager
+from tests import helpers
+from tests.helpers import (
+    PATIENCE_S,
+    World,
+    end_step,
+    finish,
+    held,
+    job,
+    key,
+    keys,
+    load,
+    make_tier,
+    primary_rows,
+    request,
+    returns,
+    store,
+)
+
+HIT, MISS = LookupResult.HIT, LookupResult.MISS
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture
+def primary() -> np.ndarray:
+    return primary_rows(32)
+
+
+@pytest.fixture
+def tier(primary):
+    tier = make_tier(primary, blocks=16)
+    yield tier
+    tier.shutdown()  # also with a stream held
+
+
+class FailingStream:
+    """A stream whose copies end badly, or that takes none."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+
+    def copy(self, destinations, sources, size):
+        if self.refuses:
+            raise RuntimeError("no copies today")
+        return SimpleNamespace(is_done=True, failed=True, seconds=0.0, synchronize=lambda: None)
+
+
+# ---------------------------------------------------------------------------------------------------- store and load
+
+
+def test_blocks_come_back_into_other_rows(tier, primary):
+    before = primary.copy()
+    assert store(tier, 1, keys(0, 1, 2), [5, 6, 7]).success
+    primary[:] = 0
+    assert load(tier, 2, keys(2, 0, 1), [20, 21, 22]).success
+    assert np.array_equal(primary[[20, 21, 22]], before[[7, 5, 6]])
+    assert not primary[:20].any()
+    assert not primary[23:].any()
+
+
+def test_keys_handed_over_as_a_set_keep_their_rows(tier, primary):
+    before = primary.copy()
+    names = set(keys(*range(8)))
+    assert store(tier, 1, names, list(range(8))).success
+    for row, name in enumerate(names):
+        primary[:] = 0
+        assert load(tier, 10 + row, [name], [31]).success
+        assert np.array_equal(primary[31], before[row])
+
+
+def test_constructs_where_the_reference_tier_does():
+    view = memoryview(np.zeros((10, 16), dtype=np.int8))
+    tier = AsyncSecondaryTierManager(MagicMock(), view, "example", 67)
+    assert tier.lookup(key(0), request("r")) is MISS
+    assert tier.get_num_blocks() == tier.get_num_chunks() == 0
+    assert tier.statistics().capacity == 20, "by default twice the primary"
+    assert tier.custom_param == 67
+    tier.shutdown()
+
+
+def test_counts_blocks_that_are_ready(tier):
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0, 1), [0, 1]))
+    assert tier.get_num_blocks() == 0
+    tier._store._store_stream.release()
+    finish(tier)
+    assert tier.get_num_blocks() == tier.get_num_chunks() == 2
+
+
+def test_medium_and_locality_are_vllms(primary):
+    tier = make_tier(primary, blocks=1, locality="REMOTE")
+    base = pytest.importorskip("vllm.v1.kv_offload.base")
+    if hasattr(base, "Medium"):
+        assert tier.medium is base.Medium.CPU
+        assert tier.locality is base.Locality.REMOTE
+    tier.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------------ rules 1 to 4
+
+
+def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
+    store(tier, 1, keys(0, 1), [0, 1])
+    tier._store._load_stream.hold()
+    tier._store._store_stream.hold()
+
+    def a_step():
+        context = request("r")
+        tier.on_new_request(context)
+        answer = tier.lookup(key(0), context)
+        tier.submit_load(job(2, keys(0), [9], context, load=True))
+        tier.submit_store(job(3, keys(5), [3], context))
+        finished = list(tier.get_finished_jobs())
+        tier.touch(keys(0, 1), context)
+        tier.on_request_finished(context)
+        end_step(tier)
+        return answer, finished, tier.has_pending_work()
+
+    assert returns(a_step) == (HIT, [], True)
+
+
+def test_r1_drain_is_what_waits(tier):
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0), [0]))
+    draining = threading.Thread(target=tier.drain_jobs, daemon=True)
+    draining.start()
+    # It cannot have returned: its stream is held. Let go, it must.
+    assert tier.has_pending_work()
+    assert draining.is_alive()
+    tier._store._store_stream.release()
+    draining.join(PATIENCE_S)
+    assert not draining.is_alive()
+    assert [result.job_id for result in tier.get_finished_jobs()] == [1]
+
+
+@pytest.mark.parametrize("is_load", [False, True])
+def test_r2_every_job_is_reported_once(tier, is_load):
+    store(tier, 1, keys(*range(4)), range(4))
+    submit = tier.submit_load if is_load else tier.submit_store
+    cases = [
+        (keys(0, 1), [0, 1]),  # all present
+        ([], []),
+        (keys(2, 99), [2, 3]),  # some
+        (keys(100), [4]),
+        (keys(3), [0, 1]),  # unequal
+        (keys(3), [32]),  # out of range
+        (keys(3), [-1]),
+    ]
+    for job_id, (names, rows) in enumerate(cases, start=10):
+        submit(job(job_id, names, rows, load=is_load))
+    assert sorted(finish(tier)) == list(range(10, 10 + len(cases)))
+    assert finish(tier) == {}
+    assert not tier.has_pending_work()
+
+
+def test_r2_a_failed_job_is_reported_once(tier):
+    store(tier, 1, keys(0), [0])
+    tier._store._store_stream = tier._store._load_stream = FailingStream()
+    tier.submit_store(job(2, keys(1), [1]))
+    tier.submit_load(job(3, keys(0), [2], load=True))
+    results = finish(tier)
+    assert {job_id: result.success for job_id, result in results.items()} == {2: False, 3: False}
+    assert finish(tier) == {}
+
+
+def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
+    tier = make_tier(primary, blocks=4)
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0), [0]))
+    returns(lambda: tier.shutdown() or True)
+    tier.submit_store(job(2, keys(1), [1]))
+    assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {1: False, 2: False}
+
+
+def test_r3_no_method_raises_when_the_engine_does(tier, primary):
+    store(tier, 1, keys(0), [0])
+    tier._store._store_stream = tier._store._load_stream = FailingStream(refuses=True)
+    tier.submit_store(job(2, keys(1), [1]))
+    tier.submit_load(job(3, keys(0), [2], load=True))
+    assert {job_id: result.success for job_id, result in finish(tier).items()} == {2: False, 3: False}
+    assert tier.statistics().faults == 2
+    assert tier.get_num_blocks() == 0
+    assert tier.statistics().rows_used == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["lookup", "poll", "drain", "close", "end_step", "touch", "submit_store", "submit_load"]
+)
+def test_r3_an_unexpected_error_is_counted_and_does_not_get_out(primary, method, caplog):
+    tier = make_tier(primary, blocks=4)
+    real = getattr(tier._store, method)
+    setattr(tier._store, method, MagicMock(side_effect=OSError("out of luck")))
+    assert tier.lookup(key(0), request("r")) is MISS
+    tier.submit_store(job(1, keys(0), [0]))
+    tier.submit_load(job(2, keys(9), [0], load=True))
+    tier.touch(keys(0), request("r"))
+    end_step(tier)
+    tier.drain_jobs()
+    reported = list(tier.get_finished_jobs())
+    tier.shutdown()
+    setattr(tier._store, method, real)
+    tier.shutdown()
+    met = 2 if method == "drain" else 1  # shutdown drains too
+    assert tier.statistics().faults == met
+    assert caplog.text.count("out of luck") == met
+    assert sorted(result.job_id for result in [*reported, *tier.get_finished_jobs()]) == [1, 2]
+
+
+@pytest.mark.parametrize("names", [[["unhashable"]], [key(0), ["unhashable"]], None])
+def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names):
+    store(tier, 1, keys(0), [0])
+    rows = [1] * len(names or [])
+    tier.submit_store(job(2, names, rows))
+    tier.submit_load(job(3, names, rows, load=True))
+    assert {job_id: result.success for job_id, result in finish(tier).items()} == {2: False, 3: False}
+    end_step(tier)
+    store(tier, 4, keys(*range(20, 36)), range(16))
+    assert tier.get_num_blocks() == 16, "a pin was left on a row"
+
+
+def test_r3_a_full_tier_and_present_keys_are_successes_of_no_bytes(primary):
+    tier = make_tier(primary, blocks=2)
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0, 1), [0, 1]))
+    tier.submit_store(job(2, keys(0, 1), [0, 1]))
+    tier.submit_store(job(3, keys(2), [2]))
+    now = {result.job_id: result for result in tier.get_finished_jobs()}
+    assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
+    tier._store._store_stream.release()
+    now |= finish(tier)
+    if "transfer_bytes" in helpers.RESULT_FIELDS:
+        assert {job_id: result.transfer_bytes for job_id, result in now.items()} == {1: 128, 2: 0, 3: 0}
+    assert tier.statistics().blocks_refused == 1
+    assert tier.statistics().blocks_present == 2
+    tier.shutdown()
+
+
+def test_r3_only_a_load_failed_in_part_names_the_keys_that_came(tier, primary):
+    store(tier, 1, keys(0, 1), [0, 1])
+    before = primary.copy()
+    primary[:] = 0
+    result = load(tier, 2, keys(0, 77, 1), [10, 11, 12])
+    assert not result.success
+    assert np.array_equal(primary[[10, 12]], before[[0, 1]])
+    assert not primary[11].any()
+    if "successful_keys" in helpers.RESULT_FIELDS:
+        assert set(result.successful_keys) == set(keys(0, 1))
+        assert load(tier, 3, keys(0), [10]).successful_keys is None
+        assert store(tier, 4, keys(5), [10]).successful_keys is None
+        assert load(tier, 5, keys(78), [10]).successful_keys is None
+
+
+@pytest.mark.parametrize("rows", [[1, 2], [32], [-1]])
+def test_r4_a_key_whose_load_failed_is_gone(tier, rows):
+    store(tier, 1, keys(0), [0])
+    assert not load(tier, 2, keys(0), rows).success
+    assert held(tier, keys(0)) == [False]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_r4_a_key_whose_copy_failed_is_gone_before_the_report(tier, refuses):
+    store(tier, 1, keys(0), [0])
+    tier._store._load_stream = FailingStream(refuses)
+    tier.submit_load(job(2, keys(0), [3], load=True))
+    results = list(tier.get_finished_jobs())
+    assert [result.success for result in results] == [False]
+    assert tier.lookup(key(0), request("r")) is MISS
+
+
+# ------------------------------------------------------------------------------------------------------ rules 5 to 9
+
+
+def test_r5_a_hit_stays_loadable_until_the_step_has_ended(primary):
+    tier = make_tier(primary, blocks=4)
+    before = primary.copy()
+    store(tier, 1, keys(0, 1), [0, 1])
+    store(tier, 2, keys(2, 3), [2, 3])
+    assert tier.lookup(key(0), request("r")) is HIT
+    store(tier, 3, keys(4, 5, 6, 7), [4, 5, 6, 7])
+    assert load(tier, 4, keys(0), [20]).success
+    assert np.array_equal(primary[20], before[0])
+    tier.shutdown()
+
+
+def test_r5_the_pin_ends_with_the_step_also_if_no_load_came(primary):
+    tier = make_tier(primary, blocks=2)
+    store(tier, 1, keys(0, 1), [0, 1])
+    tier.lookup(key(0), request("r"))
+    tier.lookup(key(1), request("r"))
+    store(tier, 2, keys(2), [2])
+    assert tier.get_num_blocks() == 2
+    assert tier.statistics().blocks_refused == 1
+    end_step(tier)
+    store(tier, 3, keys(3), [3])
+    assert held(tier, keys(3)) == [True]
+    tier.shutdown()
+
+
+def test_r5_a_load_may_follow_the_end_of_its_request(tier, primary):
+    before = primary.copy()
+    context = request("r")
+    store(tier, 1, keys(0), [0])
+    tier.on_new_request(context)
+    assert tier.lookup(key(0), context) is HIT
+    tier.on_request_finished(context)
+    assert load(tier, 2, keys(0), [9], context=context).success
+    assert np.array_equal(primary[9], before[0])
+
+
+def test_r5_unpinning_a_key_that_is_gone_does_nothing(tier):
+    store(tier, 1, keys(0), [0])
+    tier.lookup(key(0), request("r"))
+    load(tier, 2, keys(0), [99])  # fails: the key is gone while its hit is pinned
+    end_step(tier)
+    assert tier.statistics().rows_used == 0
+    assert tier.statistics().faults == 1
+
+
+def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
+    tier = make_tier(primary, blocks=2)
+    before = primary.copy()
+    store(tier, 1, keys(0, 1), [0, 1])
+    tier._store._load_stream.hold()
+    tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
+    tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
+    assert tier.get_num_blocks() == 0
+    tier.submit_store(job(4, keys(2, 3), [2, 3]))
+    tier._store._load_stream.release()
+    results = finish(tier)
+    assert results[2].success
+    assert np.array_equal(primary[[10, 11]], before[[0, 1]])
+    assert tier.statistics().blocks_refused == 2
+    store(tier, 5, keys(2, 3), [2, 3])
+    assert held(tier, keys(2, 3)) == [True, True]
+    tier.shutdown()
+
+
+def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
+    tier = make_tier(primary, blocks=1)
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0), [0]))
+    tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
+    tier.submit_store(job(3, keys(1), [1]))
+    assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
+    tier._store._store_stream.release()
+    finish(tier)
+    assert tier.get_num_blocks() == 0
+    assert tier.statistics().rows_used == 0
+    tier.shutdown()
+
+
+def test_r6_a_job_failed_in_part_is_reported_after_its_copies(tier):
+    store(tier, 1, keys(0), [0])
+    tier._store._load_stream.hold()
+    tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
+    assert list(tier.get_finished_jobs()) == []
+    tier._store._load_stream.release()
+    assert not finish(tier)[2].success
+
+
+def test_r6_a_failed_store_leaves_no_key_and_no_row(tier):
+    tier._store._store_stream = FailingStream()
+    assert not store(tier, 1, keys(0, 1), [0, 1]).success
+    assert held(tier, keys(0, 1)) == [False, False]
+    assert tier.statistics().rows_used == 0
+
+
+def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0), [0]))
+    assert tier.lookup(key(0), request("r")) is MISS
+    tier.submit_load(job(2, keys(0), [9], load=True))
+    assert [(result.job_id, result.success) for result in tier.get_finished_jobs()] == [(2, False)]
+
+
+def test_r7_loads_do_not_wait_for_stores(tier, primary):
+    before = primary.copy()
+    store(tier, 1, keys(0), [0])
+    tier._store._store_stream.hold()
+    tier.submit_store(job(2, keys(1, 2, 3), [1, 2, 3]))
+    tier.submit_load(job(3, keys(0), [20], load=True))
+    tier._store._loads[0].event.synchronize()
+    assert [result.job_id for result in tier.get_finished_jobs()] == [3]
+    assert np.array_equal(primary[20], before[0])
+
+
+def test_r8_lookup_asks_the_index_alone(tier):
+    store(tier, 1, keys(0), [0])
+    engine, arena = tier._store._engine, tier._store._arena
+    streams = tier._store._load_stream, tier._store._store_stream
+    tier._store._engine = tier._store._arena = tier._store._load_stream = tier._store._store_stream = None
+    assert tier.lookup(key(0), request("r")) is HIT
+    assert tier.lookup(key(1), request("r")) is MISS
+    assert tier.statistics().faults == 0
+    tier._store._engine, tier._store._arena = engine, arena
+    tier._store._load_stream, tier._store._store_stream = streams
+
+
+# --------------------------------------------------------------------------------------------------- rules 10 to 12
+
+
+def reset(tier) -> None:
+    """vLLM's word of a reset, in the words of its version."""
+    tier.drain_jobs()
+    if helpers.HAS_DETECTOR:
+        tier.bp_detector.reset()
+
+
+def test_r10_a_reset_forgets_what_was_stored_before(tier):
+    store(tier, 1, keys(0, 1), [0, 1])
+    reset(tier)
+    assert held(tier, keys(0, 1)) == [False, False]
+    assert tier.statistics().rows_used == 0
+    store(tier, 2, keys(0), [5])
+    assert held(tier, keys(0)) == [True]
+
+
+@pytest.mark.skipif(not helpers.HAS_DETECTOR, reason="before 0.31 a drain cannot be told from a reset")
+def test_r10_a_drain_alone_loses_nothing(tier):
+    store(tier, 1, keys(0), [0])
+    tier.submit_store(job(2, keys(1), [1]))
+    tier.drain_jobs()
+    assert [result.job_id for result in tier.get_finished_jobs()] == [2]
+    assert held(tier, keys(0, 1)) == [True, True]
+
+
+def test_r10_keep_on_reset_keeps_but_holds_promotions_back_for_a_step(primary):
+    tier = make_tier(primary, blocks=4, keep_on_reset=True)
+    store(tier, 1, keys(0), [0])
+    reset(tier)
+    assert tier.lookup(key(0), request("r")) is MISS
+    end_step(tier)
+    assert tier.lookup(key(0), request("r")) is HIT
+    tier.shutdown()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_r10_vllms_reset_cache_is_heard(keep):
+    world = World(primary_blocks=4, tier_blocks=16, keep_on_reset=keep)
+    context = request("old", keys(0))
+    world.start(context, keys(0))
+    world.offload(context, keys(0), lambda name: np.full(64, 7, np.uint8))
+    world.tier._store.drain()
+    world.step()
+    world.manager.reset_cache()
+    world.step()
+    if hasattr(world.manager, "on_reset_flushed"):
+        world.manager.on_reset_flushed()
+    fetched = world.fetch(context, key(0))
+    assert (fetched is not None) == keep
+    world.close()
+
+
+@pytest.mark.skipif(not helpers.HAS_DETECTOR, reason="vLLM has no back-pressure before 0.31")
+class TestDetector:
+    def configured(self, **options):
+        from vllm.v1.kv_offload.tiering.backpressure import DropStorePolicy, EMABackpressureDetector
+
+        return EMABackpressureDetector(high_water_s=0.01, low_water_s=0.001, policy=DropStorePolicy(), **options)
+
+    def test_r10_a_configured_detector_keeps_its_effects(self, primary):
+        detector = self.configured(warmup_completions=1)
+        tier = make_tier(primary, blocks=4, backpressure_detector=detector)
+        assert tier.bp_detector.should_store(1)
+        for _ in range(20):
+            tier.bp_detector.on_store_completed(1.0, 1 << 20)
+        assert detector.is_under_pressure()
+        assert not tier.bp_detector.should_store(3)
+        assert tier.bp_detector.policy.pop_stores_dropped() == (1, 3)
+        assert tier.bp_detector.stats == detector.stats
+        tier.bp_detector.store_latency_ema = 0.25
+        assert detector.store_latency_ema == 0.25
+        store(tier, 1, keys(0), [0])
+        tier.bp_detector.reset()
+        assert not detector.is_under_pressure()
+        assert tier.get_num_blocks() == 0
+        tier.shutdown()
+
+    def test_r10_a_detector_that_fails_to_reset_does_not_keep_the_blocks(self, primary):
+        detector = MagicMock()
+        detector.reset.side_effect = RuntimeError
+        tier = make_tier(primary, blocks=4, backpressure_detector=detector)
+        store(tier, 1, keys(0), [0])
+        with pytest.raises(RuntimeError):
+            tier.bp_detector.reset()
+        assert tier.get_num_blocks() == 0
+        tier.shutdown()
+
+    def test_r10_without_one_nothing_is_ever_held_back(self, tier):
+        detector = tier.bp_detector
+        detector.on_store_completed(100.0, 1)
+        detector.update(0.0, 1)
+        detector.on_store_failed()
+        assert detector.should_store(5)
+        assert not detector.is_under_pressure()
+        assert detector.stats == {}
+        detector.policy.on_store_skipped(1)
+        assert detector.policy.should_store(detector)
+        assert detector.policy.pop_stores_dropped() == (0, 0)
+        detector.policy.reset()
+
+
+def test_r11_shutdown_is_idempotent_and_lets_go_of_the_primary(primary):
+    threads = len(os.listdir("/proc/self/task"))
+    view = memoryview(primary)
+    tier = AsyncSecondaryTierManager(MagicMock(), view, "async")
+    store(tier, 1, keys(0), [0])
+    tier.shutdown()
+    tier.shutdown()
+    assert len(os.listdir("/proc/self/task")) == threads
+    assert tier._primary_kv_view is not view
+    assert view.nbytes, "vLLM's memoryview is not ours to release"
+    assert tier.lookup(key(0), request("r")) is MISS
+    view.release()
+
+
+def test_r11_vllms_region_closes_after_shutdown(caplog, monkeypatch):
+    region_module = pytest.importorskip("vllm.v1.kv_offload.cpu.shared_offload_region")
+    name = {"engine_id" if helpers._COUNT == "num_chunks" else "instance_id": f"async-tier-test-{os.getpid()}"}
+    if (
+        helpers._COUNT == "num_blocks"
+        and "engine_id" in region_module.SharedOffloadRegion.__init__.__code__.co_varnames
+    ):
+        name = {"engine_id": f"async-tier-test-{os.getpid()}"}
+    bytes_name = (
+        "kv_bytes_per_chunk"
+        if "kv_bytes_per_chunk" in region_module.SharedOffloadRegion.__init__.__code__.co_varnames
+        else "kv_bytes_per_block"
+    )
+    region = region_module.SharedOffloadRegion(
+        **name, **{helpers._COUNT: 4, bytes_name: 4096}, rank=None, cpu_page_size=4096
+    )
+    primary_tier = helpers.CPUPrimaryTierOffloadingManager(**{helpers._COUNT: 4, "mmap_region": region})
+    tier = AsyncSecondaryTierManager(MagicMock(), primary_tier.get_kv_memoryview(), "async")
+    manager = helpers.TieringOffloadingManager(primary_tier=primary_tier, secondary_tiers=[tier])
+    mapped = region.mmap_obj
+    store(tier, 1, keys(0), [0])
+    manager.shutdown()
+    assert mapped.closed
+    assert not os.path.exists(region.mmap_path)
+    assert "exported pointers" not in caplog.text
+
+
+def test_r11_r12_repeated_construction_leaks_nothing(primary):
+    def census():
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
+
+    make_tier(primary).shutdown()
+    before = census()
+    for _ in range(20):
+        tier = make_tier(primary, blocks=4)
+        store(tier, 1, keys(0), [0])
+        assert sorted(os.listdir("/dev/shm")) == before[2]
+        tier.shutdown()
+    assert census() == before
+
+
+def test_a_tier_that_nobody_shuts_down_ends_with_its_object(primary):
+    threads = len(os.listdir("/proc/self/task"))
+    tier = make_tier(primary, blocks=4)
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0), [0]))
+    del tier
+    assert len(os.listdir("/proc/self/task")) == threads
+
+
+# ------------------------------------------------------------------------------------------------------------ rule 13
+
+
+def eviction_order(tier, names, filler=1000) -> list[int]:
+    """Numbers of `names` in the order in which they go when others are stored one by one."""
+    gone: list[int] = []
+    for turn in range(len(names) + tier.statistics().capacity):
+        store(tier, filler + turn, keys(filler + turn), [31])
+        gone += [at for at, here in enumerate(held(tier, names)) if not here and at not in gone]
+    return gone
+
+
+def test_r13_later_blocks_of_a_request_go_first(primary):
+    tier = make_tier(primary, blocks=6)
+    names = keys(*range(6))
+    context = request("r", names)
+    tier.on_new_request(context)
+    tier.touch(names, context)
+    store(tier, 1, set(names[:3]), range(3), context=context)
+    store(tier, 2, set(names[3:]), range(3), context=context)
+    assert eviction_order(tier, names) == [5, 4, 3, 2, 1, 0]
+    tier.shutdown()
+
+
+def test_r13_a_later_job_never_evicts_an_earlier_one_of_its_request(primary):
+    tier = make_tier(primary, blocks=4)
+    names = keys(*range(6))
+    context = request("r", names)
+    tier.on_new_request(context)
+    tier.touch(names, context)
+    store(tier, 1, names[:3], range(3), context=context)
+    assert store(tier, 2, names[3:], range(3), context=context).success
+    assert held(tier, names) == [True] * 4 + [False] * 2
+    tier.shutdown()
+
+
+def test_r13_without_an_order_that_of_the_jobs_counts(primary):
+    tier = make_tier(primary, blocks=4)
+    context = request("r")
+    store(tier, 1, keys(0, 1), [0, 1], context=context)
+    store(tier, 2, keys(2, 3), [2, 3], context=context)
+    order = eviction_order(tier, keys(0, 1, 2, 3))
+    assert order == [3, 2, 1, 0]
+    tier.shutdown()
+
+
+def test_r13_unrelated_requests_go_by_recency(primary):
+    tier = make_tier(primary, blocks=6)
+    for number in range(3):
+        store(tier, number, keys(2 * number, 2 * number + 1), [0, 1])
+    assert eviction_order(tier, keys(*range(6))) == [1, 0, 3, 2, 5, 4]
+    tier.shutdown()
+
+
+def test_r13_lookups_refresh_their_blocks_in_reverse(primary):
+    tier = make_tier(primary, blocks=6)
+    for number in range(3):
+        store(tier, number, keys(2 * number, 2 * number + 1), [0, 1])
+    context = request("again", keys(0, 1))
+    for name in keys(0, 1):
+        assert tier.lookup(name, context) is HIT
+    end_step(tier)
+    assert eviction_order(tier, keys(*range(6))) == [3, 2, 5, 4, 1, 0]
+    tier.shutdown()
+
+
+@pytest.mark.skipif(not helpers.HAS_POSITIONS, reason="touch refreshes the prefix up to 0.30; see the next test")
+def test_r13_a_prefix_that_the_primary_served_outlives_what_follows_it(primary):
+    tier = make_tier(primary, blocks=6)
+    names = keys(*range(4))
+    first = request("turn 1", names[:2])
+    tier.on_new_request(first)
+    store(tier, 1, names[:2], [0, 1], context=first)
+    tier.on_request_finished(first)
+    store(tier, 2, keys(50, 51), [0, 1])
+    second = request("turn 2", names)
+    tier.on_new_request(second)
+    store(tier, 3, names[2:], [2, 3], context=second)
+    assert eviction_order(tier, [*names, *keys(50, 51)]) == [5, 4, 3, 2, 1, 0]
+    tier.shutdown()
+
+
+@pytest.mark.skipif(helpers.HAS_POSITIONS, reason="vLLM calls touch up to 0.30")
+def test_r13_touch_refreshes_a_prefix_in_order(primary):
+    tier = make_tier(primary, blocks=6)
+    names = keys(*range(4))
+    store(tier, 1, names[:2], [0, 1])
+    store(tier, 2, keys(50, 51), [0, 1])
+    second = request("turn 2")
+    tier.on_new_request(second)
+    tier.touch(names, second)
+    store(tier, 3, set(names[2:]), [2, 3], context=second)
+    assert eviction_order(tier, [*names, *keys(50, 51)]) == [5, 4, 3, 2, 1, 0]
+    tier.shutdown()
+
+
+def test_what_a_request_leaves_behind_ends_with_it(tier):
+    for number in range(50):
+        context = request(f"r{number}", keys(number))
+        tier.on_new_request(context)
+        tier.touch(keys(number), context)
+        tier.lookup(key(number), context)
+        store(tier, number, keys(number), [0], context=context)
+        tier.on_request_finished(context)
+        end_step(tier)
+    assert tier._orders == {}
+    assert tier._store._index._policy._open == {}
+
+
+# ------------------------------------------------------------------------------------------------- refusals, in words
+
+
+def test_workers_on_several_nodes_are_refused(primary):
+    spec = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(nnodes=2)))
+    with pytest.raises(ValueError, match="spread over 2 nodes"):
+        AsyncSecondaryTierManager(spec, memoryview(primary), "async")
+
+
+def test_replicas_on_several_nodes_are_not(primary):
+    parallel = SimpleNamespace(nnodes=2, nnodes_within_dp=1)
+    spec = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+    AsyncSecondaryTierManager(spec, memoryview(primary), "async").shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bytes_to_us": 1}, "unknown key 'bytes_to_us'.*bytes_to_use.*copy_threads"),
+        ({"bytes_to_use": "much"}, "bytes_to_use must be .*'much'"),
+        ({"bytes_to_use": 63}, "bytes_to_use must hold at least one block of 64 bytes"),
+        ({"engine": "cuda"}, "engine 'cuda' is not available"),
+        ({"pool": "cuda:0"}, "pool 'cuda:0' needs engine 'cuda'"),
+        ({"copy_threads": 0}, "copy_threads must be an integer from 1 to 64, not 0"),
+        ({"keep_on_reset": "yes"}, "keep_on_reset must be true or false, not 'yes'"),
+        ({"locality": "HERE"}, "locality must be .*'HERE'"),
+        ({"custom_param": "x"}, "custom_param must be an integer, not 'x'"),
+    ],
+)
+def test_r14_a_bad_configuration_fails_in_one_sentence(primary, options, words):
+    threads = len(os.listdir("/proc/self/task"))
+    with pytest.raises(ValueError, match=words) as error:
+        AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **options)
+    assert "\n" not in str(error.value)
+    assert len(os.listdir("/proc/self/task")) == threads
+
+
+def test_r14_more_memory_than_there_is_is_refused(primary):
+    with pytest.raises(MemoryError, match=r"the tier asks for 1024.0 TiB .* set bytes_to_use to less"):
+        make_tier(primary, bytes_to_use=1 << 50)
