@@ -605,6 +605,9 @@ static PyObject *engine_submit(PyObject *self, PyObject *args) {
         else
             job->segments[job->count++] = (Segment){(char *)(uintptr_t)d[i], (const char *)(uintptr_t)s[i], size};
     }
+    size_t total = 0;
+    for (size_t i = 0; i < job->count && total <= PIECE_BYTES; i++)
+        total += job->segments[i].size;
     job->queue = queue_index;
     atomic_init(&job->state, JOB_OPEN);
     atomic_init(&job->refs, 2); /* the handle and the core */
@@ -619,24 +622,26 @@ static PyObject *engine_submit(PyObject *self, PyObject *args) {
     atomic_fetch_add(&core->refs, 1);
     result = (PyObject *)handle;
 
+    int queued = 0;
     pthread_mutex_lock(&core->lock);
     if (core->stop || job->count == 0) {
         job->cancelled = core->stop;
         end_job(core, job);
     } else {
+        queued = 1;
         Queue *queue = &core->queues[queue_index];
         if (queue->tail)
             queue->tail->after = job;
         else
             queue->head = job;
         queue->tail = job;
-        /* More than one piece: more than one thread can help. */
-        if (core->thread_count > 1 && (job->count > 1 || job->segments[0].size > PIECE_BYTES))
-            pthread_cond_broadcast(&core->work);
-        else
-            pthread_cond_signal(&core->work);
     }
     pthread_mutex_unlock(&core->lock);
+    /* Without the lock, so that nobody wakes up to wait for it. One piece is work for one thread. */
+    if (queued && total > PIECE_BYTES)
+        pthread_cond_broadcast(&core->work);
+    else if (queued)
+        pthread_cond_signal(&core->work);
 
 release_all:
     if (has_sizes)

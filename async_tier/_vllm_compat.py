@@ -106,19 +106,25 @@ def node_count(offloading_spec: Any) -> int:
 
 
 class RequestOrder:
-    """The order of a request's blocks from the positions that vLLM 0.31 and later note in its ReqContext."""
+    """The order of a request's blocks from the positions that vLLM 0.31 and later note in its ReqContext.
 
-    __slots__ = ("_context", "position")
+    vLLM notes them in prefix order in a dict that has no public name. Where it is found it is asked directly, which
+    takes half the time of the public method; it is also the only way to what comes before a key.
+    """
+
+    __slots__ = ("_places", "position")
 
     def __init__(self, context: Any) -> None:
-        self._context = context
-        self.position: Callable[[bytes], int | None] = context.get_offload_key_position
+        places = getattr(context, "_offload_key_positions", None)
+        self._places: dict[bytes, int] = places if isinstance(places, dict) else {}
+        self.position: Callable[[bytes], int | None] = (
+            places.get if isinstance(places, dict) else context.get_offload_key_position
+        )
 
     def previous(self, key: bytes) -> bytes | None:
-        """See SequenceOrder.previous. vLLM notes positions in prefix order, but has no public way to list them."""
-        places = getattr(self._context, "_offload_key_positions", None)
-        place = self.position(key)
-        if not places or place is None or next(iter(places)) == key:
+        places = self._places
+        place = places.get(key)
+        if place is None or next(iter(places)) == key:
             return None
         return next((other for other in reversed(places) if places[other] < place), None)
 

@@ -10,7 +10,7 @@ import errno
 import mmap
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,19 @@ class Rows:
     count: int
     row_bytes: int
     stride: int
+    _stride: np.uint64 = field(init=False, repr=False, compare=False)
+    _address: np.uint64 = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # As numpy scalars, made once: making one costs as much as adding it to a short array.
+        object.__setattr__(self, "_stride", np.uint64(self.stride))
+        object.__setattr__(self, "_address", np.uint64(self.address))
 
     def addresses(self, rows: np.ndarray) -> np.ndarray:
-        """The addresses (uint64) of row numbers `rows` (any integer type, all below `count`)."""
-        return rows.astype(np.uint64) * np.uint64(self.stride) + np.uint64(self.address)
+        """The addresses (uint64) of row numbers `rows` (uint64, all below `count`)."""
+        addresses = rows * self._stride
+        addresses += self._address
+        return addresses
 
     @classmethod
     def of_view(cls, view: memoryview) -> Rows:

@@ -169,30 +169,26 @@ class BlockStore:
         if sources is None:
             self._finish(job_id, success=False)
             return
-        taken = self._index.reserve(keys, sequence, order)
-        if not taken:
-            self._count_left_out(keys, taken)
+        new, arena_rows = self._index.reserve(keys, sequence, order)
+        if len(new) < len(keys):
+            self._count_left_out(keys, new)
+            at = {key: place for place, key in enumerate(keys)}
+            sources = sources[[at[key] for key in new]]
+        if not new:
             self._store_jobs += 1
             self._finish(job_id, success=True)
             return
-        if len(taken) < len(keys):
-            self._count_left_out(keys, taken)
-            wanted: dict[bytes, int] = {}
-            for at, key in enumerate(keys):
-                if key in taken:
-                    wanted.setdefault(key, at)
-            keys = list(wanted)
-            sources = sources[list(wanted.values())]
-        arena_rows = [taken[key] for key in keys]
         try:
             event = self._store_stream.copy(
-                self._rows.addresses(np.array(arena_rows)), self.primary.addresses(sources), self.primary.row_bytes
+                self._rows.addresses(np.array(arena_rows, dtype=np.uint64)),
+                self.primary.addresses(sources),
+                self.primary.row_bytes,
             )
         except Exception as error:
-            self._index.drop_filling(keys, arena_rows)
+            self._index.drop_filling(new, arena_rows)
             self.fail(job_id, "queue a store", error)
             return
-        self._stores.append(_Job(job_id, event, keys, arena_rows, missing=False))
+        self._stores.append(_Job(job_id, event, new, arena_rows, missing=False))
 
     def submit_load(self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
@@ -221,7 +217,9 @@ class BlockStore:
             return
         try:
             event = self._load_stream.copy(
-                self.primary.addresses(targets), self._rows.addresses(np.array(arena_rows)), self.primary.row_bytes
+                self.primary.addresses(targets),
+                self._rows.addresses(np.array(arena_rows, dtype=np.uint64)),
+                self.primary.row_bytes,
             )
         except Exception as error:
             self._index.unpin(arena_rows)
@@ -359,12 +357,12 @@ class BlockStore:
         if self._closed:
             self.fault(f"take job {job_id}", "the tier is shut down")
             return None
-        try:
-            # A negative number becomes one beyond any count.
-            numbers = np.asarray(rows, dtype=np.int64).astype(np.uint64)
-        except (TypeError, ValueError, OverflowError) as error:
-            self.fault(f"take job {job_id}", error)
+        given = np.asarray(rows)
+        if given.dtype.kind not in "iu" and given.size:
+            self.fault(f"take job {job_id}", f"row numbers must be integers, not {given.dtype}")
             return None
+        # A negative number becomes one beyond any count.
+        numbers = given.astype(np.uint64)
         if numbers.shape != (len(keys),):
             self.fault(f"take job {job_id}", f"{len(keys)} keys but row numbers of shape {numbers.shape}")
             return None
@@ -373,7 +371,8 @@ class BlockStore:
             return None
         return numbers
 
-    def _count_left_out(self, keys: list[bytes], taken: dict[bytes, int]) -> None:
+    def _count_left_out(self, keys: list[bytes], new: Sequence[bytes]) -> None:
+        taken = set(new)
         present = sum(1 for key in keys if key not in taken and self._index.state(key))
         self._blocks_present += present
         self._blocks_refused += len(keys) - len(taken) - present

@@ -33,8 +33,10 @@ class EvictionPolicy(ABC):
         self._pins = pins
 
     @abstractmethod
-    def store(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """`keys`, new in `rows`, are being stored for the sequence."""
+    def store(
+        self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
+    ) -> None:
+        """`keys`, at least one and all new, are being stored into `rows` for the sequence."""
 
     @abstractmethod
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
@@ -105,16 +107,18 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._open: dict[str, _Run] = {}
         self._run_of: list[_Run | None] = [None] * len(pins)
 
-    def store(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
+    def store(
+        self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
+    ) -> None:
         run = self._run(sequence)
         first = not run.keys
         self._append(run, keys, order)
         if first and order is not None and (previous := order.previous(run.keys[0])) is not None:
             # What comes before is here too, but was not used through us: the primary or the GPU had it.
             run.prefix = self._run_of[self._rows[previous]] if previous in self._rows else None
-        rows, run_of = self._rows, self._run_of
-        for key in keys:
-            run_of[rows[key]] = run
+        run_of = self._run_of
+        for row in rows:
+            run_of[row] = run
         run.live += len(keys)
         self._renew(run)
 
@@ -199,15 +203,17 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def _append(self, run: _Run, keys: Sequence[bytes], order: SequenceOrder | None) -> None:
         """Put `keys` where they belong in `run`: by position if all are known, else behind what is there."""
-        places = {key: order.position(key) for key in keys} if order is not None else {}
-        known = [(place, key) for key, place in places.items() if place is not None]
-        if order is None or len(known) < len(keys):
+        if order is None:
             run.keys.extend(keys)
             return
-        known.sort()
+        try:
+            keys = sorted(keys, key=order.position)  # type: ignore[arg-type]
+        except TypeError:  # None does not compare: not all are known
+            run.keys.extend(keys)
+            return
         last = order.position(run.keys[-1]) if run.keys else None
-        run.keys.extend(key for _, key in known)
-        if last is not None and last > known[0][0]:
+        run.keys.extend(keys)
+        if last is not None and (first := order.position(keys[0])) is not None and first < last:
             # Out of order, as with sliding windows. Keys of unknown place keep to the start.
             run.keys.sort(key=lambda key: -1 if (place := order.position(key)) is None else place)
 
@@ -215,6 +221,9 @@ class LeastRecentlyUsed(EvictionPolicy):
         """Make `run` the newest, and what it follows newer than it."""
         if run.live == 0:
             self._drop(run)
+            return
+        if run.prefix is None:
+            self._runs.move_to_end(run)
             return
         seen: set[_Run] = set()
         link: _Run | None = run

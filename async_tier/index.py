@@ -68,33 +68,32 @@ class BlockIndex:
             pinned, self._step_pins = self._step_pins, []
             self.unpin(pinned)
 
-    def reserve(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> dict[bytes, int]:
-        """Rows for those of `keys` that are neither here nor on their way, now FILLING and pinned once.
+    def reserve(
+        self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None
+    ) -> tuple[Sequence[bytes], list[int]]:
+        """(new keys, their rows): those of `keys` that are neither here nor on their way, now FILLING and pinned once.
 
         Takes free rows, then evicts. Keys for which there is no row are left out, those that come last in the
-        sequence first: a prefix without its end is of use, an end without its prefix is not.
+        sequence first: a prefix without its end is of use, an end without its prefix is not. The new keys are in the
+        order of `keys`, and `keys` itself where all are new.
         """
         row_of = self._row_of
-        if row_of.keys().isdisjoint(keys):
-            new = list(dict.fromkeys(keys))
-        else:
+        new = keys
+        if len(set(keys)) < len(keys) or not row_of.keys().isdisjoint(keys):
             new = [key for key in dict.fromkeys(keys) if key not in row_of]
         rows = self._take(len(new), sequence)
         if len(rows) < len(new):
-            if order is not None:  # keys of unknown place last
-                new.sort(key=lambda key: math.inf if (place := order.position(key)) is None else place)
-            del new[len(rows) :]
-        taken = dict(zip(new, rows, strict=True))
-        if not taken:
-            return taken
-        row_of.update(taken)
+            new = _first(new, len(rows), order)
+        if not rows:
+            return new, rows
+        row_of.update(zip(new, rows, strict=True))
         self.filling += len(rows)
         state, pins = self._state, self._pins
         for row in rows:
             state[row] = FILLING
             pins[row] = 1
-        self._policy.store(new, sequence, order)
-        return taken
+        self._policy.store(new, rows, sequence, order)
+        return new, rows
 
     def fill(self, rows: Iterable[int]) -> None:
         """The store that filled `rows` has ended well: READY, unless the key was dropped meanwhile."""
@@ -184,3 +183,15 @@ class BlockIndex:
     def _give_back(self, row: int) -> None:
         self._state[row] = FREE
         self._free.append(row)
+
+
+def _first(keys: Sequence[bytes], count: int, order: SequenceOrder | None) -> list[bytes]:
+    """The `count` of `keys` that come first in the sequence, in the order of `keys`. Those of unknown place last."""
+    if order is None:
+        return list(keys[:count])
+
+    def place(key: bytes) -> float:
+        return math.inf if (place := order.position(key)) is None else place
+
+    chosen = set(sorted(keys, key=place)[:count])
+    return [key for key in keys if key in chosen]

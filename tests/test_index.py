@@ -32,9 +32,9 @@ class Order:
 
 def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order | None = None) -> dict[bytes, int]:
     """Store, and be done."""
-    taken = index.reserve(names(text), sequence, order)
-    index.fill(taken.values())
-    return taken
+    new, rows = index.reserve(names(text), sequence, order)
+    index.fill(rows)
+    return dict(zip(new, rows, strict=True))
 
 
 def here(index: BlockIndex, text: str) -> str:
@@ -70,7 +70,7 @@ def test_keys_here_or_on_their_way_are_not_reserved_again():
     index = BlockIndex(4)
     put(index, "a")
     index.reserve(names("b"), None, None)
-    assert list(index.reserve(names("a b c"), None, None)) == names("c")
+    assert index.reserve(names("a b c"), None, None)[0] == names("c")
 
 
 def test_a_prefix_is_kept_where_not_all_fits():
@@ -201,7 +201,7 @@ class IndexMachine(RuleBasedStateMachine):
         pinned = [row for row, pins in enumerate(self.index._pins) if pins]
         pins = list(self.index._pins)
         here = {key: self.index.state(key) for key in keys}
-        taken = self.index.reserve(keys, sequence, None)
+        taken = dict(zip(*self.index.reserve(keys, sequence, None), strict=True))
         assert not set(taken.values()) & set(pinned), "a pinned row was reused"
         assert all(here[key] == FREE for key in taken)
         assert len(set(taken.values())) == len(taken)

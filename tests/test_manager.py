@@ -219,6 +219,16 @@ def test_r3_an_unexpected_error_is_counted_and_does_not_get_out(primary, method,
     assert sorted(result.job_id for result in [*reported, *tier.get_finished_jobs()]) == [1, 2]
 
 
+@pytest.mark.parametrize("is_load", [False, True])
+@pytest.mark.parametrize("rows", [[0, 1], [], [[0]], [32], [-1], [2**31 - 1]])
+def test_r3_unequal_lengths_and_rows_out_of_range_fail(tier, is_load, rows):
+    store(tier, 1, keys(0), [0])
+    for job_id, names in ((2, keys(0)), (3, keys(9))):
+        assert not (load if is_load else store)(tier, job_id, names, rows).success
+    assert tier.statistics().faults == 2
+    assert held(tier, keys(0, 9)) == [not is_load, False]
+
+
 @pytest.mark.parametrize("names", [[["unhashable"]], [key(0), ["unhashable"]], None])
 def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names):
     store(tier, 1, keys(0), [0])

@@ -1,0 +1,337 @@
+# ruff: noqa: E501 - lines of the source, as they are
+"""Breaks the line that keeps each rule, one at a time, and shows that a test fails.
+
+Run by `python -m tests.mutants [WORD ...]`.
+
+Works on a copy of the project. A mutant is (rule, file, line as it is, line as it would be wrong); the tests that have
+to catch it are the fast ones of the file's subject. With words, only mutants whose rule or file contains one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Longer than any of the test files takes, several times over: a mutant that hangs is caught too.
+TIMEOUT_S = 240
+
+TIER = ("test_manager.py", "test_index.py")
+BACKEND = ("test_cpu_backend.py",)
+ENGINE = ("test_host_copy.py",)
+MEMORY = ("test_arena.py", "test_manager.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    rule: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...] = TIER
+
+
+MUTANTS = [
+    Mutant(
+        "R1 poll never waits",
+        "block_store.py",
+        "while queue and queue[0].event.is_done:",
+        "while queue and not queue[0].event.synchronize():",
+    ),
+    Mutant(
+        "R1 drain waits",
+        "block_store.py",
+        "                job.event.synchronize()\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "R2 a job without copies is reported",
+        "block_store.py",
+        "            self._store_jobs += 1\n            self._finish(job_id, success=True)",
+        "            self._store_jobs += 1",
+    ),
+    Mutant(
+        "R2 a job is reported once",
+        "block_store.py",
+        "finished, self._finished = self._finished, []",
+        "finished = self._finished",
+    ),
+    Mutant(
+        "R2 a shut down tier still reports",
+        "block_store.py",
+        "        self._engine.close()\n        self.drain()",
+        "        self._engine.close()",
+    ),
+    Mutant(
+        "R3 a store's fault does not get out",
+        "manager.py",
+        'self._store.fail(job_metadata.job_id, "store blocks", error)',
+        "raise",
+    ),
+    Mutant(
+        "R3 a load's fault does not get out",
+        "manager.py",
+        'self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys or ())',
+        "raise",
+    ),
+    Mutant(
+        "R3 a refused copy gives its rows back",
+        "block_store.py",
+        "            self._index.drop_filling(keys, arena_rows)\n            self.fail(",
+        "            self.fail(",
+    ),
+    Mutant(
+        "R3 rows out of range fail",
+        "block_store.py",
+        "if len(keys) and int(numbers.max()) >= self.primary.count:",
+        "if False:",
+    ),
+    Mutant("R3 lengths must agree", "block_store.py", "if numbers.shape != (len(keys),):", "if False:"),
+    Mutant(
+        "R3 only a load in part names its keys",
+        "block_store.py",
+        "loaded = tuple(job.keys) if job.missing else None",
+        "loaded = tuple(job.keys)",
+    ),
+    Mutant(
+        "R4 a load that cannot be gone forgets its keys",
+        "block_store.py",
+        "            self._index.drop(keys)\n            self._finish(job_id, success=False)\n            return\n"
+        "        arena_rows",
+        "            self._finish(job_id, success=False)\n            return\n        arena_rows",
+    ),
+    Mutant(
+        "R4 a load whose copy failed forgets its keys",
+        "block_store.py",
+        "            self._index.drop(job.keys)\n",
+        "",
+    ),
+    Mutant(
+        "R4 a load that was refused forgets its keys",
+        "block_store.py",
+        'self.fail(job_id, "queue a load", error, keys)',
+        'self.fail(job_id, "queue a load", error)',
+    ),
+    Mutant(
+        "R5 a hit is pinned",
+        "index.py",
+        "        self._pins[row] += 1\n        self._step_pins.append(row)\n",
+        "",
+    ),
+    Mutant("R5 the pin ends with the step", "index.py", "            self.unpin(pinned)", "            pass"),
+    Mutant("R6 a load pins its rows", "index.py", "                pins[row] += 1\n            else", "                pass\n            else"),
+    Mutant("R6 a store pins its rows", "index.py", "            pins[row] = 1\n", "            pins[row] = 0\n"),
+    Mutant(
+        "R6 a row without a key waits for its pins",
+        "index.py",
+        "        self._state[row] = ORPHAN\n        if not self._pins[row]:",
+        "        self._state[row] = ORPHAN\n        if True:",
+    ),
+    Mutant(
+        "R6 a failed store leaves no key",
+        "block_store.py",
+        "        if job.event.failed:\n            self._index.drop_filling(job.keys, job.rows)",
+        "        if job.event.failed:\n            self._index.fill(job.rows)",
+    ),
+    Mutant(
+        "R6 a load of a block on its way fails",
+        "index.py",
+        "if row >= 0 and state[row] == READY:\n                pins",
+        "if row >= 0:\n                pins",
+    ),
+    Mutant(
+        "R6 a block on its way is no hit",
+        "index.py",
+        "if row < 0 or self._state[row] != READY:",
+        "if row < 0:",
+    ),
+    Mutant(
+        "R7 loads before stores",
+        "streams/host.py",
+        "self.load_stream = HostStream(engine, 1)\n        self.store_stream = HostStream(engine, 2)",
+        "self.load_stream = HostStream(engine, 2)\n        self.store_stream = HostStream(engine, 1)",
+        ENGINE,
+    ),
+    Mutant(
+        "R8 lookup asks the index alone",
+        "block_store.py",
+        "        if not self._index.pin_hit(key):",
+        "        if not self._engine.load_stream or not self._index.pin_hit(key):",
+    ),
+    Mutant("R10 a reset clears", "manager.py", "            self._store.clear()", "            pass"),
+    Mutant("R10 a reset is heard", "_vllm_compat.py", "                on_reset()\n", "                pass\n"),
+    Mutant(
+        "R10 a kept tier holds back for a step",
+        "manager.py",
+        "            self._hold_lookups = True",
+        "            pass",
+    ),
+    Mutant("R10 the hold ends", "manager.py", "        self._hold_lookups = False\n        try", "        try"),
+    Mutant("R10 the detector is reset too", "_vllm_compat.py", "            self._detector.reset()", "            pass"),
+    Mutant(
+        "R11 the primary is let go of",
+        "manager.py",
+        '        self._primary_kv_view = memoryview(b"")',
+        "        pass",
+    ),
+    Mutant(
+        "R11 the threads end",
+        "block_store.py",
+        "        self._engine.close()\n        self.drain()",
+        "        self.drain()",
+    ),
+    Mutant(
+        "R11 the primary is not exported",
+        "arena.py",
+        "        array = np.asarray(view)\n",
+        "        array = np.asarray(view)\n        cls.kept = array\n",
+        MEMORY,
+    ),
+    Mutant(
+        "R12 the arena has no name",
+        "arena.py",
+        "mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)",
+        'mmap.mmap((lambda f: f.truncate(length) and f.fileno())(open("/dev/shm/async-tier-mutant", "wb+")), length)',
+        MEMORY,
+    ),
+    Mutant("R12 out of core dumps", "arena.py", "(mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK)", "(mmap.MADV_DONTFORK,)", MEMORY),
+    Mutant("R12 out of children", "arena.py", "(mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK)", "(mmap.MADV_DONTDUMP,)", MEMORY),
+    Mutant("R13 from the end of a sequence", "eviction.py", "key = keys.pop()", "key = keys.pop(0)"),
+    Mutant("R13 order by position", "eviction.py", "        known.sort()\n", ""),
+    Mutant("R13 a request does not evict its own", "eviction.py", "            if run is own:\n", "            if False:\n"),
+    Mutant("R13 a later job renews its sequence", "eviction.py", "            self._runs.move_to_end(link)\n", ""),
+    Mutant("R13 what comes before is renewed too", "eviction.py", "            link = link.prefix\n", "            link = None\n"),
+    Mutant(
+        "R13 what comes before is found by the order",
+        "eviction.py",
+        "run.prefix = self._run_of[self._rows[previous]] if previous in self._rows else None",
+        "pass",
+    ),
+    Mutant(
+        "R13 lookups are uses",
+        "block_store.py",
+        "                self._index.use(keys, sequence, order)",
+        "                pass",
+    ),
+    Mutant(
+        "R13 a prefix is what is kept",
+        "index.py",
+        "                new.sort(key=lambda key: math.inf if (place := order.position(key)) is None else place)",
+        "                pass",
+    ),
+    Mutant("R14 unknown keys are refused", "config.py", "            if key not in known:", "            if False:"),
+    Mutant("R14 values are checked", "config.py", "        config._check()\n", ""),
+    Mutant(
+        "R14 memory is checked",
+        "arena.py",
+        "        refuse_if_unavailable(size)\n",
+        "",
+        MEMORY,
+    ),
+    Mutant("several nodes are refused", "manager.py", "        if nodes > 1:", "        if False:"),
+    Mutant(
+        "copy threads run where the user allows",
+        "streams/host.py",
+        "            os.sched_setaffinity(thread, _allowed_cpus())",
+        "            pass",
+        ENGINE,
+    ),
+    Mutant(
+        "C: loads before stores",
+        "_host_copy.c",
+        "for (int i = 0; i < core->queue_count; i++) {\n        Queue *queue = &core->queues[i];\n        if (queue->head && queue->budget",
+        "for (int i = core->queue_count - 1; i >= 0; i--) {\n        Queue *queue = &core->queues[i];\n        if (queue->head && queue->budget",
+        ENGINE,
+    ),
+    Mutant(
+        "C: jobs of an ordered queue run in order",
+        "_host_copy.c",
+        " && !(queue->ordered && queue->running)",
+        "",
+        ENGINE,
+    ),
+    Mutant(
+        "C: a job ends with its last piece",
+        "_host_copy.c",
+        "if (--job->outstanding == 0 && (job->next == job->count || job->cancelled))",
+        "if (--job->outstanding >= 0 && job->next == job->count)",
+        ENGINE,
+    ),
+    Mutant("C: a child is told", "_host_copy.c", "atomic_fetch_add(&fork_generation, 1);", "", ENGINE),
+    Mutant("C: synchronize lets go of the GIL", "_host_copy.c", "    do { /* in slices, so that Ctrl-C is heard */\n        Py_BEGIN_ALLOW_THREADS", "    do {\n        {", ENGINE),
+    Mutant("C: the tail of a copy", "_host_copy.c", "        memcpy(dst, src, n);                                                                                           \\\n        _mm_sfence();", "        _mm_sfence();", ENGINE),
+    Mutant("CPU backend: wait waits", "cpu_backend.py", "                event.synchronize()", "                pass", BACKEND),
+    Mutant("CPU backend: jobs in order", "cpu_backend.py", "HostEngine(threads, ordered=True)", "HostEngine(threads)", BACKEND),
+    Mutant("CPU backend: partial first chunk", "cpu_backend.py", "skipped = index % factor", "skipped = 0", BACKEND),
+    Mutant(
+        "CPU backend: a job is reported when done",
+        "cpu_backend.py",
+        "while queue and queue[0].event.is_done:",
+        "while queue:",
+        BACKEND,
+    ),
+    Mutant(
+        "CPU backend: expedited loads pass others",
+        "cpu_backend.py",
+        "self.engine.expedited_stream",
+        "self.engine.load_stream",
+        BACKEND,
+    ),
+]  # fmt: skip
+
+
+def caught(mutant: Mutant, folder: Path) -> bool:
+    """Whether the tests fail with the line broken."""
+    path = folder / "async_tier" / mutant.file
+    source = path.read_text()
+    assert source.count(mutant.before) >= 1, f"the line of {mutant.rule!r} is no longer in {mutant.file}"
+    changed = source.replace(mutant.before, mutant.after)
+    if mutant.rule == "C: synchronize lets go of the GIL":
+        at = changed.index("Py_END_ALLOW_THREADS", changed.index("job_synchronize"))
+        changed = changed[:at] + "}" + changed[at + len("Py_END_ALLOW_THREADS") :]
+    path.write_text(changed)
+    try:
+        if mutant.file.endswith(".c"):
+            build(folder)
+        tests = [str(folder / "tests" / name) for name in mutant.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        code = subprocess.run(command, cwd=folder, capture_output=True, timeout=TIMEOUT_S).returncode
+        return code == 1 or code < 0  # failed, or killed by a signal
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(source)
+        if mutant.file.endswith(".c"):
+            build(folder)
+
+
+def build(folder: Path) -> None:
+    """Compile the extension in place."""
+    script = "from setuptools import setup; setup()"
+    subprocess.run(
+        [sys.executable, "-c", script, "build_ext", "--inplace"], cwd=folder, capture_output=True, check=True
+    )
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(word.lower() in f"{m.rule} {m.file}".lower() for word in words)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "project"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+        for number, mutant in enumerate(chosen, start=1):
+            verdict = caught(mutant, folder)
+            print(f"{number:3} of {len(chosen)}  {'caught  ' if verdict else 'SURVIVED'}  {mutant.rule}", flush=True)
+            if not verdict:
+                survivors.append(mutant.rule)
+    Path("/dev/shm/async-tier-mutant").unlink(missing_ok=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
