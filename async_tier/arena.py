@@ -85,7 +85,10 @@ class Arena:
         # Room to start on a huge page's boundary.
         length = size + (_HUGE_PAGE if size >= _HUGE_PAGE else 0)
         length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map: mmap.mmap | None = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map: mmap.mmap | None = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:  # an address-space limit, or no overcommitment
+            raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {error}") from error
         for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):
             self._map.madvise(advice)
         try:

@@ -251,7 +251,10 @@ class BlockStore:
         self._index.use(keys, sequence, order)
 
     def finish_sequence(self, sequence: str) -> None:
-        """Nothing more will be stored for the sequence."""
+        """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
+        hits = self._step_hits.pop(sequence, None)
+        if hits is not None:
+            self._index.use(hits[0], sequence, hits[1])
         self._index.finish(sequence)
 
     def fault(self, doing: str, reason: object) -> None:

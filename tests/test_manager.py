@@ -690,6 +690,7 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         tier.touch(keys(number), context)
         tier.lookup(key(number), context)
         store(tier, number, keys(number), [0], context=context)
+        assert tier.lookup(key(number), context) is HIT
         tier.on_request_finished(context)
         end_step(tier)
     assert tier._orders == {}
