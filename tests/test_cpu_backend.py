@@ -1,0 +1,784 @@
+"""The CPU backend's worker, byte for byte against vLLM's own transfer handler, and as vLLM's connector drives it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import numpy as np
+import pytest
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata, TransferJob
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    GPULoadStoreSpec,
+)
+from vllm.v1.kv_offload.config import (
+    OffloadingCacheConfig,
+    OffloadingConfig,
+    OffloadingGroupConfig,
+    OffloadingModelConfig,
+    OffloadingParallelConfig,
+)
+from vllm.v1.kv_offload.cpu import gpu_worker
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+
+from async_tier.cpu_backend import CPUBackendTieringSpec, HostOffloadingWorker
+from tests.helpers import PATIENCE_S, returns
+
+# Bytes of a block in each KV cache tensor, and by KV group (tensor, bytes that the layer uses of the page). The groups
+# share tensor 0, as vLLM's do where layers overlay each other; two layers leave padding at the end of their pages.
+PAGES = (96, 160, 64)
+GROUPS = (((0, 96), (1, 120)), ((2, 64), (0, 80)))
+BLOCKS_PER_CHUNK = 3
+BLOCKS, CHUNKS = 40, 20
+# A copy thread takes this much at a time.
+PIECE = 2 << 20
+
+
+def shared_memory_path(engine_id: str) -> str:
+    return f"/dev/shm/vllm_offload_{engine_id}.mmap"
+
+
+def make_config(
+    engine_id: str,
+    pages: Sequence[int] = PAGES,
+    chunks: int = CHUNKS,
+    blocks_per_chunk: int = BLOCKS_PER_CHUNK,
+    rank: int = 0,
+    world_size: int = 1,
+    replicated_layout: bool = False,
+    canonical_layout: bool = False,
+    **extra_config: Any,
+) -> OffloadingConfig:
+    copies = 1 if replicated_layout else world_size
+    row_bytes = -(-sum(pages) * blocks_per_chunk * copies // 4096) * 4096
+    return OffloadingConfig(
+        groups=(OffloadingGroupConfig(16, ("layer",), 0),),
+        worker_kv_bytes_per_block=sum(pages),
+        enable_kv_cache_events=False,
+        extra_config={"cpu_bytes_to_use": chunks * row_bytes, **extra_config},
+        engine_id=engine_id,
+        model=OffloadingModelConfig("model", "float16"),
+        cache=OffloadingCacheConfig(16, blocks_per_chunk),
+        parallel=OffloadingParallelConfig(rank, world_size, world_size, 1, 1, 1, 0, 1, None, False),
+        replicated_layout=replicated_layout,
+        canonical_layout=canonical_layout,
+    )
+
+
+def make_kv_caches(
+    pages: Sequence[int] = PAGES,
+    groups: Sequence[Sequence[tuple[int, int]]] = GROUPS,
+    blocks: int = BLOCKS,
+    devices: Sequence[str] = (),
+) -> CanonicalKVCaches:
+    """KV caches of random bytes."""
+    devices = devices or ["cpu"] * len(pages)
+    return CanonicalKVCaches(
+        [
+            CanonicalKVCacheTensor(torch.randint(-128, 128, (blocks, page), dtype=torch.int8).to(device), page)
+            for page, device in zip(pages, devices, strict=True)
+        ],
+        [[CanonicalKVCacheRef(tensor, used) for tensor, used in group] for group in groups],
+    )
+
+
+@dataclass
+class Memory:
+    """What the KV caches and the primary hold. One row of `primary`, int8, is one chunk of all workers."""
+
+    caches: list[np.ndarray]
+    primary: np.ndarray
+
+    def copy(self) -> Memory:
+        return Memory([cache.copy() for cache in self.caches], np.array(self.primary))
+
+    def assert_equals(self, other: Memory) -> None:
+        for number, (ours, theirs) in enumerate(zip(self.caches, other.caches, strict=True)):
+            assert np.array_equal(ours, theirs), f"KV cache tensor {number} differs"
+        assert np.array_equal(self.primary, other.primary), "the primary differs"
+
+
+class World:
+    """A CPUBackendTieringSpec and its worker, between KV caches and a primary tier full of random bytes.
+
+    `memory` looks at both as another process would: the primary through its own mapping of the shared file.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[tuple[int, int]]] = GROUPS,
+        blocks: int = BLOCKS,
+        pages: Sequence[int] = PAGES,
+        **options: Any,
+    ) -> None:
+        self.path = shared_memory_path(engine_id := uuid.uuid4().hex)
+        self.spec = CPUBackendTieringSpec(make_config(engine_id, pages, **options))
+        self.kv_caches = make_kv_caches(pages, groups, blocks)
+        worker = self.spec.get_worker(self.kv_caches)
+        assert isinstance(worker, HostOffloadingWorker)
+        self.worker = worker
+        shape = (self.spec.num_chunks, self.spec.kv_bytes_per_chunk)
+        primary = np.memmap(self.path, np.int8, "r+", shape=shape)
+        primary[:] = np.random.default_rng(7).integers(-128, 128, shape, dtype=np.int8)
+        self.memory = Memory([cache.tensor.numpy() for cache in self.kv_caches.tensors], primary)
+
+    def store(self, job_id: int, blocks: Sequence[int], chunks: Sequence[int]) -> None:
+        """Submit a store, of the first and only group."""
+        self.worker.submit_store(job_id, blocks_of(blocks), CPULoadStoreSpec(list(chunks)))
+
+    def load(self, job_id: int, chunks: Sequence[int], blocks: Sequence[int], **options: Any) -> None:
+        """Submit a load, of the first and only group."""
+        self.worker.submit_load(job_id, CPULoadStoreSpec(list(chunks)), blocks_of(blocks), **options)
+
+    def reported(self) -> list[int]:
+        return [result.job_id for result in returns(self.worker.get_finished)]
+
+    def finish(self, *job_ids: int) -> list[int]:
+        """Wait for these jobs; the ids reported."""
+        returns(lambda: self.worker.wait(set(job_ids)))
+        return self.reported()
+
+    def close(self) -> None:
+        self.worker.shutdown()
+        if os.path.exists(self.path):  # only after a failure
+            os.unlink(self.path)
+
+
+@pytest.fixture
+def make_world() -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def make(**options: Any) -> World:
+        worlds.append(World(**options))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()  # also with a stream held
+
+
+@pytest.fixture
+def make_flat(make_world) -> Callable[..., World]:
+    """Worlds of one layer and one block a chunk, where `memory.caches[0]` and `memory.primary` are rows of `page`."""
+
+    def make(page: int = 4096, **options: Any) -> World:
+        return make_world(pages=(page,), groups=(((0, page),),), blocks_per_chunk=1, **options)
+
+    return make
+
+
+@pytest.fixture
+def flat(make_flat) -> World:
+    return make_flat()
+
+
+def blocks_of(blocks: Sequence[int]) -> GPULoadStoreSpec:
+    return GPULoadStoreSpec(list(blocks), [len(blocks)], [0])
+
+
+# ----------------------------------------------------------------------------------------------- vLLM's own semantics
+
+
+class VllmHandler(gpu_worker.SingleDirectionOffloadingHandler):
+    """vLLM's own transfer handler over `memory`. Its constructor wants a GPU; its copies are made at once here."""
+
+    def __init__(self, world: World, memory: Memory, is_store: bool) -> None:
+        factor = world.spec.blocks_per_chunk
+        place = 0 if world.spec.replicated_layout else world.spec.config.parallel.rank
+        offset = place * world.spec.cpu_page_size_per_worker
+        caches = [torch.from_numpy(cache) for cache in memory.caches]
+        chunks = []
+        for cache in caches:
+            width = cache.shape[1] * factor
+            chunks.append(torch.from_numpy(memory.primary)[:, offset : offset + width])
+            offset += width
+        self.gpu_to_cpu = is_store
+        self.src_tensors, self.dst_tensors = (caches, chunks) if is_store else (chunks, caches)
+        self.src_blocks_per_chunk, self.dst_blocks_per_chunk = (1, factor) if is_store else (factor, 1)
+        self.layer_refs_per_group = world.kv_caches.group_data_refs
+        self._canonical_copy_plans = None
+        self._fill_group_ops = self._fill_direct_ops
+        self._swap_blocks_batch = self._move
+        self._transfer_events = {}
+        self._transfers = deque()
+        self._stream_pool, self._event_pool, self._buffer_pool = [MagicMock()], [MagicMock(), MagicMock()], []
+
+    @staticmethod
+    def _move(src: torch.Tensor, dst: torch.Tensor, sizes: torch.Tensor, is_src_access_order_any: bool) -> None:
+        for source, destination, size in zip(src.tolist(), dst.tolist(), sizes.tolist(), strict=True):
+            ctypes.memmove(destination, source, size)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transfer: the number of blocks of each KV group, and the place of its first one in the request."""
+
+    sizes: tuple[int, int]
+    indices: tuple[int, int]
+
+    def specs(self, seed: int) -> tuple[GPULoadStoreSpec, CPULoadStoreSpec]:
+        """At random blocks and chunks, each at most once."""
+        rng = np.random.default_rng(seed)
+        chunks = sum(
+            -(-(index % BLOCKS_PER_CHUNK + size) // BLOCKS_PER_CHUNK)
+            for size, index in zip(self.sizes, self.indices, strict=True)
+            if size
+        )
+        return (
+            GPULoadStoreSpec(rng.permutation(BLOCKS)[: sum(self.sizes)].tolist(), self.sizes, self.indices),
+            CPULoadStoreSpec(rng.permutation(CHUNKS)[:chunks].tolist()),
+        )
+
+
+SHAPES = {
+    "whole chunks": Shape((6, 9), (0, 3)),
+    "partial first chunks": Shape((5, 4), (1, 5)),
+    "partial last chunks": Shape((4, 5), (3, 0)),
+    "both ends partial": Shape((9, 6), (2, 4)),
+    "one block inside a chunk": Shape((1, 1), (4, 7)),
+    "one partial chunk and many": Shape((2, 13), (1, 2)),
+    "only the first group": Shape((7, 0), (1, 4)),
+    "only the second group": Shape((0, 7), (5, 1)),
+    "no block at all": Shape((0, 0), (1, 2)),
+}
+
+
+def random_shape(seed: int) -> Shape:
+    sizes, indices = np.random.default_rng(seed).integers(0, 12, (2, 2)).tolist()
+    return Shape(tuple(sizes), tuple(indices))
+
+
+def submit(worker: Any, job_id: int, is_store: bool, blocks: GPULoadStoreSpec, chunks: CPULoadStoreSpec) -> None:
+    if is_store:
+        assert worker.submit_store(job_id, blocks, chunks)
+    else:
+        assert worker.submit_load(job_id, chunks, blocks)
+
+
+def assert_copies_what_vllm_does(
+    world: World, is_store: bool, blocks: GPULoadStoreSpec, chunks: CPULoadStoreSpec
+) -> None:
+    """Bytes copied, bytes left alone, and the size reported."""
+    expected = world.memory.copy()
+    handler = VllmHandler(world, expected, is_store)
+    with patch.object(gpu_worker, "current_platform", MagicMock(**{"is_xpu.return_value": False})):
+        handler.transfer_async(1, *((blocks, chunks) if is_store else (chunks, blocks)))
+    submit(world.worker, 1, is_store, blocks, chunks)
+    returns(lambda: world.worker.wait({1}))
+    (result,) = world.worker.get_finished()
+    world.memory.assert_equals(expected)
+    assert (result.success, result.transfer_size) == (True, handler._transfers[0].num_bytes)
+
+
+is_store_or_load = pytest.mark.parametrize("is_store", [True, False], ids=["store", "load"])
+
+
+@is_store_or_load
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_bytes_are_those_of_vllms_own_handler(make_world, shape, seed, is_store):
+    assert_copies_what_vllm_does(make_world(), is_store, *shape.specs(seed))
+
+
+@is_store_or_load
+def test_bytes_are_those_of_vllms_own_handler_for_random_transfers(make_world, is_store):
+    world = make_world(cpu_copy_threads=3)
+    for seed in range(60):
+        assert_copies_what_vllm_does(world, is_store, *random_shape(seed).specs(seed))
+
+
+@is_store_or_load
+def test_the_second_worker_has_its_own_place_in_each_chunk(make_world, is_store):
+    world = make_world(rank=1, world_size=2)
+    assert_copies_what_vllm_does(world, is_store, *SHAPES["both ends partial"].specs(1))
+
+
+@is_store_or_load
+def test_workers_of_a_replicated_layout_share_the_first_place(make_world, is_store):
+    world = make_world(rank=1, world_size=2, replicated_layout=True)
+    assert_copies_what_vllm_does(world, is_store, *SHAPES["both ends partial"].specs(1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_stored_blocks_come_back_into_other_blocks(make_world, shape, seed):
+    world = make_world()
+    blocks, chunks = shape.specs(seed)
+    unused = np.setdiff1d(np.arange(BLOCKS), blocks.block_ids)
+    others = GPULoadStoreSpec(unused[: len(blocks.block_ids)].tolist(), shape.sizes, shape.indices)
+    before = world.memory.copy()
+    submit(world.worker, 1, True, blocks, chunks)
+    assert world.finish(1) == [1]
+    for cache in world.memory.caches:
+        cache[:] = 0
+    submit(world.worker, 2, False, others, chunks)
+    assert world.finish(2) == [2]
+
+    expected = [np.zeros_like(cache) for cache in before.caches]
+    starts = (0, shape.sizes[0])
+    for refs, start, size in zip(GROUPS, starts, shape.sizes, strict=True):
+        for tensor, used in refs:
+            old, new = (spec.block_ids[start : start + size] for spec in (blocks, others))
+            expected[tensor][new, :used] = before.caches[tensor][old, :used]
+    for number, cache in enumerate(expected):
+        assert np.array_equal(world.memory.caches[number], cache), f"KV cache tensor {number} differs"
+
+
+@pytest.mark.parametrize("surplus", ["blocks", "chunks"])
+@is_store_or_load
+def test_a_transfer_that_names_more_than_its_groups_is_refused(make_world, is_store, surplus):
+    world = make_world()
+    blocks, chunks = SHAPES["whole chunks"].specs(1)
+    spec = blocks if surplus == "blocks" else chunks
+    spec.block_ids = np.append(spec.block_ids, np.int32(0))
+    before = world.memory.copy()
+    with pytest.raises(AssertionError, match="beyond those of"):
+        submit(world.worker, 1, is_store, blocks, chunks)
+    assert world.finish(1) == []
+    world.memory.assert_equals(before)
+
+
+# ---------------------------------------------------------------------------------------------------------- reporting
+
+
+def held_jobs(world: World) -> dict[str, Callable[[], None]]:
+    """Hold every stream and submit jobs 1 to 3, one a stream, of one, two and three pages; how to let each go."""
+    engine = world.worker.engine
+    streams = {"store": engine.store_stream, "load": engine.load_stream, "expedited": engine.expedited_stream}
+    for stream in streams.values():
+        stream.hold()
+    world.store(1, [0], [0])
+    world.load(2, [1, 2], [1, 2])
+    world.load(3, [3, 4, 5], [3, 4, 5], expedited=True)
+    return {name: stream.release for name, stream in streams.items()}
+
+
+def test_a_job_is_not_reported_before_its_bytes_have_moved(flat):
+    before = flat.memory.copy()
+    held_jobs(flat)
+    assert flat.reported() == []
+    flat.memory.assert_equals(before)
+
+
+@pytest.mark.parametrize(("stream", "job_id", "pages"), [("store", 1, 1), ("load", 2, 2), ("expedited", 3, 3)])
+def test_a_job_whose_stream_lets_go_is_reported_once_whatever_else_is_held(flat, stream, job_id, pages):
+    held_jobs(flat)[stream]()
+    returns(lambda: flat.worker.wait({job_id}))
+    (result,) = returns(flat.worker.get_finished)
+    assert (result.job_id, result.success, result.transfer_size) == (job_id, True, pages * 4096)
+    assert result.transfer_time > 0
+    assert flat.reported() == []
+
+
+def test_a_job_is_not_reported_with_a_part_of_its_bytes(make_flat):
+    world = make_flat(page=PIECE)
+    world.worker.engine.store_stream.hold()
+    world.store(1, [0, 2], [0, 5])  # two pieces
+    world.worker.engine.store_stream.step()
+    assert world.reported() == []
+    world.worker.engine.store_stream.release()
+    assert world.finish(1) == [1]
+
+
+def test_a_transfer_of_nothing_is_reported_too(flat):
+    flat.store(1, [], [])
+    flat.load(2, [], [])
+    assert sorted(flat.finish(1, 2)) == [1, 2]
+    assert flat.reported() == []
+
+
+# --------------------------------------------------------------------------------------------------------------- wait
+
+
+class MovesWhenAwaited:
+    """A held stream that lets go only when one of its events is waited for."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        stream.hold()
+
+    def copy(self, destinations: np.ndarray, sources: np.ndarray, size: Any) -> Any:
+        return _AwaitedEvent(self._stream, self._stream.copy(destinations, sources, size))
+
+    def release(self) -> None:
+        self._stream.release()
+
+
+class _AwaitedEvent:
+    def __init__(self, stream: Any, event: Any) -> None:
+        self._stream = stream
+        self._event = event
+
+    def synchronize(self) -> None:
+        self._stream.release()
+        self._event.synchronize()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._event, name)
+
+
+def move_only_when_awaited(world: World) -> None:
+    engine = world.worker.engine
+    for name in ("store_stream", "load_stream", "expedited_stream"):
+        setattr(engine, name, MovesWhenAwaited(getattr(engine, name)))
+
+
+def test_wait_blocks_while_the_stream_is_held(make_flat):
+    world = make_flat(page=PIECE)
+    stream = world.worker.engine.store_stream
+    before = world.memory.copy()
+    stream.hold()
+    world.store(1, [0, 2, 4], [0, 5, 9])
+    calling = threading.Event()
+    landed: list[bool] = []
+
+    def wait() -> None:
+        calling.set()
+        world.worker.wait({1})
+        landed.append(np.array_equal(world.memory.primary[[0, 5, 9]], before.caches[0][[0, 2, 4]]))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    assert calling.wait(PATIENCE_S)
+    stream.step(2)  # of three pieces
+    assert waiting.is_alive()
+    stream.release()
+    waiting.join(PATIENCE_S)
+    assert landed == [True]
+
+
+@pytest.mark.parametrize("job_id", [1, 2, 3], ids=["store", "load", "expedited load"])
+def test_wait_returns_when_the_job_has_ended(flat, job_id):
+    move_only_when_awaited(flat)
+    flat.store(1, [0], [0])
+    flat.load(2, [1], [1])
+    flat.load(3, [2], [2], expedited=True)
+    assert flat.finish(job_id) == [job_id]
+
+
+def test_wait_waits_for_every_job_of_the_set(flat):
+    move_only_when_awaited(flat)
+    flat.store(1, [0], [0])
+    flat.load(2, [1], [1])
+    flat.load(3, [2], [2], expedited=True)
+    assert sorted(flat.finish(1, 2, 3)) == [1, 2, 3]
+
+
+def test_wait_passes_over_ids_it_does_not_know(flat):
+    move_only_when_awaited(flat)
+    flat.store(1, [0], [0])
+    returns(lambda: flat.worker.wait({98, 99}))
+    assert flat.reported() == []
+    assert flat.finish(97, 1, 99) == [1]
+
+
+def test_wait_for_a_job_already_reported_returns(flat):
+    flat.store(1, [0], [0])
+    assert flat.finish(1) == [1]
+    assert flat.finish(1) == []
+
+
+def test_a_job_waited_for_twice_is_still_reported_once(flat):
+    flat.store(1, [0], [0])
+    returns(lambda: flat.worker.wait({1}))
+    assert flat.finish(1) == [1]
+    assert flat.reported() == []
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("round_", range(10))
+@is_store_or_load
+def test_of_two_jobs_that_write_one_place_the_later_wins(make_flat, is_store, round_):
+    """The first job's last page is the contested one, at the end of a piece; the second job is that page alone."""
+    page = 64 << 10
+    count = 3 * PIECE // page
+    world = make_flat(page=page, blocks=count + 1, chunks=count + 1, cpu_copy_threads=4)
+    engine, before = world.worker.engine, world.memory.copy()
+    stream = engine.store_stream if is_store else engine.load_stream
+    places = np.random.default_rng(round_).permutation(count)
+    contested = places[-1]
+    stream.hold()
+    if is_store:
+        world.store(1, places[::-1], places)
+        world.store(2, [count], [contested])
+        written, source = world.memory.primary, before.caches[0]
+    else:
+        world.load(1, places[::-1], places)
+        world.load(2, [count], [contested])
+        written, source = world.memory.caches[0], before.primary
+    stream.release()
+    assert world.finish(2) == [1, 2]
+    assert np.array_equal(written[contested], source[count])
+    assert np.array_equal(written[places[:-1]], source[places[:0:-1]])
+
+
+def test_a_load_does_not_queue_behind_stores(flat):
+    before = flat.memory.copy()
+    flat.worker.engine.store_stream.hold()
+    flat.store(1, [0], [0])
+    flat.load(2, [7], [7])
+    assert flat.finish(2) == [2]
+    assert np.array_equal(flat.memory.caches[0][7], before.primary[7])
+
+
+def test_a_store_does_not_queue_behind_loads(flat):
+    before = flat.memory.copy()
+    flat.worker.engine.load_stream.hold()
+    flat.load(1, [7], [7])
+    flat.store(2, [0], [0])
+    assert flat.finish(2) == [2]
+    assert np.array_equal(flat.memory.primary[0], before.caches[0][0])
+
+
+def test_an_expedited_load_does_not_queue_behind_loads(flat):
+    before = flat.memory.copy()
+    flat.worker.engine.load_stream.hold()
+    flat.load(1, [7], [7])
+    flat.load(2, [8], [8], expedited=True)
+    assert flat.finish(2) == [2]
+    assert np.array_equal(flat.memory.caches[0][8], before.primary[8])
+    flat.worker.engine.load_stream.release()
+    assert flat.finish(1) == [1]
+
+
+def test_a_free_thread_takes_a_load_before_a_store(make_flat):
+    """The store reads the block that the load fills, so the primary tells which went first."""
+    page, pieces = 256 << 10, 16
+    count = pieces * PIECE // page
+    world = make_flat(page=page, blocks=count + 1, chunks=count + 2, cpu_copy_threads=1)
+    engine, block, chunk = world.worker.engine, count, count + 1
+    busy = False
+    for job_id in range(0, 90, 3):
+        engine.store_stream.hold()
+        engine.load_stream.hold()
+        world.memory.caches[0][block] = 1
+        world.memory.primary[count] = 2
+        world.store(job_id + 1, [block], [chunk])
+        world.load(job_id + 2, [count], [block])
+        world.load(job_id, range(count)[::-1], range(count), expedited=True)
+        engine.store_stream.release()
+        engine.load_stream.release()
+        # Only if the one thread was still busy did it find both.
+        busy = world.worker.get_finished() == []
+        world.finish(job_id, job_id + 1, job_id + 2)
+        if busy:
+            break
+    assert busy, "the thread never found both queued"
+    assert (world.memory.primary[chunk] == 2).all()
+
+
+# ------------------------------------------------------------------------------------------- as vLLM's connector drives
+
+
+def make_connector(world: World) -> OffloadingConnectorWorker:
+    """vLLM's real connector over the world's worker."""
+    connector = OffloadingConnectorWorker(world.spec, MagicMock(), MagicMock())
+    connector._init_worker(world.kv_caches)
+    assert connector.worker is world.worker
+    return connector
+
+
+def metadata(
+    loads: dict[int, tuple[int, int]] | None = None,
+    stores: dict[int, tuple[int, int]] | None = None,
+    flush: set[int] | None = None,
+) -> OffloadingConnectorMetadata:
+    """A step's jobs by id: a load as (chunk, block), a store as (block, chunk)."""
+    return OffloadingConnectorMetadata(
+        load_jobs={
+            job_id: TransferJob(f"request {job_id}", CPULoadStoreSpec([chunk]), blocks_of([block]))
+            for job_id, (chunk, block) in (loads or {}).items()
+        },
+        store_jobs={
+            job_id: TransferJob(f"request {job_id}", blocks_of([block]), CPULoadStoreSpec([chunk]))
+            for job_id, (block, chunk) in (stores or {}).items()
+        },
+        jobs_to_flush=flush,
+    )
+
+
+def store_then_give_its_block_away(world: World) -> None:
+    """Block 3, being stored to chunk 5, is flushed and overwritten by its next owner; then all copies end."""
+    move_only_when_awaited(world)
+    connector = make_connector(world)
+    connector.prepare_store_kv(metadata(stores={1: (3, 5)}))
+    connector.handle_preemptions(metadata())  # the next step submits it
+    connector.handle_preemptions(metadata(flush={1}))
+    world.memory.caches[0][3] = 77
+    world.worker.engine.store_stream.release()
+    world.worker._stores[0].event.synchronize()
+
+
+def test_the_fence_a_block_given_away_after_the_flush_was_stored_whole(flat):
+    before = flat.memory.copy()
+    store_then_give_its_block_away(flat)
+    assert np.array_equal(flat.memory.primary[5], before.caches[0][3])
+
+
+def test_the_fence_without_wait_the_next_owners_bytes_are_stored(flat):
+    """The control: what the test above sees where `wait` does not wait."""
+    flat.worker.wait = lambda job_ids: None
+    store_then_give_its_block_away(flat)
+    assert (flat.memory.primary[5] == 77).all()
+
+
+def test_the_fence_holds_for_a_store_of_the_step_that_flushes_it(flat):
+    before = flat.memory.copy()
+    move_only_when_awaited(flat)
+    make_connector(flat).handle_preemptions(metadata(stores={1: (3, 5)}, flush={1}))
+    flat.memory.caches[0][3] = 77
+    assert np.array_equal(flat.memory.primary[5], before.caches[0][3])
+
+
+def test_the_fence_holds_while_the_connector_blocks_in_another_thread(flat):
+    before = flat.memory.copy()
+    stream, connector = flat.worker.engine.store_stream, make_connector(flat)
+    stream.hold()
+    connector.prepare_store_kv(metadata(stores={1: (3, 5), 2: (4, 6)}))
+    calling = threading.Event()
+
+    def flush_and_reuse() -> None:
+        calling.set()
+        connector.handle_preemptions(metadata(flush={1, 2}))
+        flat.memory.caches[0][[3, 4]] = 77
+
+    step = threading.Thread(target=flush_and_reuse, daemon=True)
+    step.start()
+    assert calling.wait(PATIENCE_S)
+    assert step.is_alive()
+    stream.release()
+    step.join(PATIENCE_S)
+    assert not step.is_alive()
+    assert (flat.memory.caches[0][[3, 4]] == 77).all()
+    assert np.array_equal(flat.memory.primary[[5, 6]], before.caches[0][[3, 4]])
+
+
+def test_the_connector_gets_a_store_that_it_flushed_reported_once(flat):
+    connector = make_connector(flat)
+    connector.handle_preemptions(metadata(stores={1: (3, 5)}, flush={1}))
+    assert connector.get_finished(set()) == (set(), set())
+    done = connector.build_connector_worker_meta()
+    assert done.completed_jobs == {1: 1}
+    assert done.transfer_stats.store.bytes == 4096
+    connector.get_finished(set())
+    assert connector.build_connector_worker_meta() is None
+
+
+def test_the_connector_resumes_a_request_only_when_its_load_has_landed(flat):
+    before = flat.memory.copy()
+    connector, stream = make_connector(flat), flat.worker.engine.load_stream
+    stream.hold()
+    flat.memory.caches[0][8] = 0  # as the step zeroes new blocks, before it starts transfers
+    connector.start_kv_transfers(metadata(loads={1: (2, 8)}))
+    assert returns(lambda: connector.get_finished(set())) == (set(), set())
+    stream.release()
+    flat.worker._loads[0].event.synchronize()
+    assert connector.get_finished(set()) == (set(), {"request 1"})
+    assert np.array_equal(flat.memory.caches[0][8], before.primary[2])
+
+
+def test_a_store_reads_what_the_step_wrote_after_announcing_it(flat):
+    connector = make_connector(flat)
+    connector.prepare_store_kv(metadata(stores={1: (3, 5)}))
+    flat.memory.caches[0][3] = 42
+    connector.start_kv_transfers(metadata())
+    assert flat.finish(1) == [1]
+    assert (flat.memory.primary[5] == 42).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- the spec
+
+
+@pytest.mark.parametrize("value", [0, 65, -1, "2", True, 1.0, None])
+def test_a_bad_number_of_threads_is_refused_by_name(value):
+    with pytest.raises(ValueError, match="cpu_copy_threads must be an integer from 1 to 64") as refusal:
+        CPUBackendTieringSpec(make_config(uuid.uuid4().hex, cpu_copy_threads=value))
+    assert str(refusal.value).endswith(f"not {value!r}")
+
+
+def test_a_canonical_layout_is_refused_by_name():
+    with pytest.raises(ValueError, match="canonical_layout must be false"):
+        CPUBackendTieringSpec(make_config(uuid.uuid4().hex, canonical_layout=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"cpu_copy_threads": 1}, {"cpu_copy_threads": 5}])
+def test_the_engine_has_the_threads_of_cpu_copy_threads(make_flat, options):
+    world = make_flat(**options)
+    assert len(world.worker.engine.thread_ids) == options.get("cpu_copy_threads", 1)
+
+
+def test_the_worker_is_made_once(make_world):
+    world = make_world()
+    assert world.spec.get_worker(world.kv_caches) is world.worker
+
+
+def test_the_worker_keeps_the_memory_of_the_kv_caches(flat):
+    tensor = weakref.ref(flat.kv_caches.tensors[0].tensor)
+    flat.kv_caches = None
+    gc.collect()
+    assert tensor() is not None
+
+
+@pytest.mark.parametrize("devices", [("meta", "cpu", "cpu"), ("cpu", "cpu", "meta")])
+def test_kv_caches_elsewhere_than_in_host_memory_are_refused_and_nothing_is_left(devices, caplog):
+    engine_id = uuid.uuid4().hex
+    spec = CPUBackendTieringSpec(make_config(engine_id))
+    with pytest.raises(ValueError, match="needs KV caches in host memory, not on meta"):
+        spec.get_worker(make_kv_caches(devices=devices))
+    assert not os.path.exists(shared_memory_path(engine_id))
+    assert "Failed to" not in caplog.text
+
+
+def test_shutdown_leaves_nothing_in_shared_memory(make_world, caplog):
+    world = make_world()
+    blocks, chunks = SHAPES["both ends partial"].specs(1)
+    submit(world.worker, 1, True, blocks, chunks)
+    submit(world.worker, 2, False, blocks, chunks)
+    world.finish(1, 2)
+    mapping = world.worker._region.mmap_obj
+    world.worker.shutdown()
+    assert mapping.closed
+    assert not os.path.exists(world.path)
+    assert "Failed to" not in caplog.text  # vLLM only warns of a mapping that is still in use
+
+
+def test_shutdown_can_be_called_again(make_world, caplog):
+    world = make_world()
+    world.worker.shutdown()
+    world.worker.shutdown()
+    assert world.reported() == []
+    assert "Failed to" not in caplog.text
+
+
+def test_shutdown_ends_copies_before_it_lets_go_of_the_primary(flat):
+    flat.worker.engine.store_stream.hold()
+    flat.store(1, [0], [0])
+    event, region = flat.worker._stores[0].event, flat.worker._region
+    ended: list[bool] = []
+    flat.worker._region = SimpleNamespace(cleanup=lambda: (ended.append(event.is_done), region.cleanup()))
+    returns(flat.worker.shutdown)
+    assert ended == [True]
+    assert not os.path.exists(flat.path)
+
+
+def test_shutdown_does_not_report_jobs_that_it_cut_off(flat):
+    held_jobs(flat)
+    returns(flat.worker.shutdown)
+    assert flat.finish(1, 2, 3) == []
