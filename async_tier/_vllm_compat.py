@@ -27,6 +27,7 @@ from async_tier.block_store import Finished
 from async_tier.eviction import SequenceOrder
 
 try:
+    import vllm.platforms
     import vllm.v1.kv_offload.base as vllm_base
     from vllm.v1.kv_offload.base import ReqContext
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
@@ -84,24 +85,20 @@ def job_result(finished: Finished) -> JobResult:
 
 
 def node_count(offloading_spec: Any) -> int:
-    """The nodes that the workers of one engine are spread over, as far as the configuration shows it; else 1."""
-    sources = [
-        getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None),
-        getattr(getattr(offloading_spec, "config", None), "parallel", None),
-    ]
-    try:
-        from vllm.config import get_current_vllm_config_or_none
+    """The nodes that the workers of one engine are spread over, as far as a spec shows it; else 1.
 
-        sources.append(getattr(get_current_vllm_config_or_none(), "parallel_config", None))
-    except ImportError:  # an older vLLM
-        pass
-    for parallel in sources:
-        for name in ("nnodes_within_dp", "nnodes"):
-            nodes = getattr(parallel, name, None)
-            if isinstance(nodes, int) and nodes >= 1:  # vLLM's unit tests pass mocks
-                if nodes > 1:
-                    return nodes
-                break
+    Up to 0.26 the spec has vLLM's configuration. Later ones have a number of workers only: if this node has fewer
+    GPUs than that, some are elsewhere. (An engine on a part of each node's GPUs does not show.)
+    """
+    config = getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None)
+    for name in ("nnodes_within_dp", "nnodes"):
+        nodes = getattr(config, name, None)
+        if isinstance(nodes, int):  # vLLM's unit tests pass mocks
+            return nodes
+    workers = getattr(getattr(getattr(offloading_spec, "config", None), "parallel", None), "world_size", None)
+    if isinstance(workers, int) and vllm.platforms.current_platform.is_cuda_alike():
+        # Counted by the driver's management library: makes no CUDA context.
+        return -(-workers // max(1, vllm.platforms.current_platform.device_count()))
     return 1
 
 
@@ -121,12 +118,12 @@ class RequestOrder:
             places.get if isinstance(places, dict) else context.get_offload_key_position
         )
 
-    def previous(self, key: bytes) -> bytes | None:
+    def before(self, key: bytes) -> list[bytes]:
         places = self._places
         place = places.get(key)
         if place is None or next(iter(places)) == key:
-            return None
-        return next((other for other in reversed(places) if places[other] < place), None)
+            return []
+        return [other for other, its in places.items() if its < place]
 
 
 class TouchOrder:
@@ -142,8 +139,8 @@ class TouchOrder:
     def position(self, key: bytes) -> int | None:
         return self._places.get(key)
 
-    def previous(self, key: bytes) -> bytes | None:
-        return None  # touch itself has refreshed all of the request's blocks
+    def before(self, key: bytes) -> tuple[bytes, ...]:
+        return ()  # touch itself has refreshed all of the request's blocks
 
 
 def order_of(context: Any) -> SequenceOrder:

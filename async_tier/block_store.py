@@ -107,8 +107,13 @@ class BlockStore:
     ) -> None:
         config = config or TierConfig()
         self.primary = primary
-        self._arena = arena or Arena(_capacity(primary, config), primary.row_bytes)
-        self._engine = engine or HostEngine(config.copy_threads)
+        capacity = _capacity(primary, config)
+        self._engine: CopyEngine = engine or HostEngine(config.copy_threads)
+        try:
+            self._arena = arena or Arena(capacity, primary.row_bytes)
+        except BaseException:
+            self._engine.close()
+            raise
         self._rows = self._arena.rows
         self._index = BlockIndex(self._rows.count)
         self._load_stream: CopyStream = self._engine.load_stream
@@ -145,10 +150,7 @@ class BlockStore:
 
     def end_step(self) -> None:
         """The end of a scheduler step: release the pins of its hits."""
-        if self._step_hits:
-            hits, self._step_hits = self._step_hits, {}
-            for sequence, (keys, order) in hits.items():
-                self._index.use(keys, sequence, order)
+        self._note_hits()
         self._index.end_step()
 
     def submit_store(
@@ -169,6 +171,7 @@ class BlockStore:
         if sources is None:
             self._finish(job_id, success=False)
             return
+        self._note_hits()
         new, arena_rows = self._index.reserve(keys, sequence, order)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
@@ -252,9 +255,7 @@ class BlockStore:
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
-        hits = self._step_hits.pop(sequence, None)
-        if hits is not None:
-            self._index.use(hits[0], sequence, hits[1])
+        self._note_hits()
         self._index.finish(sequence)
 
     def fault(self, doing: str, reason: object) -> None:
@@ -262,10 +263,11 @@ class BlockStore:
         self._faults += 1
         logger.error("The tier could not %s: %s", doing, reason)
 
-    def fail(self, job_id: int, doing: str, reason: object, lost_keys: Collection[bytes] = ()) -> None:
-        """`fault`, forget `lost_keys`, and report the job, of which nothing was queued, as failed."""
+    def fail(self, job_id: int, doing: str, reason: object, lost_keys: object = ()) -> None:
+        """`fault`, forget the keys among `lost_keys`, and report the job, of which nothing was queued, as failed."""
         self.fault(doing, reason)
-        self._index.drop(key for key in lost_keys if isinstance(key, bytes))
+        if isinstance(lost_keys, Collection):
+            self._index.drop(key for key in lost_keys if isinstance(key, bytes))
         self._finish(job_id, success=False)
 
     def close(self) -> None:
@@ -354,6 +356,13 @@ class BlockStore:
         self._finished.append(Finished(job_id, success, loaded_keys, size, seconds))
 
     # ------------------------------------------------------------------------------------------------------- details
+
+    def _note_hits(self) -> None:
+        """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
+        if self._step_hits:
+            hits, self._step_hits = self._step_hits, {}
+            for sequence, (keys, order) in hits.items():
+                self._index.use(keys, sequence, order)
 
     def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> np.ndarray | None:
         """Row numbers as uint64, or None, with a log line, if they do not fit the keys or the primary."""

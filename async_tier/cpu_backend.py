@@ -50,7 +50,9 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
             "cpu_copy_threads", config.extra_config.get("cpu_copy_threads", DEFAULT_COPY_THREADS)
         )
         if config.canonical_layout:
-            raise ValueError("canonical_layout must be false with CPUBackendTieringSpec, not true: it copies whole pages")
+            raise ValueError(
+                "canonical_layout must be false with CPUBackendTieringSpec, not true: it copies whole pages"
+            )
         super().__init__(config)
         self._host_worker: HostOffloadingWorker | None = None
 

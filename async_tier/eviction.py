@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 
@@ -17,8 +17,8 @@ class SequenceOrder(Protocol):
     def position(self, key: bytes) -> int | None:
         """The place of `key` in the sequence, or None if it is not known. Only compared, within one sequence."""
 
-    def previous(self, key: bytes) -> bytes | None:
-        """A key that comes before `key` in the sequence, the closest that can be told at once, or None."""
+    def before(self, key: bytes) -> Iterable[bytes]:
+        """The keys known to come before `key` in the sequence, in order. Costs by their number."""
 
 
 class EvictionPolicy(ABC):
@@ -31,6 +31,10 @@ class EvictionPolicy(ABC):
     def __init__(self, rows: Mapping[bytes, int], pins: Sequence[int]) -> None:
         self._rows = rows
         self._pins = pins
+
+    @abstractmethod
+    def prepare(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
+        """`keys`, at least one and all new, are about to be stored: what they are of use with counts as used."""
 
     @abstractmethod
     def store(
@@ -87,14 +91,14 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     - A block belongs to the run of the sequence that stored or used it last.
     - A later job of a sequence puts its blocks behind the earlier ones and makes the whole run the newest; it never
-      evicts blocks of its own sequence.
+      evicts blocks of its own sequence or of its prefix.
     - When a run becomes the newest, the run that holds its prefix becomes newer still.
 
     Cost per block: an append and a few list accesses; moving a run is O(1).
     """
 
-    # Pinned blocks are among the newest, so a search that has met this many of them has seen what there is. It bounds
-    # what a store costs the scheduler while everything is in flight: some 0.2 ms.
+    # Pinned blocks were used just now and are among the newest, so a search that has met this many of them has seen
+    # what there is. It bounds what a store costs the scheduler while everything is in flight: some 0.2 ms.
     _MAX_PINNED_SEEN = 4096
     # A run is rid of its stale entries when they are as many as the live ones and more than this.
     _STALE_SLACK = 32
@@ -107,15 +111,23 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._open: dict[str, _Run] = {}
         self._run_of: list[_Run | None] = [None] * len(pins)
 
+    def prepare(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
+        if not sequence or order is None or sequence in self._open:
+            return
+        # The first we hear of the sequence. What comes before these blocks was used, but the primary or the GPU had it.
+        try:
+            first = min(keys, key=order.position)  # type: ignore[arg-type]
+        except TypeError:  # not all are known
+            return
+        here = [key for key in order.before(first) if key in self._rows]
+        if here:
+            self.use(here, sequence, order)
+
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
         run = self._run(sequence)
-        first = not run.keys
         self._append(run, keys, order)
-        if first and order is not None and (previous := order.previous(run.keys[0])) is not None:
-            # What comes before is here too, but was not used through us: the primary or the GPU had it.
-            run.prefix = self._run_of[self._rows[previous]] if previous in self._rows else None
         run_of = self._run_of
         for row in rows:
             run_of[row] = run
@@ -147,7 +159,7 @@ class LeastRecentlyUsed(EvictionPolicy):
             self._leave(run)
 
     def evict(self, count: int, sequence: str | None) -> list[bytes]:
-        own = self._open.get(sequence) if sequence else None
+        own = self._chain(self._open.get(sequence) if sequence else None)
         victims: list[bytes] = []
         emptied = []
         pinned_seen = 0
@@ -155,12 +167,12 @@ class LeastRecentlyUsed(EvictionPolicy):
         for run in self._runs:
             if len(victims) >= count or pinned_seen > self._MAX_PINNED_SEEN:
                 break
-            if run is own:
+            if run in own:
                 continue
             keys = run.keys
-            pinned = []  # evictable later, and then in the same order
+            pinned: list[bytes] = []  # evictable later, and then in the same order
             before = len(victims)
-            while keys and len(victims) < count:
+            while keys and len(victims) < count and pinned_seen + len(pinned) <= self._MAX_PINNED_SEEN:
                 key = keys.pop()
                 row = rows.get(key, -1)
                 if row < 0 or run_of[row] is not run:
@@ -222,17 +234,16 @@ class LeastRecentlyUsed(EvictionPolicy):
         if run.live == 0:
             self._drop(run)
             return
-        if run.prefix is None:
-            self._runs.move_to_end(run)
-            return
-        seen: set[_Run] = set()
-        link: _Run | None = run
-        while link is not None and link not in seen and len(seen) < self._MAX_PREFIX_CHAIN:
-            seen.add(link)
-            if link not in self._runs:  # emptied since
-                break
+        for link in self._chain(run) if run.prefix is not None else (run,):
             self._runs.move_to_end(link)
-            link = link.prefix
+
+    def _chain(self, run: _Run | None) -> dict[_Run, None]:
+        """`run`, the run that holds what comes before it, and so on, in this order."""
+        chain: dict[_Run, None] = {}
+        while run is not None and run in self._runs and run not in chain and len(chain) < self._MAX_PREFIX_CHAIN:
+            chain[run] = None
+            run = run.prefix
+        return chain
 
     def _leave(self, run: _Run) -> None:
         """A block of `run` is its no more; its entry is stale."""

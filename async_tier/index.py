@@ -81,6 +81,9 @@ class BlockIndex:
         new = keys
         if len(set(keys)) < len(keys) or not row_of.keys().isdisjoint(keys):
             new = [key for key in dict.fromkeys(keys) if key not in row_of]
+            self.use([key for key in keys if key in row_of], sequence, order)
+        if new:
+            self._policy.prepare(new, sequence, order)
         rows = self._take(len(new), sequence)
         if len(rows) < len(new):
             new = _first(new, len(rows), order)

@@ -117,7 +117,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         try:
             self._store.submit_load(job_metadata.job_id, list(job_metadata.keys), compat.row_numbers(job_metadata))
         except Exception as error:
-            self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys or ())
+            self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""
@@ -144,13 +144,19 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Takes note of the request; has no wish for how its blocks are offloaded."""
-        self._orders[req_context.req_id] = compat.order_of(req_context)
+        try:
+            self._orders[req_context.req_id] = compat.order_of(req_context)
+        except Exception as error:
+            self._store.fault("take note of a request", error)
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
         """Nothing more will be stored for the request."""
-        self._orders.pop(req_context.req_id, None)
-        self._store.finish_sequence(req_context.req_id)
+        try:
+            self._orders.pop(req_context.req_id, None)
+            self._store.finish_sequence(req_context.req_id)
+        except Exception as error:
+            self._store.fault("end a request", error)
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
         """The request uses `keys`, given in prefix order. Called by vLLM up to 0.30."""
@@ -196,7 +202,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     def _on_reset(self) -> None:
         """vLLM has reset its caches: other weights, perhaps, and block hashes do not cover the weights."""
-        if self.config.keep_on_reset:
-            self._hold_lookups = True
-        else:
-            self._store.clear()
+        try:
+            if self.config.keep_on_reset:
+                self._hold_lookups = True
+            else:
+                self._store.clear()
+        except Exception as error:
+            self._store.fault("forget its blocks", error)

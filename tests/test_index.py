@@ -25,9 +25,8 @@ class Order:
     def position(self, key: bytes) -> int | None:
         return self.names.index(key) if key in self.names else None
 
-    def previous(self, key: bytes) -> bytes | None:
-        at = self.position(key)
-        return self.names[at - 1] if at else None
+    def before(self, key: bytes) -> list[bytes]:
+        return self.names[: self.names.index(key)] if key in self.names else []
 
 
 def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order | None = None) -> dict[bytes, int]:
@@ -143,11 +142,41 @@ def test_prefixes_that_point_at_each_other_end():
     assert len(index) == 6
 
 
+@pytest.mark.parametrize("other", ["", "x"])
+def test_a_full_tier_does_not_give_up_a_prefix_for_what_follows_it(other):
+    index = BlockIndex(4 if not other else 5)
+    order = Order("a b c d e f")
+    put(index, "a b c d", "turn 1", Order("a b c d"))
+    index.finish("turn 1")
+    if other:
+        put(index, other)
+    put(index, "e f", "turn 2", order)
+    assert here(index, "a b c d e f x") == ("a b c d e" if other else "a b c d")
+
+
+def test_blocks_offered_again_are_not_evicted_for_the_rest_of_their_job():
+    index = BlockIndex(2)
+    order = Order("a b c")
+    put(index, "a b", "turn 1", order)
+    index.finish("turn 1")
+    put(index, "a b c", "turn 2", order)
+    assert here(index, "a b c") == "a b"
+
+
+def test_a_shared_beginning_does_not_keep_the_rest_of_another_sequence():
+    index = BlockIndex(4)
+    put(index, "s a1 a2", "a", Order("s a1 a2"))
+    index.finish("a")
+    put(index, "b1 b2 b3", "b", Order("s b1 b2 b3"))
+    assert here(index, "s a1 a2 b1 b2 b3") == "s b1 b2 b3"
+
+
 def test_the_search_for_a_victim_is_bounded_when_everything_is_pinned(monkeypatch):
     monkeypatch.setattr(LeastRecentlyUsed, "_MAX_PINNED_SEEN", 3)
     index = BlockIndex(9)
-    for name in names("a b c d e f g h i"):
+    for name in names("a b c d e"):
         put(index, name.decode())
+    put(index, "f g h i", "long")
     for name in names("a b c d e"):
         index.pin_hit(name)
     assert put(index, "j") == {}

@@ -196,6 +196,15 @@ def test_r3_no_method_raises_when_the_engine_does(tier, primary):
     assert tier.statistics().rows_used == 0
 
 
+def test_r3_hooks_do_not_raise_either(tier):
+    tier._store._index.finish = tier._store._index.clear = MagicMock(side_effect=OSError)
+    tier.on_new_request(object())
+    tier.on_request_finished(request("r"))
+    tier._on_reset()
+    assert tier.statistics().faults == 3
+    del tier._store._index.finish, tier._store._index.clear
+
+
 @pytest.mark.parametrize(
     "method", ["lookup", "poll", "drain", "close", "end_step", "touch", "submit_store", "submit_load"]
 )
@@ -229,10 +238,10 @@ def test_r3_unequal_lengths_and_rows_out_of_range_fail(tier, is_load, rows):
     assert held(tier, keys(0, 9)) == [not is_load, False]
 
 
-@pytest.mark.parametrize("names", [[["unhashable"]], [key(0), ["unhashable"]], None])
+@pytest.mark.parametrize("names", [[["unhashable"]], [key(0), ["unhashable"]], None, 5])
 def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names):
     store(tier, 1, keys(0), [0])
-    rows = [1] * len(names or [])
+    rows = [1] * (len(names) if isinstance(names, list) else 0)
     tier.submit_store(job(2, names, rows))
     tier.submit_load(job(3, names, rows, load=True))
     assert {job_id: result.success for job_id, result in finish(tier).items()} == {2: False, 3: False}
@@ -704,6 +713,19 @@ def test_workers_on_several_nodes_are_refused(primary):
     spec = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(nnodes=2)))
     with pytest.raises(ValueError, match="spread over 2 nodes"):
         AsyncSecondaryTierManager(spec, memoryview(primary), "async")
+
+
+@pytest.mark.parametrize(("workers", "gpus", "refused"), [(16, 8, True), (8, 8, False), (9, 8, True), (2, 0, True)])
+def test_more_workers_than_this_node_has_gpus_are_refused(primary, monkeypatch, workers, gpus, refused):
+    # What the spec of vLLM 0.27 and later shows.
+    spec = SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers)))
+    platform = SimpleNamespace(is_cuda_alike=lambda: True, device_count=lambda: gpus)
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    if refused:
+        with pytest.raises(ValueError, match="spread over 2 nodes"):
+            AsyncSecondaryTierManager(spec, memoryview(primary), "async")
+    else:
+        AsyncSecondaryTierManager(spec, memoryview(primary), "async").shutdown()
 
 
 def test_replicas_on_several_nodes_are_not(primary):
