@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -202,6 +203,9 @@ def main() -> int:
     parser.add_argument("--tier", choices=TIERS, default="module", help="how the configuration names the tier")
     parser.add_argument("--output", type=Path, default=BUILD / "demo.json", help="default: build/demo.json")
     options = parser.parse_args()
+    # Being told to stop is like Ctrl-C: the server is ended first.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if not options.model:
         print("Preparing the model ...", flush=True)

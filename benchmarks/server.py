@@ -83,7 +83,7 @@ def serve(
     command += ["--kv-transfer-config", json.dumps(transfer), *arguments]
     environment = {
         **os.environ,
-        "HF_HUB_OFFLINE": "1",
+        **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -99,10 +99,15 @@ def serve(
         _wait_until_healthy(server, process)
         yield server
     finally:
-        _end(process)
-        # A server that was killed could not remove its primary tier's memory.
-        for left in glob.glob(f"/dev/shm/vllm_offload_{glob.escape(name)}*"):
-            os.unlink(left)
+        try:
+            _ask_to_stop(process)
+        finally:  # also after a second Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            # A server that was killed could not remove its primary tier's memory.
+            for left in glob.glob(f"/dev/shm/vllm_offload_{glob.escape(name)}*"):
+                os.unlink(left)
 
 
 def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
@@ -117,11 +122,7 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> Non
         time.sleep(0.2)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to stop, then insist. Its children are in its process group."""
+def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
