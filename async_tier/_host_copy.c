@@ -46,6 +46,8 @@
 #define PAGE 4096
 /* What the kernels are measured with: beyond a core's own caches, some milliseconds to copy. */
 #define CALIBRATION_BYTES ((size_t)8 << 20)
+/* Bounds how long the claim of a piece of very small copies holds the lock: some microseconds. */
+#define PIECE_SEGMENTS 1024
 /* Below this a cached copy is as fast, and what it leaves in the cache is small. */
 #define STREAM_MIN_BYTES 4096
 #define LINE 64
@@ -140,11 +142,12 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+static pthread_mutex_t calibration = PTHREAD_MUTEX_INITIALIZER;
+
 /* The fastest streaming kernel here, or the portable one. The first call takes some 20 ms; call it without the GIL. */
 static int best_kernel(void) {
-    static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
     static int best = -1;
-    pthread_mutex_lock(&once);
+    pthread_mutex_lock(&calibration);
     if (best < 0) {
         int64_t best_ns = INT64_MAX;
         char *memory = malloc(2 * CALIBRATION_BYTES);
@@ -163,7 +166,7 @@ static int best_kernel(void) {
             }
         free(memory);
     }
-    pthread_mutex_unlock(&once);
+    pthread_mutex_unlock(&calibration);
     return best;
 }
 
@@ -233,7 +236,10 @@ typedef struct {
  * getpid() would say the same for a system call each time. */
 static atomic_int fork_generation;
 
-static void in_forked_child(void) { atomic_fetch_add(&fork_generation, 1); }
+static void in_forked_child(void) {
+    atomic_fetch_add(&fork_generation, 1);
+    pthread_mutex_init(&calibration, NULL); /* whoever held it stayed with the parent */
+}
 
 static void job_unref(Job *job) {
     if (atomic_fetch_sub(&job->refs, 1) == 1)
@@ -289,7 +295,7 @@ static void *worker(void *argument) {
         }
         Job *job = queue->head;
         size_t at = job->next, off = job->next_off, left = PIECE_BYTES;
-        while (job->next < job->count && left > 0) { /* move the cursor by one piece */
+        while (job->next < job->count && left > 0 && job->next - at < PIECE_SEGMENTS) { /* move the cursor by one piece */
             size_t rest = job->segments[job->next].size - job->next_off;
             if (rest > left) {
                 job->next_off += left;
@@ -545,82 +551,62 @@ static void engine_dealloc(PyObject *self) {
     Py_DECREF(type);
 }
 
-/* An address array: contiguous, 8 bytes an item. */
+/* An address array: contiguous, integers of 8 bytes. */
 static int get_words(PyObject *object, Py_buffer *view, const char *name) {
-    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS))
+    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT))
         return -1;
-    if (view->itemsize == 8)
+    const char *format = view->format ? view->format : "B";
+    if (view->itemsize == 8 && strchr("QLNqln", format[strlen(format) - 1]))
         return 0;
-    PyErr_Format(PyExc_TypeError, "%s must hold 8-byte items, not %zd-byte ones", name, view->itemsize);
+    PyErr_Format(PyExc_TypeError, "%s must hold 8-byte integers, not %zd-byte items of format '%s'", name, view->itemsize,
+                 format);
     PyBuffer_Release(view);
     return -1;
 }
 
-static PyObject *engine_submit(PyObject *self, PyObject *args) {
-    Core *core = ((EngineObject *)self)->core;
-    PyObject *dst_object, *src_object, *size_object, *result = NULL;
-    int queue_index;
-    if (!PyArg_ParseTuple(args, "iOOO", &queue_index, &dst_object, &src_object, &size_object))
-        return NULL;
-    if (check_generation(core))
-        return NULL;
-    if (queue_index < 0 || queue_index >= core->queue_count) {
-        PyErr_Format(PyExc_ValueError, "queue must be 0 to %d, not %d", core->queue_count - 1, queue_index);
-        return NULL;
-    }
-    Py_buffer dst = {0}, src = {0}, sizes = {0};
-    size_t uniform = 0;
-    int has_sizes = !PyLong_Check(size_object);
-    if (!has_sizes) {
-        uniform = PyLong_AsSize_t(size_object);
-        if (PyErr_Occurred())
-            return NULL;
-    }
-    if (get_words(dst_object, &dst, "dst"))
-        return NULL;
-    if (get_words(src_object, &src, "src"))
-        goto release_dst;
-    if (has_sizes && get_words(size_object, &sizes, "size"))
-        goto release_src;
-    size_t count = (size_t)dst.len / 8;
-    if (src.len != dst.len || (has_sizes && sizes.len != dst.len)) {
-        PyErr_SetString(PyExc_ValueError, "dst, src and size must be of one length");
-        goto release_all;
-    }
-    Job *job = malloc(sizeof *job + count * sizeof *job->segments);
-    if (job == NULL) {
-        PyErr_NoMemory();
-        goto release_all;
-    }
-    memset(job, 0, sizeof *job);
-    const uint64_t *d = dst.buf, *s = src.buf, *z = sizes.buf;
-    for (size_t i = 0; i < count; i++) {
-        size_t size = has_sizes ? (size_t)z[i] : uniform;
-        if (size == 0)
-            continue;
-        Segment *last = job->count ? &job->segments[job->count - 1] : NULL;
-        if (last && last->dst + last->size == (char *)(uintptr_t)d[i] &&
-            last->src + last->size == (const char *)(uintptr_t)s[i])
-            last->size += size; /* neighbours on both sides are one copy */
-        else
-            job->segments[job->count++] = (Segment){(char *)(uintptr_t)d[i], (const char *)(uintptr_t)s[i], size};
-    }
-    size_t total = 0;
-    for (size_t i = 0; i < job->count && total <= PIECE_BYTES; i++)
-        total += job->segments[i].size;
-    job->queue = queue_index;
-    atomic_init(&job->state, JOB_OPEN);
-    atomic_init(&job->refs, 2); /* the handle and the core */
+static int check_queue(const Core *core, int queue_index) {
+    if (queue_index >= 0 && queue_index < core->queue_count)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "queue must be 0 to %d, not %d", core->queue_count - 1, queue_index);
+    return -1;
+}
 
+/* A job with room for `count` segments and none yet. */
+static Job *new_job(size_t count) {
+    Job *job = malloc(sizeof *job + count * sizeof *job->segments);
+    if (job)
+        memset(job, 0, sizeof *job);
+    else
+        PyErr_NoMemory();
+    return job;
+}
+
+/* Neighbours on both sides become one copy. */
+static inline void add_segment(Job *job, uint64_t dst, uint64_t src, size_t size) {
+    Segment *last = job->count ? &job->segments[job->count - 1] : NULL;
+    if (last && last->dst + last->size == (char *)(uintptr_t)dst &&
+        last->src + last->size == (const char *)(uintptr_t)src)
+        last->size += size;
+    else if (size)
+        job->segments[job->count++] = (Segment){(char *)(uintptr_t)dst, (const char *)(uintptr_t)src, size};
+}
+
+/* Hands the job to the threads; its handle. Takes the job over, also when it fails. */
+static PyObject *queue_job(Core *core, int queue_index, Job *job) {
     JobObject *handle = (JobObject *)((allocfunc)PyType_GetSlot(job_type, Py_tp_alloc))(job_type, 0);
     if (handle == NULL) {
         free(job);
-        goto release_all;
+        return NULL;
     }
+    job->queue = queue_index;
+    atomic_init(&job->state, JOB_OPEN);
+    atomic_init(&job->refs, 2); /* the handle and the core */
     handle->job = job;
     handle->core = core;
     atomic_fetch_add(&core->refs, 1);
-    result = (PyObject *)handle;
+    size_t total = 0;
+    for (size_t i = 0; i < job->count && total <= PIECE_BYTES; i++)
+        total += job->segments[i].size;
 
     int queued = 0;
     pthread_mutex_lock(&core->lock);
@@ -642,6 +628,43 @@ static PyObject *engine_submit(PyObject *self, PyObject *args) {
         pthread_cond_broadcast(&core->work);
     else if (queued)
         pthread_cond_signal(&core->work);
+    return (PyObject *)handle;
+}
+
+static PyObject *engine_submit(PyObject *self, PyObject *args) {
+    Core *core = ((EngineObject *)self)->core;
+    PyObject *dst_object, *src_object, *size_object, *result = NULL;
+    int queue_index;
+    if (!PyArg_ParseTuple(args, "iOOO", &queue_index, &dst_object, &src_object, &size_object))
+        return NULL;
+    if (check_generation(core) || check_queue(core, queue_index))
+        return NULL;
+    Py_buffer dst = {0}, src = {0}, sizes = {0};
+    size_t uniform = 0;
+    int has_sizes = !PyLong_Check(size_object);
+    if (!has_sizes) {
+        uniform = PyLong_AsSize_t(size_object);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    if (get_words(dst_object, &dst, "dst"))
+        return NULL;
+    if (get_words(src_object, &src, "src"))
+        goto release_dst;
+    if (has_sizes && get_words(size_object, &sizes, "size"))
+        goto release_src;
+    size_t count = (size_t)dst.len / 8;
+    if (src.len != dst.len || (has_sizes && sizes.len != dst.len)) {
+        PyErr_SetString(PyExc_ValueError, "dst, src and size must be of one length");
+        goto release_all;
+    }
+    Job *job = new_job(count);
+    if (job == NULL)
+        goto release_all;
+    const uint64_t *d = dst.buf, *s = src.buf, *z = sizes.buf;
+    for (size_t i = 0; i < count; i++)
+        add_segment(job, d[i], s[i], has_sizes ? (size_t)z[i] : uniform);
+    result = queue_job(core, queue_index, job);
 
 release_all:
     if (has_sizes)
@@ -653,17 +676,60 @@ release_dst:
     return result;
 }
 
+/* Item i of a list of row numbers as an address; -1 in *failed, with an exception set, if it is not a row. */
+static inline uint64_t row_address(PyObject *rows, Py_ssize_t i, unsigned long long base, unsigned long long stride,
+                                   unsigned long long count, int *failed) {
+    unsigned long long row = PyLong_AsUnsignedLongLong(PyList_GetItem(rows, i));
+    if (row >= count) { /* also what a failed conversion returns */
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "row %llu is not below %llu", row, count);
+        *failed = -1;
+    }
+    return base + row * stride;
+}
+
+static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
+    Core *core = ((EngineObject *)self)->core;
+    int queue_index, failed = 0;
+    unsigned long long dst, dst_stride, dst_count, src, src_stride, src_count;
+    PyObject *dst_rows, *src_rows;
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(args, "iKKKOKKKOn", &queue_index, &dst, &dst_stride, &dst_count, &dst_rows, &src, &src_stride,
+                          &src_count, &src_rows, &size))
+        return NULL;
+    if (check_generation(core) || check_queue(core, queue_index))
+        return NULL;
+    if (!PyList_Check(dst_rows) || !PyList_Check(src_rows) || size < 0) {
+        PyErr_SetString(PyExc_TypeError, "rows must be lists of integers, and the size not negative");
+        return NULL;
+    }
+    Py_ssize_t count = PyList_Size(dst_rows);
+    if (PyList_Size(src_rows) != count) {
+        PyErr_SetString(PyExc_ValueError, "the two lists of rows must be of one length");
+        return NULL;
+    }
+    Job *job = new_job((size_t)count);
+    if (job == NULL)
+        return NULL;
+    for (Py_ssize_t i = 0; i < count && failed == 0; i++) {
+        uint64_t to = row_address(dst_rows, i, dst, dst_stride, dst_count, &failed);
+        uint64_t from = failed ? 0 : row_address(src_rows, i, src, src_stride, src_count, &failed);
+        add_segment(job, to, from, (size_t)size);
+    }
+    if (failed) {
+        free(job);
+        return NULL;
+    }
+    return queue_job(core, queue_index, job);
+}
+
 /* Test-only: budget of a queue, in pieces. */
 static PyObject *engine_limit(PyObject *self, PyObject *args) {
     Core *core = ((EngineObject *)self)->core;
     int queue_index;
     long pieces;
-    if (!PyArg_ParseTuple(args, "il", &queue_index, &pieces) || check_generation(core))
+    if (!PyArg_ParseTuple(args, "il", &queue_index, &pieces) || check_generation(core) || check_queue(core, queue_index))
         return NULL;
-    if (queue_index < 0 || queue_index >= core->queue_count) {
-        PyErr_Format(PyExc_ValueError, "queue must be 0 to %d, not %d", core->queue_count - 1, queue_index);
-        return NULL;
-    }
     pthread_mutex_lock(&core->lock);
     core->queues[queue_index].budget = pieces;
     pthread_cond_broadcast(&core->work);
@@ -696,6 +762,9 @@ static PyMethodDef engine_methods[] = {
      "submit(queue, dst, src, size) -> Job\n\n"
      "Queue copies of size[i] bytes (or size bytes each) from address src[i] to dst[i]. The arrays are copied; the\n"
      "memory behind the addresses must stay valid until the job is done. Takes time in the number of addresses only."},
+    {"submit_rows", engine_submit_rows, METH_VARARGS,
+     "submit_rows(queue, dst, dst_stride, dst_count, dst_rows, src, src_stride, src_count, src_rows, size) -> Job\n\n"
+     "submit() for rows of size bytes: from row src_rows[i] to row dst_rows[i], lists of integers below the counts."},
     {"limit", engine_limit, METH_VARARGS,
      "limit(queue, pieces)\n\nFor tests: let the threads take that many more pieces of the queue (0 holds it, -1 lifts the limit)."},
     {"close", engine_close, METH_NOARGS,

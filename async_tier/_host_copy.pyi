@@ -22,5 +22,18 @@ class Engine:
     @property
     def thread_ids(self) -> list[int]: ...
     def submit(self, queue: int, dst: np.ndarray, src: np.ndarray, size: int | np.ndarray) -> Job: ...
+    def submit_rows(
+        self,
+        queue: int,
+        dst: int,
+        dst_stride: int,
+        dst_count: int,
+        dst_rows: list[int],
+        src: int,
+        src_stride: int,
+        src_count: int,
+        src_rows: list[int],
+        size: int,
+    ) -> Job: ...
     def limit(self, queue: int, pieces: int) -> None: ...
     def close(self) -> None: ...

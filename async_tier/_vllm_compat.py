@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,12 +118,12 @@ class RequestOrder:
             places.get if isinstance(places, dict) else context.get_offload_key_position
         )
 
-    def before(self, key: bytes) -> list[bytes]:
+    def before(self, keys: Sequence[bytes]) -> list[bytes]:
         places = self._places
-        place = places.get(key)
-        if place is None or next(iter(places)) == key:
+        if not places or next(iter(places)) in keys:  # the start of the request
             return []
-        return [other for other, its in places.items() if its < place]
+        first = min((places[key] for key in keys if key in places), default=0)
+        return [other for other, place in places.items() if place < first]
 
 
 class TouchOrder:
@@ -139,7 +139,7 @@ class TouchOrder:
     def position(self, key: bytes) -> int | None:
         return self._places.get(key)
 
-    def before(self, key: bytes) -> tuple[bytes, ...]:
+    def before(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
         return ()  # touch itself has refreshed all of the request's blocks
 
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
+import os
 import threading
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +21,32 @@ from async_tier.config import format_size
 # Since Linux 5.14 (include/uapi/asm-generic/mman-common.h); Python 3.11 does not name it.
 _MADV_POPULATE_WRITE = 23
 _HUGE_PAGE = 2 << 20
+# Raw calls, because a mapping that a Python object owns is also unmapped by the copy of that object in a forked child.
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 # What the background thread populates between two looks at whether it should stop: some 10 ms.
 _POPULATE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows of `row_bytes` bytes, `stride` bytes apart, from `address` on."""
+    """`count` rows of `row_bytes` bytes, `stride` bytes apart, from `address` on: row i is at address + i * stride."""
 
     address: int
     count: int
     row_bytes: int
     stride: int
-    _stride: np.uint64 = field(init=False, repr=False, compare=False)
-    _address: np.uint64 = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # As numpy scalars, made once: making one costs as much as adding it to a short array.
-        object.__setattr__(self, "_stride", np.uint64(self.stride))
-        object.__setattr__(self, "_address", np.uint64(self.address))
-
-    def addresses(self, rows: np.ndarray) -> np.ndarray:
-        """The addresses (uint64) of row numbers `rows` (uint64, all below `count`)."""
-        addresses = rows * self._stride
-        addresses += self._address
-        return addresses
 
     @classmethod
     def of_view(cls, view: memoryview) -> Rows:
@@ -85,45 +87,42 @@ class Arena:
         # Room to start on a huge page's boundary.
         length = size + (_HUGE_PAGE if size >= _HUGE_PAGE else 0)
         length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            self._map: mmap.mmap | None = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:  # an address-space limit, or no overcommitment
-            raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {error}") from error
-        for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):
-            self._map.madvise(advice)
-        try:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel built without them
-                raise
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        start = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if start == _MAP_FAILED:  # an address-space limit, or no overcommitment
+            reason = os.strerror(ctypes.get_errno())
+            raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {reason}")
+        for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
+            _libc.madvise(start, length, advice)  # MADV_HUGEPAGE is refused by kernels built without them
         address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
-        self._stop = threading.Event()
+        stop = threading.Event()
         self._populator = threading.Thread(
-            target=_populate, args=(address, size, self._stop), name="async-tier-populate", daemon=True
+            target=_populate, args=(address, size, stop), name="async-tier-populate", daemon=True
         )
         self._populator.start()
+        self._release = weakref.finalize(self, _release, start, length, stop, self._populator, os.getpid())
 
     def close(self) -> None:
         """Free the memory. Every copy that touches it must have ended. Idempotent."""
-        self._stop.set()
-        self._populator.join()
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        self._release()
+
+
+def _release(start: int, length: int, stop: threading.Event, populator: threading.Thread, owner: int) -> None:
+    """Give the mapping back, in the process that made it: a forked child may have something else at its addresses."""
+    if os.getpid() == owner:
+        stop.set()
+        populator.join()
+        _libc.munmap(start, length)
 
 
 def _populate(address: int, size: int, stop: threading.Event) -> None:
     """Back the range with memory, so that no copy pays for page faults. Gives up quietly: faults do the same later.
 
-    Through ctypes, which releases the GIL for the call; `mmap.madvise` does not.
+    ctypes releases the GIL for the call.
     """
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     end = -(-(address + size) // mmap.PAGESIZE) * mmap.PAGESIZE
     for at in range(address, end, _POPULATE_BYTES):
-        if stop.is_set() or madvise(at, min(_POPULATE_BYTES, end - at), _MADV_POPULATE_WRITE) != 0:
+        if stop.is_set() or _libc.madvise(at, min(_POPULATE_BYTES, end - at), _MADV_POPULATE_WRITE) != 0:
             return
 
 

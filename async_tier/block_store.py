@@ -121,8 +121,9 @@ class BlockStore:
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         self._finished: list[Finished] = []
-        # Sequence -> (its keys hit this step, their order).
-        self._step_hits: dict[str | None, tuple[list[bytes], SequenceOrder | None]] = {}
+        self._orders: dict[str | None, SequenceOrder] = {}
+        # Sequence -> its keys hit this step.
+        self._step_hits: dict[str | None, list[bytes]] = {}
         self._store_jobs = self._load_jobs = self._failed_jobs = 0
         self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
         self._hits = self._misses = self._faults = 0
@@ -132,20 +133,27 @@ class BlockStore:
 
     # ------------------------------------------------------------------------------------------------- the contract
 
-    def lookup(self, key: bytes, sequence: str | None = None, order: SequenceOrder | None = None) -> bool:
+    def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
+        """What is known of the order of a sequence's blocks, until `finish_sequence`."""
+        self._orders[sequence] = order
+
+    def order(self, sequence: str) -> SequenceOrder | None:
+        """The order given by `begin_sequence`, if the sequence was begun and is not finished."""
+        return self._orders.get(sequence)
+
+    def lookup(self, key: bytes, sequence: str | None = None) -> bool:
         """Whether `key` can be loaded now. If so it stays loadable until the next `end_step`.
 
-        Counts as a use by `sequence` (a request's name), in the place that `order` tells.
+        Counts as a use by `sequence` (a request's name).
         """
         if not self._index.pin_hit(key):
             self._misses += 1
             return False
         self._hits += 1
-        hits = self._step_hits.get(sequence)
-        if hits is None:
-            self._step_hits[sequence] = ([key], order)
-        else:
-            hits[0].append(key)
+        try:
+            self._step_hits[sequence].append(key)
+        except KeyError:
+            self._step_hits[sequence] = [key]
         return True
 
     def end_step(self) -> None:
@@ -165,6 +173,7 @@ class BlockStore:
 
         Keys that are here or on their way are not copied again. When no row can be had, keys are left out, the last
         of the sequence first; that is a success of fewer bytes. Unequal lengths and rows out of range fail the job.
+        `order` is for a sequence that was not begun.
         """
         keys = list(keys)
         sources = self._checked(job_id, keys, rows)
@@ -172,21 +181,17 @@ class BlockStore:
             self._finish(job_id, success=False)
             return
         self._note_hits()
-        new, arena_rows = self._index.reserve(keys, sequence, order)
+        new, arena_rows = self._index.reserve(keys, sequence, order or self._orders.get(sequence))
         if len(new) < len(keys):
             self._count_left_out(keys, new)
-            at = {key: place for place, key in enumerate(keys)}
-            sources = sources[[at[key] for key in new]]
+            row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
+            sources = [row_of[key] for key in new]
         if not new:
             self._store_jobs += 1
             self._finish(job_id, success=True)
             return
         try:
-            event = self._store_stream.copy(
-                self._rows.addresses(np.array(arena_rows, dtype=np.uint64)),
-                self.primary.addresses(sources),
-                self.primary.row_bytes,
-            )
+            event = self._store_stream.copy_rows(self._rows, arena_rows, self.primary, sources)
         except Exception as error:
             self._index.drop_filling(new, arena_rows)
             self.fail(job_id, "queue a store", error)
@@ -213,17 +218,13 @@ class BlockStore:
             found = [at for at, row in enumerate(arena_rows) if row >= 0]
             keys = [keys[at] for at in found]
             arena_rows = [arena_rows[at] for at in found]
-            targets = targets[found]
+            targets = [targets[at] for at in found]
         if not keys:
             self._load_jobs += 1
             self._finish(job_id, success=not missing)
             return
         try:
-            event = self._load_stream.copy(
-                self.primary.addresses(targets),
-                self._rows.addresses(np.array(arena_rows, dtype=np.uint64)),
-                self.primary.row_bytes,
-            )
+            event = self._load_stream.copy_rows(self.primary, targets, self._rows, arena_rows)
         except Exception as error:
             self._index.unpin(arena_rows)
             self.fail(job_id, "queue a load", error, keys)
@@ -249,13 +250,14 @@ class BlockStore:
         self._step_hits.clear()
         self._index.clear()
 
-    def touch(self, keys: Collection[bytes], sequence: str | None = None, order: SequenceOrder | None = None) -> None:
-        """The sequence used `keys`, in this order if `order` does not say; those not here are passed over."""
-        self._index.use(keys, sequence, order)
+    def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
+        """The sequence used `keys`, in this order if its own does not say; those not here are passed over."""
+        self._index.use(keys, sequence, self._orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
         self._note_hits()
+        self._orders.pop(sequence, None)
         self._index.finish(sequence)
 
     def fault(self, doing: str, reason: object) -> None:
@@ -361,24 +363,23 @@ class BlockStore:
         """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
         if self._step_hits:
             hits, self._step_hits = self._step_hits, {}
-            for sequence, (keys, order) in hits.items():
-                self._index.use(keys, sequence, order)
+            for sequence, keys in hits.items():
+                self._index.use(keys, sequence, self._orders.get(sequence))
 
-    def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> np.ndarray | None:
-        """Row numbers as uint64, or None, with a log line, if they do not fit the keys or the primary."""
+    def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int] | None:
+        """The row numbers as a list, or None, with a log line, if they do not fit the keys or the primary."""
         if self._closed:
             self.fault(f"take job {job_id}", "the tier is shut down")
             return None
-        given = np.asarray(rows)
-        if given.dtype.kind not in "iu" and given.size:
-            self.fault(f"take job {job_id}", f"row numbers must be integers, not {given.dtype}")
+        # vLLM's are numpy arrays; as a list they are quicker to check and to hand on, for jobs of up to thousands.
+        numbers: list[int] = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
+        if len(numbers) != len(keys):
+            self.fault(f"take job {job_id}", f"{len(keys)} keys but {len(numbers)} row numbers")
             return None
-        # A negative number becomes one beyond any count.
-        numbers = given.astype(np.uint64)
-        if numbers.shape != (len(keys),):
-            self.fault(f"take job {job_id}", f"{len(keys)} keys but row numbers of shape {numbers.shape}")
+        if not set(map(type, numbers)) <= {int}:
+            self.fault(f"take job {job_id}", "row numbers must be integers")
             return None
-        if len(keys) and int(numbers.max()) >= self.primary.count:
+        if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):
             self.fault(f"take job {job_id}", f"a row number is not from 0 to {self.primary.count - 1}")
             return None
         return numbers

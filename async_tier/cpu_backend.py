@@ -32,8 +32,8 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier.config import parse_threads
-from async_tier.streams.base import CopyEvent, CopyStream
-from async_tier.streams.host import HostEngine
+from async_tier.streams.base import CopyEvent
+from async_tier.streams.host import HostEngine, HostStream
 
 DEFAULT_COPY_THREADS = 1
 
@@ -182,7 +182,7 @@ class HostOffloadingWorker(OffloadingWorker):
     def _submit(
         self,
         queue: deque[_Transfer],
-        stream: CopyStream,
+        stream: HostStream,
         job_id: int,
         destinations: np.ndarray,
         sources: np.ndarray,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
@@ -17,18 +17,18 @@ class SequenceOrder(Protocol):
     def position(self, key: bytes) -> int | None:
         """The place of `key` in the sequence, or None if it is not known. Only compared, within one sequence."""
 
-    def before(self, key: bytes) -> Iterable[bytes]:
-        """The keys known to come before `key` in the sequence, in order. Costs by their number."""
+    def before(self, keys: Sequence[bytes]) -> Iterable[bytes]:
+        """The keys known to come before all of `keys`, in order."""
 
 
 class EvictionPolicy(ABC):
     """Told what is stored and used, asked what to evict.
 
-    `rows` maps the keys held to their rows, `pins` counts by row what forbids to evict it; the index owns and keeps
-    both. A `sequence` is a request's name, or None for blocks that belong to none.
+    `rows` maps the keys held to their rows, `pins` counts by row what forbids to evict it. The index owns both; a
+    policy only takes out of `rows` what it evicts. A `sequence` is a request's name, or None for blocks of none.
     """
 
-    def __init__(self, rows: Mapping[bytes, int], pins: Sequence[int]) -> None:
+    def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         self._rows = rows
         self._pins = pins
 
@@ -51,10 +51,10 @@ class EvictionPolicy(ABC):
         """The block in `row` is leaving `rows`, not by `evict`."""
 
     @abstractmethod
-    def evict(self, count: int, sequence: str | None) -> list[bytes]:
-        """At most `count` keys without a pin, worst first, to make room for blocks of the sequence.
+    def evict(self, count: int, sequence: str | None) -> list[int]:
+        """Take at most `count` keys without a pin out of `rows`, worst first; the rows they had.
 
-        They are forgotten by the policy; the caller takes them out of `rows` before it calls again.
+        To make room for blocks of the sequence, which are stored into these rows next.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class LeastRecentlyUsed(EvictionPolicy):
     # How far a chain of prefixes is followed: turns of a conversation, in practice a few.
     _MAX_PREFIX_CHAIN = 64
 
-    def __init__(self, rows: Mapping[bytes, int], pins: Sequence[int]) -> None:
+    def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         super().__init__(rows, pins)
         self._runs: OrderedDict[_Run, None] = OrderedDict()
         self._open: dict[str, _Run] = {}
@@ -115,11 +115,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         if not sequence or order is None or sequence in self._open:
             return
         # The first we hear of the sequence. What comes before these blocks was used, but the primary or the GPU had it.
-        try:
-            first = min(keys, key=order.position)  # type: ignore[arg-type]
-        except TypeError:  # not all are known
-            return
-        here = [key for key in order.before(first) if key in self._rows]
+        here = [key for key in order.before(keys) if key in self._rows]
         if here:
             self.use(here, sequence, order)
 
@@ -158,38 +154,39 @@ class LeastRecentlyUsed(EvictionPolicy):
             self._run_of[row] = None
             self._leave(run)
 
-    def evict(self, count: int, sequence: str | None) -> list[bytes]:
+    def evict(self, count: int, sequence: str | None) -> list[int]:
         own = self._chain(self._open.get(sequence) if sequence else None)
-        victims: list[bytes] = []
+        freed: list[int] = []
         emptied = []
         pinned_seen = 0
         rows, pins, run_of = self._rows, self._pins, self._run_of
         for run in self._runs:
-            if len(victims) >= count or pinned_seen > self._MAX_PINNED_SEEN:
+            if len(freed) >= count or pinned_seen > self._MAX_PINNED_SEEN:
                 break
             if run in own:
                 continue
             keys = run.keys
             pinned: list[bytes] = []  # evictable later, and then in the same order
-            before = len(victims)
-            while keys and len(victims) < count and pinned_seen + len(pinned) <= self._MAX_PINNED_SEEN:
+            before = len(freed)
+            while keys and len(freed) < count and pinned_seen + len(pinned) <= self._MAX_PINNED_SEEN:
                 key = keys.pop()
-                row = rows.get(key, -1)
-                if row < 0 or run_of[row] is not run:
+                row = rows.pop(key, -1)  # almost always a victim: one access instead of two
+                if row < 0:
                     continue
-                if pins[row]:
+                if run_of[row] is run and not pins[row]:
+                    freed.append(row)
+                    continue
+                rows[key] = row
+                if run_of[row] is run:
                     pinned.append(key)
-                else:
-                    run_of[row] = None
-                    victims.append(key)
             keys.extend(reversed(pinned))
             pinned_seen += len(pinned)
-            run.live -= len(victims) - before
+            run.live -= len(freed) - before
             if run.live == 0:
                 emptied.append(run)
         for run in emptied:
             self._drop(run)
-        return victims
+        return freed
 
     def finish(self, sequence: str) -> None:
         run = self._open.pop(sequence, None)

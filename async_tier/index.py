@@ -170,9 +170,9 @@ class BlockIndex:
         rows.extend(range(self._fresh, self._fresh + fresh))
         self._fresh += fresh
         if len(rows) < count:
-            victims = self._policy.evict(count - len(rows), sequence)
-            rows.extend(map(self._row_of.pop, victims))
-            self.evictions += len(victims)
+            evicted = self._policy.evict(count - len(rows), sequence)
+            rows.extend(evicted)
+            self.evictions += len(evicted)
         return rows
 
     def _orphan(self, row: int) -> None:

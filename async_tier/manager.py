@@ -12,7 +12,6 @@ from async_tier import _vllm_compat as compat
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore, Statistics
 from async_tier.config import TierConfig, format_size
-from async_tier.eviction import SequenceOrder
 
 # Under vLLM's logger, whose handlers and level it then has.
 logger = init_logger(f"vllm.{__name__}")
@@ -65,8 +64,6 @@ class AsyncSecondaryTierManager(compat.TierBase):
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
         self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
-        # By request: from on_new_request to on_request_finished.
-        self._orders: dict[str, SequenceOrder] = {}
         # Lookups answer MISS until the step has ended: after a reset, workers may still write to rows of the primary
         # that a promotion would be given, up to the end of the first step.
         self._hold_lookups = False
@@ -90,8 +87,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         if self._hold_lookups:
             return LookupResult.MISS
         try:
-            sequence = req_context.req_id
-            hit = self._store.lookup(key, sequence, self._orders.get(sequence))
+            hit = self._store.lookup(key, req_context.req_id)
         except Exception as error:
             self._store.fault("look up a block", error)
             return LookupResult.MISS
@@ -107,7 +103,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 list(job_metadata.keys),
                 compat.row_numbers(job_metadata),
                 context.req_id,
-                self._orders.get(context.req_id) or compat.order_of(context),
+                self._store.order(context.req_id) or compat.order_of(context),
             )
         except Exception as error:
             self._store.fail(job_metadata.job_id, "store blocks", error)
@@ -145,7 +141,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Takes note of the request; has no wish for how its blocks are offloaded."""
         try:
-            self._orders[req_context.req_id] = compat.order_of(req_context)
+            self._store.begin_sequence(req_context.req_id, compat.order_of(req_context))
         except Exception as error:
             self._store.fault("take note of a request", error)
         return RequestOffloadingContext()
@@ -153,7 +149,6 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def on_request_finished(self, req_context: Any) -> None:
         """Nothing more will be stored for the request."""
         try:
-            self._orders.pop(req_context.req_id, None)
             self._store.finish_sequence(req_context.req_id)
         except Exception as error:
             self._store.fault("end a request", error)
@@ -162,10 +157,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """The request uses `keys`, given in prefix order. Called by vLLM up to 0.30."""
         try:
             sequence = req_context.req_id
-            order = self._orders.get(sequence)
+            order = self._store.order(sequence)
             if isinstance(order, compat.TouchOrder):
                 order.note(keys)
-            self._store.touch(keys, sequence, order)
+            self._store.touch(keys, sequence)
         except Exception as error:
             self._store.fault("touch blocks", error)
 

@@ -25,8 +25,8 @@ class Order:
     def position(self, key: bytes) -> int | None:
         return self.names.index(key) if key in self.names else None
 
-    def before(self, key: bytes) -> list[bytes]:
-        return self.names[: self.names.index(key)] if key in self.names else []
+    def before(self, keys: list[bytes]) -> list[bytes]:
+        return self.names[: min((self.names.index(key) for key in keys if key in self.names), default=0)]
 
 
 def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order | None = None) -> dict[bytes, int]:

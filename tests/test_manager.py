@@ -52,7 +52,7 @@ class FailingStream:
     def __init__(self, refuses: bool = False) -> None:
         self.refuses = refuses
 
-    def copy(self, destinations, sources, size):
+    def copy_rows(self, destination, destination_rows, source, source_rows):
         if self.refuses:
             raise RuntimeError("no copies today")
         return SimpleNamespace(is_done=True, failed=True, seconds=0.0, synchronize=lambda: None)
@@ -702,7 +702,7 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         assert tier.lookup(key(number), context) is HIT
         tier.on_request_finished(context)
         end_step(tier)
-    assert tier._orders == {}
+    assert tier._store._orders == {}
     assert tier._store._index._policy._open == {}
 
 

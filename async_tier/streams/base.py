@@ -2,7 +2,7 @@
 
 The contract, for every engine:
 
-- `copy` returns at once. What it costs depends on the number of addresses, never on the number of bytes.
+- Queueing returns at once. What it costs depends on the number of copies, never on the number of bytes.
 - The copies of a stream may run in any order, also at the same time. Only an event says that they have ended, and
   whoever reuses memory waits for the events of all copies that touch it.
 - Asking an event never blocks and never needs a lock that a copy holds.
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
+from async_tier.arena import Rows
 
 
 class CopyEvent(Protocol):
-    """The end of one `copy` call's copies."""
+    """The end of the copies queued by one call."""
 
     @property
     def is_done(self) -> bool:
@@ -38,12 +38,13 @@ class CopyEvent(Protocol):
 class CopyStream(Protocol):
     """A queue of copies."""
 
-    def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
-        """Queue copies from `sources[i]` to `destinations[i]`.
+    def copy_rows(
+        self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
+    ) -> CopyEvent:
+        """Queue copies of row `source_rows[i]` of `source` to row `destination_rows[i]` of `destination`.
 
-        The arrays have shape (n,), dtype uint64, and hold addresses; they are free to be reused when the call
-        returns. `size` is the bytes of each copy: one number, or an array (n,) of uint64. Raises RuntimeError, and
-        queues nothing, where the engine cannot take the job.
+        The lists are of one length and free to be changed when the call returns. Raises, and queues nothing, where
+        the engine cannot take the job (RuntimeError) or a row is not one (ValueError, TypeError).
         """
 
 

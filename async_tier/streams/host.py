@@ -13,6 +13,7 @@ import weakref
 import numpy as np
 
 from async_tier import _host_copy
+from async_tier.arena import Rows
 from async_tier.streams.base import CopyEvent
 
 # For `limit`: no limit.
@@ -26,8 +27,29 @@ class HostStream:
         self._engine = engine
         self._queue = queue
 
+    def copy_rows(
+        self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
+    ) -> CopyEvent:
+        """See CopyStream.copy_rows. Raises RuntimeError in a forked child: the threads stayed with the parent."""
+        return self._engine.submit_rows(
+            self._queue,
+            destination.address,
+            destination.stride,
+            destination.count,
+            destination_rows,
+            source.address,
+            source.stride,
+            source.count,
+            source_rows,
+            source.row_bytes,
+        )
+
     def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
-        """See CopyStream.copy. Raises RuntimeError in a forked child: the threads stayed with the parent."""
+        """Queue copies from address `sources[i]` to address `destinations[i]`, arrays of shape (n,) and dtype uint64.
+
+        `size` is the bytes of each copy: one number, or an array (n,) of uint64. The arrays are free to be changed
+        when the call returns. Raises as `copy_rows` does.
+        """
         return self._engine.submit(self._queue, destinations, sources, size)
 
     def hold(self) -> None:
@@ -35,7 +57,7 @@ class HostStream:
         self._engine.limit(self._queue, 0)
 
     def step(self, pieces: int = 1) -> None:
-        """For tests: of a held queue, let that many pieces go."""
+        """For tests: of a held queue, let that many pieces go, from now on; what is left of an earlier step is void."""
         self._engine.limit(self._queue, pieces)
 
     def release(self) -> None:
@@ -77,8 +99,10 @@ def _allowed_cpus() -> set[int]:
     user allowed (taskset, numactl) still stands in the parent process, which vLLM does not bind.
     """
     cpus = os.sched_getaffinity(0)
+    parent = os.getppid()
     try:
-        cpus |= os.sched_getaffinity(os.getppid())
-    except OSError:  # no parent in this namespace, or one that may not be asked
-        cpus |= set(range(os.cpu_count() or 1))
-    return cpus
+        if parent:
+            return cpus | os.sched_getaffinity(parent)
+    except OSError:  # one that may not be asked
+        pass
+    return cpus | set(range(os.cpu_count() or 1))  # the first process of a container has no parent

@@ -1,0 +1,529 @@
+"""Rows, the arena's memory as the kernel sees it, and the refusal to ask for more than there is."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from async_tier import arena as arena_module
+from async_tier.arena import Arena, Rows, refuse_if_unavailable
+
+# Far beyond what anything here takes; only a failure waits that long.
+PATIENCE_S = 20
+HUGE_PAGE = 2 << 20
+MIB = 1 << 20
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_of_a_two_dimensional_view():
+    array = np.zeros((5, 48), np.uint8)
+    assert Rows.of_view(memoryview(array)) == Rows(array.ctypes.data, count=5, row_bytes=48, stride=48)
+
+
+def test_rows_of_a_three_dimensional_view_with_wider_items():
+    array = np.zeros((5, 3, 4), np.int32)
+    assert Rows.of_view(memoryview(array)) == Rows(array.ctypes.data, count=5, row_bytes=48, stride=48)
+
+
+def test_rows_of_a_one_dimensional_view_are_its_items():
+    array = np.zeros(6, np.uint16)
+    assert Rows.of_view(memoryview(array)) == Rows(array.ctypes.data, count=6, row_bytes=2, stride=2)
+
+
+def test_rows_may_lie_apart():
+    array = np.zeros((5, 64), np.uint8)
+    assert Rows.of_view(memoryview(array[1::2, 16:48])) == Rows(array.ctypes.data + 80, 2, row_bytes=32, stride=128)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0,), ()])
+def test_a_view_without_rows_is_refused(shape: tuple[int, ...]):
+    view = memoryview(np.zeros(shape, np.uint8) if shape else np.array(1, np.uint8))
+    with pytest.raises(ValueError, match="must hold at least one row, not shape"):
+        Rows.of_view(view)
+
+
+def test_a_read_only_view_is_refused():
+    with pytest.raises(ValueError, match="must be writable"):
+        Rows.of_view(memoryview(bytes(64)))
+    with pytest.raises(ValueError, match="must be writable"):
+        Rows.of_view(memoryview(np.zeros((4, 4), np.uint8)).toreadonly())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 64), np.uint8)[:, ::2],
+        np.zeros((4, 3, 64), np.uint8)[:, :, :32],
+        np.zeros((4, 4, 64), np.uint8)[:, ::2],
+        np.zeros((4, 3, 5), np.uint8).transpose(0, 2, 1),
+    ],
+)
+def test_rows_with_gaps_inside_are_refused(array: np.ndarray):
+    with pytest.raises(ValueError, match=r"must be contiguous, not strides \("):
+        Rows.of_view(memoryview(array))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 64), np.uint8)[::-1],
+        np.lib.stride_tricks.as_strided(np.zeros(128, np.uint8), (4, 32), (16, 1)),
+        np.lib.stride_tricks.as_strided(np.zeros(128, np.uint8), (4, 32), (0, 1)),
+    ],
+)
+def test_rows_that_overlap_are_refused(array: np.ndarray):
+    with pytest.raises(ValueError, match="must not overlap: stride"):
+        Rows.of_view(memoryview(array))
+
+
+def test_rows_do_not_keep_the_view_from_its_owner():
+    memory = mmap.mmap(-1, 4096)
+    view = memoryview(memory)
+    inner = view.cast("B", (4, 1024))
+    rows = Rows.of_view(inner)
+    inner.release()
+    view.release()
+    memory.close()  # BufferError while exported
+    assert rows.count == 4
+
+
+# ------------------------------------------------------------------------------------------------------ arena's memory
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A mapping in /proc/self/smaps."""
+
+    private: bool
+    path: str
+    rss: int
+    flags: frozenset[str]
+
+
+def mapping_at(address: int) -> Mapping | None:
+    """The mapping that holds `address`."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        start, end = (int(text, 16) for text in line.split()[0].split("-"))
+        header, fields = line.split(maxsplit=5), {}
+        for field in lines:
+            name, _, value = field.partition(":")
+            fields[name] = value.strip()
+            if name == "VmFlags":
+                break
+        if start <= address < end:
+            return Mapping(
+                private=header[1].endswith("p"),
+                path=header[5] if len(header) > 5 else "",
+                rss=int(fields["Rss"].split()[0]) * 1024,
+                flags=frozenset(fields["VmFlags"].split()),
+            )
+    return None
+
+
+def bytes_at(address: int, size: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+
+@pytest.fixture
+def make_arena() -> Iterator[Callable[..., Arena]]:
+    """`Arena`, closed at the end."""
+    made: list[Arena] = []
+
+    def make(count: int, row_bytes: int) -> Arena:
+        made.append(Arena(count, row_bytes))
+        return made[-1]
+
+    yield make
+    for arena in made:
+        arena.close()
+
+
+@pytest.fixture
+def unpopulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arenas that nobody populates."""
+    monkeypatch.setattr(arena_module, "_populate", lambda address, size, stop: None)
+
+
+SIZES = [(1, 1), (3, 100), (1, 4096), (3, 4097), (7, 300_007), (1, HUGE_PAGE), (5, HUGE_PAGE + 1), (3, HUGE_PAGE - 1)]
+
+
+@pytest.mark.parametrize(("count", "row_bytes"), SIZES)
+def test_an_arena_has_the_rows_asked_for_and_all_can_be_written(make_arena, count: int, row_bytes: int):
+    rows = make_arena(count, row_bytes).rows
+    assert (rows.count, rows.row_bytes, rows.stride) == (count, row_bytes, row_bytes)
+    memory = bytes_at(rows.address, count * row_bytes)
+    assert not memory.any()
+    memory[:] = 7
+    for row in range(count):
+        assert bytes_at(rows.address + row * rows.stride, row_bytes)[-1] == 7
+
+
+@pytest.mark.parametrize(("count", "row_bytes"), [size for size in SIZES if size[0] * size[1] >= HUGE_PAGE])
+def test_a_large_arena_begins_on_a_huge_page(make_arena, count: int, row_bytes: int):
+    assert make_arena(count, row_bytes).rows.address % HUGE_PAGE == 0
+
+
+def test_a_small_arena_begins_on_a_page(make_arena):
+    assert make_arena(3, 100).rows.address % mmap.PAGESIZE == 0
+
+
+def test_two_arenas_share_nothing(make_arena):
+    first, second = (make_arena(2, HUGE_PAGE).rows for _ in range(2))
+    bytes_at(first.address, 2 * HUGE_PAGE)[:] = 1
+    bytes_at(second.address, 2 * HUGE_PAGE)[:] = 2
+    assert (bytes_at(first.address, 2 * HUGE_PAGE) == 1).all()
+
+
+def test_an_arena_is_private_and_has_no_name(make_arena):
+    shared = set(os.listdir("/dev/shm"))
+    mapping = mapping_at(make_arena(4, HUGE_PAGE).rows.address)
+    assert mapping is not None
+    assert mapping.private
+    assert mapping.path == ""
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+@pytest.mark.parametrize("end", ["first byte", "last byte"])
+def test_an_arena_stays_out_of_core_dumps_and_children(make_arena, end: str):
+    rows = make_arena(4, HUGE_PAGE).rows
+    mapping = mapping_at(rows.address + (0 if end == "first byte" else 4 * HUGE_PAGE - 1))
+    assert mapping is not None
+    assert "dd" in mapping.flags
+    assert "dc" in mapping.flags
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_huge_pages_are_advised(make_arena):
+    mapping = mapping_at(make_arena(4, HUGE_PAGE).rows.address)
+    assert mapping is not None
+    assert "hg" in mapping.flags
+
+
+def test_a_kernel_without_huge_pages_will_do(make_arena, monkeypatch: pytest.MonkeyPatch):
+    libc = arena_module._libc
+
+    class Libc:
+        mmap, munmap = libc.mmap, libc.munmap
+
+        @staticmethod
+        def madvise(address: int, length: int, advice: int) -> int:
+            return -1 if advice == mmap.MADV_HUGEPAGE else libc.madvise(address, length, advice)
+
+    monkeypatch.setattr(arena_module, "_libc", Libc)
+    rows = make_arena(4, HUGE_PAGE).rows
+    bytes_at(rows.address, 4 * HUGE_PAGE)[:] = 1
+
+
+def test_memory_that_the_system_refuses_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(arena_module, "refuse_if_unavailable", lambda size: None)
+    with pytest.raises(MemoryError, match=r"the system refuses the tier 1024.0 TiB .*Cannot allocate memory"):
+        Arena(1 << 20, 1 << 30)
+
+
+def test_an_arena_nobody_closes_gives_its_memory_back():
+    arena = Arena(4, HUGE_PAGE)
+    address = arena.rows.address
+    del arena
+    assert mapping_at(address) is None
+
+
+def test_a_forked_child_does_not_unmap_what_it_has_at_the_arenas_addresses(make_arena):
+    arena = make_arena(4, HUGE_PAGE)
+    start, length = arena.rows.address, 4 * HUGE_PAGE
+    child = os.fork()
+    if child == 0:  # not kept for the child, so the place is free: something else comes to lie there
+        fixed = 0x10
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed
+        arena_module._libc.mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        memory = bytes_at(start, length)
+        memory[:] = 7
+        arena.close()
+        os._exit(0 if memory[-1] == 7 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- population
+
+
+def test_an_arena_is_only_reserved_at_first(make_arena, unpopulated):
+    mapping = mapping_at(make_arena(16, HUGE_PAGE).rows.address)
+    assert mapping is not None
+    assert mapping.rss == 0
+
+
+@pytest.mark.parametrize(("count", "row_bytes"), [(1, 5000), (40, HUGE_PAGE + 4096)])
+def test_the_background_thread_populates_all_of_it(make_arena, count: int, row_bytes: int):
+    arena = make_arena(count, row_bytes)
+    arena._populator.join(PATIENCE_S)
+    assert not arena._populator.is_alive()
+    mapping = mapping_at(arena.rows.address)
+    assert mapping is not None
+    assert mapping.rss >= count * row_bytes
+
+
+class Population:
+    """A stand-in for `_populate` that goes on until it is told to stop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started = threading.Event()
+        self.stopped = self.ended = False
+        monkeypatch.setattr(arena_module, "_populate", self)
+
+    def __call__(self, address: int, size: int, stop: threading.Event) -> None:
+        self.range = (address, size)
+        self.started.set()
+        self.stopped = stop.wait(PATIENCE_S)
+        for _ in range(1000):  # the piece under way
+            os.sched_yield()
+        self.ended = True
+
+
+def test_construction_does_not_wait_for_population(make_arena, monkeypatch: pytest.MonkeyPatch):
+    population = Population(monkeypatch)
+    arena = make_arena(4, HUGE_PAGE)
+    assert population.started.wait(PATIENCE_S)
+    assert arena._populator.is_alive()
+    assert arena._populator.daemon
+    assert population.range == (arena.rows.address, 4 * HUGE_PAGE)
+
+
+def test_close_stops_a_population_and_waits_for_its_end(monkeypatch: pytest.MonkeyPatch):
+    population = Population(monkeypatch)
+    arena = Arena(4, HUGE_PAGE)
+    assert population.started.wait(PATIENCE_S)
+    arena.close()
+    assert population.stopped
+    assert population.ended
+
+
+class Advice:
+    """A stand-in for the C library's madvise: notes (offset, length, advice) and answers as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[], int]) -> None:
+        self.calls: list[tuple[int, int, int]] = []
+        self._answer = answer
+        monkeypatch.setattr(arena_module, "_libc", self)
+
+    @property
+    def madvise(self) -> Callable[[int, int, int], int]:
+        def call(address: int, length: int, advice: int) -> int:
+            self.calls.append((address, length, advice))
+            return self._answer()
+
+        return call
+
+
+BASE = 1 << 40
+POPULATE_WRITE = 23
+
+
+def test_population_goes_in_pieces_to_the_end_of_the_last_page(monkeypatch: pytest.MonkeyPatch):
+    advice = Advice(monkeypatch, lambda: 0)
+    arena_module._populate(BASE, 70 * MIB + 1, threading.Event())
+    assert advice.calls == [
+        (BASE, 32 * MIB, POPULATE_WRITE),
+        (BASE + 32 * MIB, 32 * MIB, POPULATE_WRITE),
+        (BASE + 64 * MIB, 6 * MIB + mmap.PAGESIZE, POPULATE_WRITE),
+    ]
+
+
+def test_population_looks_between_pieces_whether_to_stop(monkeypatch: pytest.MonkeyPatch):
+    stop = threading.Event()
+    advice = Advice(monkeypatch, lambda: stop.set() or 0)
+    arena_module._populate(BASE, 1000 * MIB, stop)
+    assert len(advice.calls) == 1
+
+
+def test_population_gives_up_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch):
+    advice = Advice(monkeypatch, lambda: -1)
+    arena_module._populate(BASE, 1000 * MIB, threading.Event())
+    assert len(advice.calls) == 1
+
+
+def test_close_frees_the_memory_and_can_be_called_again():
+    arena = Arena(16, HUGE_PAGE)
+    arena.close()
+    mapping = mapping_at(arena.rows.address)
+    assert mapping is None or "dd" not in mapping.flags
+    arena.close()
+    arena.close()
+
+
+# ------------------------------------------------------------------------------------------------- more than there is
+
+
+class Machine:
+    """A file system that says how much memory there is."""
+
+    def __init__(self, root: Path, available_kib: int = 64 << 20) -> None:
+        self.root = root
+        self.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {available_kib} kB\n")
+
+    def write(self, path: str, text: str | int) -> None:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+
+    def in_group(self, *lines: str) -> None:
+        self.write("proc/self/cgroup", "\n".join(lines))
+
+    def group_v2(self, path: str, limit: int | str, usage: int, inactive: int = 0) -> None:
+        folder = f"sys/fs/cgroup/{path}"
+        self.write(f"{folder}/memory.max", limit)
+        self.write(f"{folder}/memory.current", usage)
+        self.write(f"{folder}/memory.stat", f"anon 5\ninactive_file {inactive}\ntotal_inactive_file 1")
+
+    def group_v1(self, path: str, limit: int, usage: int, inactive: int = 0) -> None:
+        folder = f"sys/fs/cgroup/memory/{path}"
+        self.write(f"{folder}/memory.limit_in_bytes", limit)
+        self.write(f"{folder}/memory.usage_in_bytes", usage)
+        self.write(f"{folder}/memory.stat", f"cache 5\ninactive_file 1\ntotal_inactive_file {inactive}")
+
+    def available(self) -> list[tuple[str, int]]:
+        return list(arena_module._available(self.root))
+
+    def groups(self) -> list[int]:
+        return [available for limit, available in self.available() if limit == "the memory cgroup"]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+UNLIMITED_V1 = 9223372036854771712
+
+
+def test_without_cgroups_the_machine_is_the_limit(machine: Machine):
+    assert machine.available() == [("the machine", 64 << 30)]
+
+
+def test_a_version_2_cgroup_leaves_its_limit_less_its_use(machine: Machine):
+    machine.in_group("0::/app")
+    machine.group_v2("app", limit=1000 * MIB, usage=300 * MIB)
+    assert machine.available() == [("the machine", 64 << 30), ("the memory cgroup", 700 * MIB)]
+
+
+def test_a_version_1_cgroup_leaves_its_limit_less_its_use(machine: Machine):
+    machine.in_group("7:pids:/other", "4:cpu,memory:/app", "0::/")
+    machine.group_v1("app", limit=1000 * MIB, usage=300 * MIB)
+    assert machine.groups() == [700 * MIB]
+
+
+def test_inactive_file_cache_is_not_in_use(machine: Machine):
+    machine.in_group("4:memory:/app", "0::/app")
+    machine.group_v1("app", limit=1000 * MIB, usage=300 * MIB, inactive=100 * MIB)
+    machine.group_v2("app", limit=1000 * MIB, usage=300 * MIB, inactive=200 * MIB)
+    assert sorted(machine.groups()) == [800 * MIB, 900 * MIB]
+
+
+def test_every_parent_of_a_version_2_cgroup_counts(machine: Machine):
+    machine.in_group("0::/pod/container/worker")
+    machine.group_v2("pod/container/worker", "max", usage=1 * MIB)
+    machine.group_v2("pod/container", limit=900 * MIB, usage=100 * MIB)
+    machine.group_v2("pod", limit=500 * MIB, usage=200 * MIB)
+    assert machine.groups() == [800 * MIB, 300 * MIB]
+
+
+def test_every_parent_of_a_version_1_cgroup_counts_and_the_mount_itself(machine: Machine):
+    machine.in_group("4:memory:/pod/container")
+    machine.group_v1("pod/container", UNLIMITED_V1, usage=0)
+    machine.group_v1("pod", limit=500 * MIB, usage=200 * MIB)
+    machine.group_v1("", limit=400 * MIB, usage=300 * MIB)
+    assert machine.groups() == [UNLIMITED_V1, 300 * MIB, 100 * MIB]
+
+
+@pytest.mark.parametrize("path", ["/docker/0123", "/../outside", "/"])
+def test_a_container_sees_its_own_group_at_the_mount(machine: Machine, path: str):
+    """/proc/self/cgroup may name a path of the host, which is not there."""
+    machine.in_group(f"4:memory:{path}", f"0::{path}")
+    machine.group_v1("", limit=600 * MIB, usage=100 * MIB)
+    machine.group_v2("", limit=500 * MIB, usage=100 * MIB)
+    assert set(machine.groups()) == {400 * MIB, 500 * MIB}
+
+
+def test_a_cgroup_without_a_limit_leaves_everything(machine: Machine):
+    machine.in_group("0::/app")
+    machine.group_v2("app", "max", usage=300 * MIB)
+    assert machine.groups() == []
+
+
+def test_a_cgroup_over_its_limit_leaves_nothing(machine: Machine):
+    machine.in_group("0::/app")
+    machine.group_v2("app", limit=100 * MIB, usage=300 * MIB)
+    assert machine.groups() == [0]
+
+
+def test_cgroups_of_other_controllers_do_not_count(machine: Machine):
+    machine.in_group("3:cpuset:/app", "2:memory_not:/app", "1:name=systemd:/app")
+    machine.group_v1("app", limit=1 * MIB, usage=0)
+    machine.group_v2("app", limit=1 * MIB, usage=0)
+    assert machine.groups() == []
+
+
+def on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `refuse_if_unavailable` see this machine."""
+    monkeypatch.setattr(arena_module, "_available", functools.partial(arena_module._available, machine.root))
+
+
+def test_more_than_the_machine_has_is_refused_with_both_numbers(machine: Machine, monkeypatch: pytest.MonkeyPatch):
+    on(machine, monkeypatch)
+    refuse_if_unavailable(64 << 30)
+    with pytest.raises(MemoryError) as error:
+        refuse_if_unavailable((64 << 30) + 1)
+    assert str(error.value) == (
+        "the tier asks for 64.0 GiB (68719476737 bytes), but the machine has 64.0 GiB (68719476736 bytes) available; "
+        "set bytes_to_use to less"
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_more_than_the_cgroup_has_is_refused_with_both_numbers(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, version: int
+):
+    """The parent's limit is the one that binds."""
+    on(machine, monkeypatch)
+    machine.in_group("4:memory:/pod/app" if version == 1 else "0::/pod/app")
+    make_group = machine.group_v1 if version == 1 else machine.group_v2
+    make_group("pod/app", limit=10_000 * MIB, usage=0)
+    make_group("pod", limit=1000 * MIB, usage=500 * MIB, inactive=12 * MIB)
+    refuse_if_unavailable(512 * MIB)
+    with pytest.raises(MemoryError) as error:
+        refuse_if_unavailable(1024 * MIB)
+    assert str(error.value) == (
+        "the tier asks for 1.0 GiB (1073741824 bytes), but the memory cgroup has 512.0 MiB (536870912 bytes) "
+        "available; set bytes_to_use to less"
+    )
+
+
+def test_an_arena_larger_than_any_machine_is_refused_in_words():
+    with pytest.raises(MemoryError, match=r"the tier asks for 1024.0 TiB \(1125899906842624 bytes\), but the .* has"):
+        Arena(1 << 20, 1 << 30)
+
+
+def test_what_the_system_refuses_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    """More than the address space, on a machine that does not say how much memory it has."""
+    monkeypatch.setattr(arena_module, "_available", lambda: iter(()))
+    with pytest.raises(MemoryError, match=r"the system refuses the tier .* \(1152921504606846976 bytes\)"):
+        Arena(1 << 30, 1 << 30)
+
+
+def test_an_arena_asks_for_exactly_its_rows(machine: Machine, monkeypatch: pytest.MonkeyPatch):
+    on(machine, monkeypatch)
+    machine.in_group("0::/app")
+    machine.group_v2("app", limit=5000, usage=0)
+    Arena(5, 1000).close()
+    with pytest.raises(MemoryError, match=r"\(5005 bytes\)"):
+        Arena(5, 1001)

@@ -1,0 +1,188 @@
+"""What a tier's configuration accepts, and what it says of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_tier.config import MAX_COPY_THREADS, TierConfig, format_size, parse_size, parse_threads
+
+POWERS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+POWERS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (1, 1),
+        (68719476736, 64 << 30),
+        (1 << 70, 1 << 70),
+        ("1", 1),
+        ("4096", 4096),
+        ("7B", 7),
+        ("64GiB", 64 << 30),
+        ("500 MB", 500_000_000),
+        ("1.5 MB", 1_500_000),
+        (" 10 kib ", 10 << 10),
+        ("0.5 KiB", 512),
+        ("2TB", 2 * 1000**4),
+        ("\t2\ttib\n", 2 << 40),
+        ("1.9999 B", 1),
+        ("9007199254740993", 2**53 + 1),
+        ("9007199254740993 KiB", (2**53 + 1) << 10),
+        *((f"3{unit}", 3 * power) for unit, power in POWERS.items()),
+    ],
+)
+def test_a_size_is_a_number_or_text_with_a_unit(value: object, size: int):
+    parsed = parse_size("bytes_to_use", value)
+    assert parsed == size
+    assert type(parsed) is int
+
+
+WRONG_SIZES = [
+    *(True, False, -1, 0, 1.5, 2.0, None, [1], {}, b"1GiB"),
+    *("", " ", "abc", "5 XB", "5 Ki", "5 PiB", "0", "0 GiB", "0.4", "0.0001 KiB", "-1", "-1 GiB", "+1"),
+    *("1e9", "1,5 MB", "1 5", "1..5", ".5 MB", "5. MB", "GiB", "1 GiB extra", "1_000", "0x10", "inf", "nan"),
+    *("9" * 5000, "9" * 400 + ".5 GiB", "9" * 5000 + " TiB"),
+]
+
+
+@pytest.mark.parametrize("value", WRONG_SIZES)
+def test_a_wrong_size_is_refused_by_key_and_value(value: object):
+    with pytest.raises(ValueError, match=r"^some_key must be an integer number of bytes or text") as error:
+        parse_size("some_key", value)
+    assert str(error.value).endswith(f"not {value!r}")
+    assert "'64GiB' or '500 MB', and at least 1 byte" in str(error.value)
+
+
+@given(st.integers(1, 10**18), st.sampled_from(sorted(POWERS)), st.sampled_from(["", " ", "  "]), st.booleans())
+def test_whole_sizes_are_exact(number: int, unit: str, space: str, lower: bool):
+    text = f"{number}{space}{unit.lower() if lower else unit}"
+    assert parse_size("key", text) == number * POWERS[unit]
+    assert parse_size("key", str(number)) == parse_size("key", number) == number
+
+
+@given(st.integers(1024, (1 << 60) - 1))
+def test_a_size_told_to_a_person_reads_back_as_about_itself(size: int):
+    assert parse_size("key", format_size(size)) == pytest.approx(size, rel=0.05)
+
+
+@given(st.text(alphabet="0123456789.-+ eEkKmMgGtTiIbBxX_,²٣"))
+def test_any_text_is_a_size_or_a_value_error_that_names_the_key(text: str):
+    try:
+        assert parse_size("the_key", text) >= 1
+    except ValueError as error:
+        assert str(error).startswith("the_key must be")  # noqa: PT017 - both outcomes are right
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        *((0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (1536 << 20, "1.5 GiB")),
+        *((1 << 20, "1.0 MiB"), (1 << 40, "1.0 TiB"), (1 << 50, "1024.0 TiB")),
+    ],
+)
+def test_a_size_is_told_in_the_largest_unit_that_fits(size: int, text: str):
+    assert format_size(size) == text
+
+
+@pytest.mark.parametrize("value", [1, 2, MAX_COPY_THREADS])
+def test_a_number_of_threads_is_taken(value: int):
+    assert parse_threads("copy_threads", value) == value
+
+
+@pytest.mark.parametrize("value", [0, -1, MAX_COPY_THREADS + 1, True, False, 1.0, "2", None, [2]])
+def test_a_wrong_number_of_threads_is_refused_by_key_and_value(value: object):
+    with pytest.raises(ValueError, match=r"^some_key must be an integer from 1 to 64, not ") as error:
+        parse_threads("some_key", value)
+    assert str(error.value).endswith(f"not {value!r}")
+
+
+def test_without_options_there_are_defaults():
+    assert dataclasses.asdict(TierConfig.parse({})) == {
+        "bytes_to_use": None,
+        "engine": "auto",
+        "pool": "host",
+        "copy_threads": 2,
+        "keep_on_reset": False,
+        "locality": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bytes_to_use": "64GiB"}, {"bytes_to_use": 64 << 30}),
+        ({"bytes_to_use": None}, {"bytes_to_use": None}),
+        ({"engine": "auto"}, {"engine": "auto"}),
+        ({"engine": "host"}, {"engine": "host"}),
+        ({"pool": "host"}, {"pool": "host"}),
+        ({"copy_threads": 64}, {"copy_threads": 64}),
+        ({"keep_on_reset": True}, {"keep_on_reset": True}),
+        ({"locality": "LOCAL"}, {"locality": "LOCAL"}),
+        ({"locality": "REMOTE"}, {"locality": "REMOTE"}),
+        ({"locality": None}, {"locality": None}),
+    ],
+)
+def test_an_option_is_kept(options: dict, expected: dict):
+    assert TierConfig.parse(options) == dataclasses.replace(TierConfig(), **expected)
+
+
+def test_parsing_leaves_the_options_as_they_are():
+    options = {"bytes_to_use": "1 KiB", "copy_threads": 3}
+    assert TierConfig.parse(options).bytes_to_use == 1024
+    assert options == {"bytes_to_use": "1 KiB", "copy_threads": 3}
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TierConfig().engine = "host"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("key", ["bytes_to_us", "Engine", "", 3, None])
+def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
+    with pytest.raises(ValueError, match="unknown key") as error:
+        TierConfig.parse({key: 1})
+    assert repr(key) in str(error.value)
+    for known in ("bytes_to_use", "engine", "pool", "copy_threads", "keep_on_reset", "locality", "custom_param"):
+        assert known in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *(
+            ("bytes_to_use", value, "bytes_to_use must be an integer")
+            for value in (0, True, -1, "abc", "5 XB", 1.5, [1])
+        ),
+        *(("copy_threads", value, "copy_threads must be an integer") for value in (0, 65, True, None, "2", 2.0)),
+        *(
+            ("engine", value, "engine must be one of 'auto', 'cuda', 'host'")
+            for value in ("gpu", "HOST", "", None, 1, [])
+        ),
+        *(
+            ("pool", value, "pool must be 'host'")
+            for value in ("cpu", "Host", "", None, 0, ["host"], "cuda:", "cuda:x")
+        ),
+        *(("keep_on_reset", value, "keep_on_reset must be true or false") for value in (0, 1, None, "true", "no")),
+        *(("locality", value, "locality must be null, 'LOCAL' or 'REMOTE'") for value in ("local", "", True, 1, [])),
+    ],
+)
+def test_a_wrong_value_is_refused_by_key_and_value(key: str, value: object, message: str):
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        TierConfig.parse({key: value})
+    assert str(error.value).endswith(f"not {value!r}")
+
+
+def test_engine_cuda_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"^engine 'cuda' is not available in this version; use 'auto' or 'host'$"):
+        TierConfig.parse({"engine": "cuda"})
+
+
+@pytest.mark.parametrize("pool", ["cuda", "cuda:0", "cuda:12"])
+def test_a_pool_on_a_gpu_is_refused_in_words(pool: str):
+    with pytest.raises(ValueError, match=f"^pool '{pool}' needs engine 'cuda', which is not available .* use 'host'$"):
+        TierConfig.parse({"pool": pool})
