@@ -335,7 +335,7 @@ static void *worker(void *argument) {
     return NULL;
 }
 
-/* Called without the GIL. Ends the threads: pieces being copied are finished, the rest is cancelled. */
+/* Ends the threads; they never need the GIL, so the caller may have it or not: pieces being copied are finished, the rest is cancelled. */
 static void core_close(Core *core) {
     pthread_mutex_lock(&core->lock);
     int first = !core->stop;
@@ -556,9 +556,9 @@ static int get_words(PyObject *object, Py_buffer *view, const char *name) {
     if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT))
         return -1;
     const char *format = view->format ? view->format : "B";
-    if (view->itemsize == 8 && strchr("QLNqln", format[strlen(format) - 1]))
+    if (view->itemsize == 8 && strchr("QLNqln", format[strlen(format) - 1]) && !strchr(">!", format[0]))
         return 0;
-    PyErr_Format(PyExc_TypeError, "%s must hold 8-byte integers, not %zd-byte items of format '%s'", name, view->itemsize,
+    PyErr_Format(PyExc_TypeError, "%s must hold native 8-byte integers, not %zd-byte items of format '%s'", name, view->itemsize,
                  format);
     PyBuffer_Release(view);
     return -1;

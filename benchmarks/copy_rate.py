@@ -88,8 +88,6 @@ SIZE_WARM_UPS = 20
 GROWTH_REPETITIONS, GROWTH_JOBS, GROWTH_LOOKUPS = 9, 300, 16_384
 # Tokens a block, for positions as vLLM notes them.
 BLOCK_TOKENS = 16
-# Between two polls while waiting untimed.
-WAIT_S = 20e-6
 
 
 @dataclass(frozen=True)
@@ -200,10 +198,10 @@ def remove_blocks(root: Path) -> None:
 
 
 def wait(tier: Any, count: int) -> None:
-    """Until `count` jobs have ended, every one well."""
+    """Until `count` jobs have ended, every one well. Busy in Python, as the scheduler's thread is."""
     while count:
+        busy()
         count -= collect(tier)
-        time.sleep(WAIT_S)
 
 
 def collect(tier: Any) -> int:
@@ -363,28 +361,28 @@ def measure_copy_rates(report: Report, moved: int, repetitions: int, tmpfs: Path
 
 
 def measure_submissions(report: Report, tmpfs: Path) -> None:
-    """submit_store and submit_load of 32 blocks, ours and the fs tier's in turns; ours is full, so it evicts."""
+    """submit_store and submit_load of 32 blocks, in turns: ours with room, ours full so that it evicts, and fs."""
     print("Submissions of 32 blocks ...", flush=True)
     jobs = Jobs()
     primary = np.ones((JOB_BLOCKS, SUBMIT_ROW_BYTES), dtype=np.uint8)
     rows = np.arange(JOB_BLOCKS, dtype=np.int32)
     times: dict[tuple[str, str], list[float]] = {}
     with ExitStack() as stack:
-        tiers = {"ours": our_tier(stack, primary, FEW_BLOCKS), "fs": fs_tier(stack, primary, tmpfs)[0]}
+        room = our_tier(stack, primary, FEW_BLOCKS + SUBMIT_JOBS * JOB_BLOCKS)
+        full = our_tier(stack, primary, FEW_BLOCKS)
+        tiers = {"with room": room, "evicting": full, "fs": fs_tier(stack, primary, tmpfs)[0]}
         for keys in groups(block_keys(FEW_BLOCKS)):
-            submit_alone(tiers["ours"], jobs.store(keys, rows[: len(keys)]))
+            for tier in (room, full):
+                submit_alone(tier, jobs.store(keys, rows[: len(keys)]))
         for keys in groups(block_keys(SUBMIT_JOBS * JOB_BLOCKS, warm_folders=True)):
             for name, tier in tiers.items():
                 for kind, make in (("store", jobs.store), ("load", jobs.load)):
                     times.setdefault((name, kind), []).append(submit_alone(tier, make(keys, rows)))
     medians = {key: statistics.median(each) * US for key, each in times.items()}
-    for kind in ("store", "load"):
-        ours, fs = medians["ours", kind], medians["fs", kind]
-        report.details[f"submit_{kind} of 32 blocks, ours (us)"] = ours
-        report.details[f"submit_{kind} of 32 blocks, fs (us)"] = fs
-        report.goals.append(
-            Goal(f"submit_{kind}, 32 blocks, vs fs ({ours:.0f} vs {fs:.0f} us)", ours / fs, SUBMIT_VS_FS)
-        )
+    for name, kind in (("with room", "store"), ("evicting", "store"), ("with room", "load")):
+        ours, fs = medians[name, kind], medians["fs", kind]
+        label = f"submit_{kind}, 32 blocks, {name}, vs fs ({ours:.0f} vs {fs:.0f} us)"
+        report.goals.append(Goal(label, ours / fs, SUBMIT_VS_FS))
 
 
 def measure_large_stores(report: Report, blocks: int) -> None:

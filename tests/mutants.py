@@ -247,6 +247,13 @@ MUTANTS = [
         ENGINE,
     ),
     Mutant(
+        "copy threads do not preempt the scheduler's",
+        "streams/host.py",
+        "            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))",
+        "            pass",
+        ENGINE,
+    ),
+    Mutant(
         "C: loads before stores",
         "_host_copy.c",
         "for (int i = 0; i < core->queue_count; i++) {\n        Queue *queue = &core->queues[i];\n        if (queue->head && queue->budget",

@@ -1034,10 +1034,10 @@ WORDS = np.zeros(2, np.uint64)
         ((WORDS[:1], WORDS, 64), ValueError, "dst, src and size must be of one length"),
         ((WORDS, WORDS[:1], 64), ValueError, "dst, src and size must be of one length"),
         ((WORDS, WORDS, WORDS[:1]), ValueError, "dst, src and size must be of one length"),
-        ((WORDS.astype(np.uint32), WORDS, 64), TypeError, "dst must hold 8-byte integers, not 4-byte items"),
-        ((WORDS, WORDS.astype(np.int16), 64), TypeError, "src must hold 8-byte integers, not 2-byte items"),
-        ((WORDS, WORDS, WORDS.astype(np.uint8)), TypeError, "size must hold 8-byte integers, not 1-byte items"),
-        ((WORDS, WORDS.astype(np.float64), 64), TypeError, "src must hold 8-byte integers, .* format 'd'"),
+        ((WORDS.astype(np.uint32), WORDS, 64), TypeError, "dst must hold native 8-byte integers, not 4-byte items"),
+        ((WORDS, WORDS.astype(np.int16), 64), TypeError, "src must hold native 8-byte integers, not 2-byte items"),
+        ((WORDS, WORDS, WORDS.astype(np.uint8)), TypeError, "size must hold native 8-byte integers, not 1-byte items"),
+        ((WORDS, WORDS.astype(np.float64), 64), TypeError, "src must hold native 8-byte integers, .* format 'd'"),
         ((np.zeros(4, np.uint64)[::2], WORDS, 64), ValueError, "contiguous"),
         (([0, 0], WORDS, 64), TypeError, "list"),
         ((WORDS, WORDS, 64.0), TypeError, "float"),
@@ -1080,3 +1080,17 @@ def test_rows_that_are_not_there_are_refused_and_nothing_is_copied(
 def test_events_come_from_engines_only():
     with pytest.raises(TypeError, match="cannot create"):
         _host_copy.Job()
+
+
+def test_copy_threads_do_not_preempt_who_wakes_them_up():
+    engine = HostEngine(2)
+    assert {os.sched_getscheduler(thread) for thread in engine.thread_ids} == {os.SCHED_BATCH}
+    engine.close()
+
+
+def test_addresses_in_the_other_byte_order_are_refused():
+    engine = HostEngine(1)
+    addresses = np.zeros(1, dtype=">u8")
+    with pytest.raises(TypeError, match="native 8-byte integers"):
+        engine.load_stream.copy(addresses, addresses, 1)
+    engine.close()

@@ -44,7 +44,7 @@ class CopyStream(Protocol):
         """Queue copies of row `source_rows[i]` of `source` to row `destination_rows[i]` of `destination`.
 
         The lists are of one length and free to be changed when the call returns. Raises, and queues nothing, where
-        the engine cannot take the job (RuntimeError) or a row is not one (ValueError, TypeError).
+        the engine cannot take the job (RuntimeError) or a row is not one (ValueError, OverflowError, TypeError).
         """
 
 
