@@ -163,6 +163,15 @@ def test_blocks_offered_again_are_not_evicted_for_the_rest_of_their_job():
     assert here(index, "a b c") == "a b"
 
 
+def test_a_block_offered_again_counts_as_used_also_without_an_order():
+    index = BlockIndex(2)
+    put(index, "a", "turn 1")
+    index.finish("turn 1")
+    put(index, "x", "other")
+    put(index, "a c", "turn 2")
+    assert here(index, "a c x") == "a c"
+
+
 def test_a_shared_beginning_does_not_keep_the_rest_of_another_sequence():
     index = BlockIndex(4)
     put(index, "s a1 a2", "a", Order("s a1 a2"))
