@@ -21,6 +21,7 @@ from typing import Any
 # Loading and profiling take some 20 s on two cores; a machine under load takes longer.
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
+LEFT_RUNNING_TIMEOUT_S = 15
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> Non
 
 
 def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server, then what it left running: a server that stops while it starts leaves its children behind.
+
+    The last of them to go are Python's resource trackers, which remove semaphores and shared memory.
+    """
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)
+    deadline = time.monotonic() + LEFT_RUNNING_TIMEOUT_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
