@@ -266,7 +266,7 @@ class BlockStore:
         logger.error("The tier could not %s: %s", doing, reason)
 
     def fail(self, job_id: int, doing: str, reason: object, lost_keys: object = ()) -> None:
-        """`fault`, forget the keys among `lost_keys`, and report the job, of which nothing was queued, as failed."""
+        """`fault`, forget the keys among `lost_keys`, and report the job, of which no copy is under way, as failed."""
         self.fault(doing, reason)
         if isinstance(lost_keys, Collection):
             self._index.drop(key for key in lost_keys if isinstance(key, bytes))
@@ -281,10 +281,6 @@ class BlockStore:
         self.drain()
         self._index.clear()
         self._release()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
 
     @property
     def num_blocks(self) -> int:
@@ -319,11 +315,14 @@ class BlockStore:
 
     # ----------------------------------------------------------------------------------------------------- job ends
 
-    @staticmethod
-    def _collect(queue: deque[_Job], end: Callable[[_Job], None]) -> None:
+    def _collect(self, queue: deque[_Job], end: Callable[[_Job], None]) -> None:
         # In order of submission: behind a job that is not done nothing needs to be asked.
         while queue and queue[0].event.is_done:
-            end(queue.popleft())
+            job = queue.popleft()
+            try:
+                end(job)
+            except Exception as error:  # not reported yet: that is the last thing that `end` does
+                self.fail(job.job_id, "end a job", error, job.keys)
 
     def _end_store(self, job: _Job) -> None:
         self._store_jobs += 1

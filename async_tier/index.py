@@ -7,8 +7,8 @@
 A *pin* is a reason not to reuse a row: the store that fills it, a load that reads it, a hit of this step. A row is
 reused only without a pin, whatever becomes of its key.
 
-Everything that grows with the number of blocks is a flat array or one dict of bytes to int: neither gives the garbage
-collector anything to walk that grows with it, but for lists of references.
+What grows with the number of blocks is one dict of bytes to int and flat lists, no object a block: a full garbage
+collection walks references, and the dict not at all.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees "
                 "only its own node's part of each block; use one node an engine, or a tier on shared storage"
             )
-        detector = compat.ResetListener(backpressure_detector or compat.NoPressure(), self._on_reset)
-        super().__init__(offloading_spec, primary_kv_view, tier_type, detector)
+        detector = compat.NoPressure() if backpressure_detector is None else backpressure_detector
+        listener = compat.ResetListener(detector, self._on_reset)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, listener)
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
         self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)

@@ -61,6 +61,12 @@ MUTANTS = [
         "finished = self._finished",
     ),
     Mutant(
+        "R2 a job whose end meets an error is reported",
+        "block_store.py",
+        '                self.fail(job.job_id, "end a job", error, job.keys)',
+        "                raise",
+    ),
+    Mutant(
         "R2 a shut down tier still reports",
         "block_store.py",
         "        self._engine.close()\n        self.drain()",
@@ -242,15 +248,15 @@ MUTANTS = [
     Mutant(
         "copy threads run where the user allows",
         "streams/host.py",
-        "            os.sched_setaffinity(thread, _allowed_cpus())",
-        "            pass",
+        "                os.sched_setaffinity(thread, cpus)",
+        "                pass",
         ENGINE,
     ),
     Mutant(
         "copy threads do not preempt the scheduler's",
         "streams/host.py",
-        "            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))",
-        "            pass",
+        "                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))",
+        "                pass",
         ENGINE,
     ),
     Mutant(

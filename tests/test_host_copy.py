@@ -1094,3 +1094,18 @@ def test_addresses_in_the_other_byte_order_are_refused():
     with pytest.raises(TypeError, match="native 8-byte integers"):
         engine.load_stream.copy(addresses, addresses, 1)
     engine.close()
+
+
+@pytest.mark.parametrize("call", ["sched_setaffinity", "sched_setscheduler"])
+def test_an_engine_works_where_the_system_denies_where_and_how_its_threads_run(monkeypatch, caplog, call):
+    def denied(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, call, denied)
+    engine = HostEngine(2)
+    source, destination = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
+    addresses = [np.array([array.ctypes.data], dtype=np.uint64) for array in (destination, source)]
+    engine.load_stream.copy(*addresses, 64).synchronize()
+    assert np.array_equal(source, destination)
+    assert caplog.text.count("Operation not permitted") == 1
+    engine.close()

@@ -176,6 +176,22 @@ def test_r2_a_failed_job_is_reported_once(tier):
     assert finish(tier) == {}
 
 
+@pytest.mark.parametrize("is_load", [False, True])
+def test_r2_a_job_whose_end_meets_an_error_is_reported_as_failed(tier, is_load):
+    store(tier, 1, keys(0), [0])
+    name = "unpin" if is_load else "fill"
+    setattr(tier._store._index, name, MagicMock(side_effect=OSError("out of luck")))
+    (tier.submit_load if is_load else tier.submit_store)(job(2, keys(0) if is_load else keys(1), [1], load=is_load))
+    tier.submit_store(job(3, [], []))
+    tier.drain_jobs()
+    assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
+    assert tier.statistics().faults == 1
+    assert not tier.has_pending_work()
+    assert tier.lookup(key(1), request("r")) is MISS
+    assert tier.lookup(key(0), request("r")) is (MISS if is_load else HIT)
+    delattr(tier._store._index, name)
+
+
 def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
     tier = make_tier(primary, blocks=4)
     tier._store._store_stream.hold()
@@ -506,6 +522,14 @@ class TestDetector:
         tier.bp_detector.reset()
         assert not detector.is_under_pressure()
         assert tier.get_num_blocks() == 0
+        tier.shutdown()
+
+    def test_r10_a_configured_detector_is_taken_whatever_its_truth_value(self, primary):
+        detector = MagicMock()
+        detector.__bool__.return_value = False
+        tier = make_tier(primary, blocks=4, backpressure_detector=detector)
+        tier.bp_detector.reset()
+        detector.reset.assert_called_once_with()
         tier.shutdown()
 
     def test_r10_a_detector_that_fails_to_reset_does_not_keep_the_blocks(self, primary):

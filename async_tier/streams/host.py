@@ -7,6 +7,7 @@ Here live only the choice of queues, where the threads may run, and the life of 
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 
@@ -15,6 +16,8 @@ import numpy as np
 from async_tier import _host_copy
 from async_tier.arena import Rows
 from async_tier.streams.base import CopyEvent
+
+logger = logging.getLogger(__name__)
 
 # For `limit`: no limit.
 _UNLIMITED = -1
@@ -82,11 +85,15 @@ class HostEngine:
         self.store_stream = HostStream(engine, 2)
         self.kernel = engine.kernel
         self.thread_ids = tuple(engine.thread_ids)
-        for thread in self.thread_ids:
-            os.sched_setaffinity(thread, _allowed_cpus())
-            # A thread of this class does not preempt whoever wakes it up, which is the scheduler's thread in a submit.
-            # Seen on two cores, both idle before: 200 us a submit, a whole piece of the copy, instead of 50.
-            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        try:
+            cpus = _allowed_cpus()
+            for thread in self.thread_ids:
+                os.sched_setaffinity(thread, cpus)
+                # A thread of this class does not preempt whoever wakes it up, which is the scheduler's thread in a
+                # submit. Seen on two cores, both idle before: 200 us a submit, a whole piece of the copy, not 50.
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        except OSError as error:  # a sandbox; copies are right all the same
+            logger.warning("Copy threads run as the thread that made them does: %s", error)
         # Also at the interpreter's exit, before the memory under the copies goes.
         self._close = weakref.finalize(self, engine.close)
 
