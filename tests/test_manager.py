@@ -183,7 +183,7 @@ def test_r2_a_job_whose_end_meets_an_error_is_reported_as_failed(tier, is_load):
     setattr(tier._store._index, name, MagicMock(side_effect=OSError("out of luck")))
     (tier.submit_load if is_load else tier.submit_store)(job(2, keys(0) if is_load else keys(1), [1], load=is_load))
     tier.submit_store(job(3, [], []))
-    tier.drain_jobs()
+    tier._store.drain()
     assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
     assert tier.statistics().faults == 1
     assert not tier.has_pending_work()
