@@ -102,6 +102,15 @@ def node_count(offloading_spec: Any) -> int:
     return 1
 
 
+def has_one_worker(offloading_spec: Any) -> bool:
+    """Whether the engine's only worker is known to be one, so that it may live in this process and share its context."""
+    parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
+    if parallel is None:  # up to 0.26
+        parallel = getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None)
+    workers = getattr(parallel, "world_size", None)
+    return isinstance(workers, int) and workers == 1
+
+
 class RequestOrder:
     """The order of a request's blocks from the positions that vLLM 0.31 and later note in its ReqContext.
 

@@ -95,6 +95,8 @@ class Arena:
             _libc.madvise(start, length, advice)  # MADV_HUGEPAGE is refused by kernels built without them
         address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
+        # Rows from the first on that copies may touch: all, here.
+        self.ready = count
         stop = threading.Event()
         self._populator = threading.Thread(
             target=_populate, args=(address, size, stop), name="async-tier-populate", daemon=True

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from async_tier.arena import Arena, Rows
+from async_tier.arena import Rows
 from async_tier.config import TierConfig, format_size
+from async_tier.engines import RowMemory, open_engine
 from async_tier.eviction import SequenceOrder
 from async_tier.index import BlockIndex
 from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
-from async_tier.streams.host import HostEngine
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,14 @@ class Finished:
 class Statistics:
     """Counts since construction, and how things stand. Bytes are `row_bytes` a block.
 
-    capacity, rows_used: rows of the arena, and those not free. blocks: READY.
+    engine: "cuda" or "host", what copies. capacity, rows_used: rows of the arena, and those not free. blocks: READY.
     jobs_in_flight: queued and not yet polled to their end. store_jobs, load_jobs, failed_jobs: reported.
     blocks_stored, blocks_loaded: copied well. blocks_present: offered for storing, but already here or on their way.
     blocks_refused: offered, but without a row to be had. evictions. hits, misses: of `lookup`.
     faults: calls that met an unexpected error and turned it into a failed job.
     """
 
+    engine: str
     capacity: int
     row_bytes: int
     rows_used: int
@@ -93,8 +94,8 @@ class BlockStore:
     Call `submit_store` and `submit_load` to queue jobs and `poll` for their ends; none of them waits for bytes to
     move. `lookup` says what can be loaded. Keys are bytes; rows are row numbers of the primary.
 
-    `engine` and `arena` are for tests and for other engines; by default the configuration says. Raises MemoryError
-    or ValueError, in words, when the arena cannot be had.
+    `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration says, as
+    in `engines.open_engine`. Raises MemoryError or ValueError, in words, when they cannot be had.
     """
 
     def __init__(
@@ -103,19 +104,17 @@ class BlockStore:
         config: TierConfig | None = None,
         *,
         engine: CopyEngine | None = None,
-        arena: Arena | None = None,
+        arena: RowMemory | None = None,
     ) -> None:
         config = config or TierConfig()
         self.primary = primary
         capacity = _capacity(primary, config)
-        self._engine: CopyEngine = engine or HostEngine(config.copy_threads)
-        try:
-            self._arena = arena or Arena(capacity, primary.row_bytes)
-        except BaseException:
-            self._engine.close()
-            raise
+        if engine is None or arena is None:
+            engine, arena = open_engine(primary, config, capacity)
+        self._engine, self._arena = engine, arena
         self._rows = self._arena.rows
         self._index = BlockIndex(self._rows.count)
+        self._index.usable = arena.ready
         self._load_stream: CopyStream = self._engine.load_stream
         self._store_stream: CopyStream = self._engine.store_stream
         self._loads: deque[_Job] = deque()
@@ -128,6 +127,7 @@ class BlockStore:
         self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
         self._hits = self._misses = self._faults = 0
         self._closed = False
+        self._broken = False
         # Engine before arena: no copy may touch freed memory. Also when nobody calls close().
         self._release = weakref.finalize(self, _release, self._engine, self._arena)
 
@@ -135,6 +135,7 @@ class BlockStore:
 
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
         """What is known of the order of a sequence's blocks, until `finish_sequence`."""
+        self._advance()
         self._orders[sequence] = order
 
     def order(self, sequence: str) -> SequenceOrder | None:
@@ -158,6 +159,7 @@ class BlockStore:
 
     def end_step(self) -> None:
         """The end of a scheduler step: release the pins of its hits."""
+        self._advance()
         self._note_hits()
         self._index.end_step()
 
@@ -175,6 +177,7 @@ class BlockStore:
         of the sequence first; that is a success of fewer bytes. Unequal lengths and rows out of range fail the job.
         `order` is for a sequence that was not begun.
         """
+        self._advance()
         keys = list(keys)
         sources = self._checked(job_id, keys, rows)
         if sources is None:
@@ -205,6 +208,7 @@ class BlockStore:
         load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range fail
         the whole job.
         """
+        self._advance()
         keys = list(keys)
         targets = self._checked(job_id, keys, rows)
         if targets is None:
@@ -233,6 +237,7 @@ class BlockStore:
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
+        self._advance()
         self._collect(self._loads, self._end_load)
         self._collect(self._stores, self._end_store)
         finished, self._finished = self._finished, []
@@ -243,6 +248,7 @@ class BlockStore:
         for queue, end in ((self._loads, self._end_load), (self._stores, self._end_store)):
             for job in queue:
                 job.event.synchronize()
+            self._advance()
             self._collect(queue, end)
 
     def clear(self) -> None:
@@ -256,6 +262,7 @@ class BlockStore:
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
+        self._advance()
         self._note_hits()
         self._orders.pop(sequence, None)
         self._index.finish(sequence)
@@ -295,6 +302,7 @@ class BlockStore:
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
         return Statistics(
+            engine=self._engine.name,
             capacity=self._index.capacity,
             row_bytes=self.primary.row_bytes,
             rows_used=self._index.rows_used,
@@ -358,6 +366,16 @@ class BlockStore:
 
     # ------------------------------------------------------------------------------------------------------- details
 
+    def _advance(self) -> None:
+        """What every call sees to first: that queued copies move on, and that a broken engine empties the tier."""
+        self._engine.advance()
+        if self._engine.broken is not None and not self._broken:
+            self._broken = True
+            self.clear()
+            self.fault("go on copying; it is empty and takes nothing more", self._engine.broken)
+        if self._index.usable < self._index.capacity:
+            self._index.usable = self._arena.ready
+
     def _note_hits(self) -> None:
         """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
         if self._step_hits:
@@ -369,6 +387,8 @@ class BlockStore:
         """The row numbers as a list, or None, with a log line, if they do not fit the keys or the primary."""
         if self._closed:
             self.fault(f"take job {job_id}", "the tier is shut down")
+            return None
+        if self._broken:  # said once, when it broke
             return None
         # vLLM's are numpy arrays; as a list they are quicker to check and to hand on, for jobs of up to thousands.
         numbers: list[int] = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
@@ -403,6 +423,6 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
     return count
 
 
-def _release(engine: CopyEngine, arena: Arena) -> None:
+def _release(engine: CopyEngine, arena: RowMemory) -> None:
     engine.close()
     arena.close()

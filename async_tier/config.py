@@ -13,6 +13,8 @@ from typing import Any
 ENGINES = ("auto", "cuda", "host")
 LOCALITIES = ("LOCAL", "REMOTE")
 MAX_COPY_THREADS = 64
+# Less than this would make pieces so small that queueing them costs more than copying them.
+MIN_STAGING_BYTES = 64 << 10
 
 _UNITS = {
     "": 1,
@@ -64,9 +66,12 @@ class TierConfig:
     """The checked configuration of one tier.
 
     bytes_to_use: capacity in bytes; None is twice the primary tier.
-    engine: "auto" or "host" (native copy threads); "cuda" is known and not available yet.
-    pool: where the tier's rows lie: "host".
-    copy_threads: native threads that copy, 1 to 64.
+    engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" where this process uses a GPU.
+    pool: where the tier's rows lie: "host", or "cuda:N" for memory of that device.
+    copy_threads: of the host engine, native threads that copy, 1 to 64.
+    staging_bytes: of the cuda engine with pool "host", device memory that copies pass through, half a direction.
+    max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
+        that many.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
     """
@@ -75,6 +80,8 @@ class TierConfig:
     engine: str = "auto"
     pool: str = "host"
     copy_threads: int = 2
+    staging_bytes: int = 64 << 20
+    max_inflight_store_bytes: int = 256 << 20
     keep_on_reset: bool = False
     locality: str | None = None
 
@@ -89,8 +96,9 @@ class TierConfig:
                     + ", ".join([*known, "custom_param"])
                 )
         values = dict(options)
-        if values.get("bytes_to_use") is not None:
-            values["bytes_to_use"] = parse_size("bytes_to_use", values["bytes_to_use"])
+        for key in ("bytes_to_use", "staging_bytes", "max_inflight_store_bytes"):
+            if key in values and not (key == "bytes_to_use" and values[key] is None):
+                values[key] = parse_size(key, values[key])
         if "copy_threads" in values:
             values["copy_threads"] = parse_threads("copy_threads", values["copy_threads"])
         config = cls(**values)
@@ -100,14 +108,15 @@ class TierConfig:
     def _check(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {self.engine!r}")
-        if self.engine == "cuda":
-            raise ValueError("engine 'cuda' is not available in this version; use 'auto' or 'host'")
-        if isinstance(self.pool, str) and re.fullmatch(r"cuda(:\d+)?", self.pool):
+        if not isinstance(self.pool, str) or not re.fullmatch(r"host|cuda:\d{1,4}", self.pool):
+            raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {self.pool!r}")
+        if self.pool != "host" and self.engine == "host":
+            raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
+        if self.staging_bytes < MIN_STAGING_BYTES:
             raise ValueError(
-                f"pool {self.pool!r} needs engine 'cuda', which is not available in this version; use 'host'"
+                f"staging_bytes must be at least {MIN_STAGING_BYTES} bytes ({format_size(MIN_STAGING_BYTES)}), "
+                f"not {self.staging_bytes}"
             )
-        if self.pool != "host":
-            raise ValueError(f"pool must be 'host', not {self.pool!r}")
         if not isinstance(self.keep_on_reset, bool):
             raise ValueError(f"keep_on_reset must be true or false, not {self.keep_on_reset!r}")
         if self.locality is not None and self.locality not in LOCALITIES:

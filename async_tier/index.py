@@ -28,6 +28,8 @@ class BlockIndex:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 row, not {capacity}")
         self.capacity = capacity
+        # Rows from the first on that may be taken. Grows up to the capacity, where memory is made ready bit by bit.
+        self.usable = capacity
         self.evictions = 0
         self.filling = 0
         self._row_of: dict[bytes, int] = {}
@@ -166,7 +168,7 @@ class BlockIndex:
         if self._free:
             rows = self._free[-count:] if count else []
             del self._free[len(self._free) - len(rows) :]
-        fresh = min(count - len(rows), self.capacity - self._fresh)
+        fresh = min(count - len(rows), self.usable - self._fresh)
         rows.extend(range(self._fresh, self._fresh + fresh))
         self._fresh += fresh
         if len(rows) < count:

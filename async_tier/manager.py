@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -64,14 +65,18 @@ class AsyncSecondaryTierManager(compat.TierBase):
         super().__init__(offloading_spec, primary_kv_view, tier_type, listener)
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
+        if self.config.engine == "auto" and self.config.pool == "host" and not compat.has_one_worker(offloading_spec):
+            # The workers have processes of their own; a CUDA context here would only be for the tier.
+            self.config = dataclasses.replace(self.config, engine="host")
         self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
         # Lookups answer MISS until the step has ended: after a reset, workers may still write to rows of the primary
         # that a promotion would be given, up to the end of the first step.
         self._hold_lookups = False
         statistics = self._store.statistics()
         logger.info(
-            "Tier '%s' holds %d blocks of %s (%s)",
+            "Tier '%s' (%s engine) holds %d blocks of %s (%s)",
             tier_type,
+            statistics.engine,
             statistics.capacity,
             format_size(statistics.row_bytes),
             format_size(statistics.capacity * statistics.row_bytes),

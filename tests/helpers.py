@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import mmap
 import threading
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from unittest.mock import MagicMock
@@ -14,10 +16,17 @@ from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext
 from vllm.v1.kv_offload.tiering import base as tiering_base
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
+from async_tier.block_store import BlockStore
 from async_tier.manager import AsyncSecondaryTierManager
 
 # Far beyond what anything here takes; only a failure waits that long.
 PATIENCE_S = 30
+
+# Set by the fixture `engine`: what the tier's configuration says of the engine.
+ENGINE_OPTIONS: dict[str, Any] = {}
+# Made by the test under way: stores, as long as they live, and the primaries of all.
+_stores: list[weakref.ref[BlockStore]] = []
+_primaries: list[np.ndarray] = []
 
 _JOB = getattr(tiering_base, "TransferJob", None) or tiering_base.JobMetadata
 _ROWS = "chunk_ids" if "chunk_ids" in inspect.signature(_JOB).parameters else "block_ids"
@@ -45,16 +54,56 @@ def request(name: str, ordered: Sequence[bytes] = ()) -> ReqContext:
     return context
 
 
+def zero_rows(count: int, row_bytes: int) -> np.ndarray:
+    """An array of shape (count, row_bytes), uint8, on pages of its own, as vLLM's primary tier is."""
+    pages = mmap.mmap(-1, count * row_bytes)
+    return np.frombuffer(pages, dtype=np.uint8).reshape(count, row_bytes)
+
+
 def primary_rows(count: int, row_bytes: int = 64, seed: int = 1) -> np.ndarray:
     """A primary tier of random bytes, shape (count, row_bytes), uint8."""
-    return np.random.default_rng(seed).integers(0, 256, (count, row_bytes), dtype=np.uint8)
+    rows = zero_rows(count, row_bytes)
+    rows[:] = np.random.default_rng(seed).integers(0, 256, (count, row_bytes), dtype=np.uint8)
+    return rows
 
 
 def make_tier(primary: np.ndarray, blocks: int | None = None, **options: Any) -> AsyncSecondaryTierManager:
-    """A tier that holds `blocks` blocks, over `primary`."""
+    """A tier that holds `blocks` blocks, over `primary`, on the test's engine."""
     if blocks is not None:
         options["bytes_to_use"] = blocks * primary.shape[1]
-    return AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **options)
+    tier = AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **{**ENGINE_OPTIONS, **options})
+    remember(tier._store, primary)
+    return tier
+
+
+def remember(store: BlockStore, primary: np.ndarray) -> None:
+    """`close_stores` and `free_primaries` are to see to these."""
+    _stores.append(weakref.ref(store))
+    _primaries.append(primary)
+
+
+def close_stores() -> None:
+    """Close what the test has left open, also with a stream held."""
+    for reference in _stores:
+        store = reference()
+        if store is not None and not store._closed:
+            for stream in (store._engine.load_stream, store._engine.store_stream):
+                stream.release()
+            store.close()
+
+
+def free_primaries() -> None:
+    """Give back what engines had to leave as it was, because copies were held or failed. Nothing is held any more."""
+    for reference in _stores:
+        store = reference()
+        if store is not None and store._engine.name == "cuda" and not store._engine.is_quiet:
+            store._engine.broken = None
+            store._engine._closed = False
+            store._engine.close()
+            assert store._engine.is_quiet
+            store._arena.close()
+    _stores.clear()
+    _primaries.clear()
 
 
 def job(
@@ -130,15 +179,16 @@ class World:
     """vLLM's real tiering manager and primary tier above our tier."""
 
     def __init__(self, primary_blocks: int, tier_blocks: int, row_bytes: int = 64, **options: Any) -> None:
-        self.primary = np.zeros((primary_blocks, row_bytes), dtype=np.uint8)
+        self.primary = zero_rows(primary_blocks, row_bytes)
         primary_tier = CPUPrimaryTierOffloadingManager(**{_COUNT: primary_blocks, "mmap_region": Region(self.primary)})
         self.tier = AsyncSecondaryTierManager(
             offloading_spec=MagicMock(),
             primary_kv_view=primary_tier.get_kv_memoryview(),
             tier_type="async",
             bytes_to_use=tier_blocks * row_bytes,
-            **options,
+            **{**ENGINE_OPTIONS, **options},
         )
+        remember(self.tier._store, self.primary)
         self.manager = TieringOffloadingManager(primary_tier=primary_tier, secondary_tiers=[self.tier])
 
     def step(self) -> None:

@@ -49,13 +49,22 @@ class CopyStream(Protocol):
 
 
 class CopyEngine(Protocol):
-    """The owner of a tier's streams. Loads go before stores: see each engine for how."""
+    """The owner of a tier's streams. Loads go before stores: see each engine for how.
+
+    name: "host" or "cuda". broken: why the engine can copy no more, in words; else None. All its jobs have failed then.
+    """
+
+    name: str
+    broken: str | None
 
     @property
     def load_stream(self) -> CopyStream: ...
 
     @property
     def store_stream(self) -> CopyStream: ...
+
+    def advance(self) -> None:
+        """Queue on the device what had to wait for room. To be called often; never blocks."""
 
     def close(self) -> None:
         """End the engine. When it returns no copy touches memory any more; those not finished have failed.

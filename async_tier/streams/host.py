@@ -78,6 +78,9 @@ class HostEngine:
     Raises ValueError for a number of threads outside 1 to 256, RuntimeError if the system refuses them.
     """
 
+    name = "host"
+    broken: str | None = None  # threads do not break
+
     def __init__(self, threads: int, *, ordered: bool = False, kernel: str | None = None) -> None:
         engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
         self.expedited_stream = HostStream(engine, 0)
@@ -96,6 +99,9 @@ class HostEngine:
             logger.warning("Copy threads run as the thread that made them does: %s", error)
         # Also at the interpreter's exit, before the memory under the copies goes.
         self._close = weakref.finalize(self, engine.close)
+
+    def advance(self) -> None:
+        """Nothing waits here: the threads see to their queues."""
 
     def close(self) -> None:
         """See CopyEngine.close."""

@@ -1,0 +1,101 @@
+"""Which engine copies, and where the tier's rows lie: what the configuration asks for, on this machine, now."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Protocol
+
+from async_tier.arena import Arena, Rows
+from async_tier.config import TierConfig
+from async_tier.streams.base import CopyEngine
+from async_tier.streams.cuda_driver import CudaError
+from async_tier.streams.host import HostEngine
+from async_tier.streams.registration import Registration
+
+logger = logging.getLogger(__name__)
+
+
+class RowMemory(Protocol):
+    """The tier's rows; `ready` of them, from the first on, can be copied to and from now."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    @property
+    def ready(self) -> int: ...
+
+    def close(self) -> None:
+        """Free the memory. The engine is closed. Idempotent."""
+
+
+def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyEngine, RowMemory]:
+    """The engine, and memory for `capacity` rows like the primary's.
+
+    Raises ValueError where CUDA was asked for and this process has no usable GPU, MemoryError where the memory cannot
+    be had, both in words. Where CUDA refuses to pin the primary, or the tier's own memory, there is a warning, and
+    copy threads and host memory instead.
+    """
+    if uses_cuda(config):
+        ordinal = _ordinal(config)
+        try:
+            return _open_cuda(primary, config, capacity, ordinal)
+        except (CudaError, OSError) as error:
+            logger.warning(
+                "CUDA cannot be used for the tier's copies, so copy threads and host memory are used instead: %s", error
+            )
+    engine = HostEngine(config.copy_threads)
+    try:
+        return engine, Arena(capacity, primary.row_bytes)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def uses_cuda(config: TierConfig) -> bool:
+    """Whether the configuration means CUDA in this process.
+
+    "auto" does where a CUDA context is here already: making one would cost a server 400 to 800 MB of device memory.
+    """
+    if config.engine == "auto" and config.pool == "host":
+        torch = sys.modules.get("torch")  # a process without torch has no context of torch's
+        return torch is not None and torch.cuda.is_initialized()
+    return config.engine != "host"
+
+
+def _ordinal(config: TierConfig) -> int:
+    """The device to use; raises ValueError if there is none, or not that one."""
+    import torch
+
+    asked = f"pool {config.pool!r}" if config.pool != "host" else f"engine {config.engine!r}"
+    if not torch.cuda.is_available():
+        raise ValueError(f"{asked} needs a GPU that torch can use, and this process has none; use engine 'host'")
+    if config.pool == "host":
+        return torch.cuda.current_device()
+    ordinal = int(config.pool.partition(":")[2])
+    count = torch.cuda.device_count()
+    if ordinal >= count:
+        raise ValueError(f"{asked} names a GPU that is not there: this process has cuda:0 to cuda:{count - 1}")
+    return ordinal
+
+
+def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -> tuple[CopyEngine, RowMemory]:
+    # Not at the top: torch takes seconds to import, which programs without CUDA need not pay.
+    from async_tier.cuda_arena import DeviceArena, PinnedArena
+    from async_tier.streams.cuda import CudaEngine
+
+    on_device = config.pool != "host"
+    engine = CudaEngine(
+        ordinal,
+        staging_bytes=0 if on_device else config.staging_bytes,
+        max_inflight_store_bytes=config.max_inflight_store_bytes,
+    )
+    try:
+        registration = Registration(engine.driver, engine.context, primary)
+        registration.register_all()
+        engine.call_on_close(registration.close)
+        engine.add_rows(primary, registration.range_starts)
+        return engine, (DeviceArena if on_device else PinnedArena)(engine, capacity, primary.row_bytes)
+    except BaseException:
+        engine.close()
+        raise

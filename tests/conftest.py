@@ -1,0 +1,105 @@
+"""Which engines the tests run on, and what they hold them with.
+
+ASYNC_TIER_CUDA says what CUDA is: "emulated" (`make test-cuda`), "real" (`make test-gpu`), or unset for none
+(the host engine alone). Tests marked `contract` run on every engine there is; those marked `host_only` or `emulated`
+say themselves what they need.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+CUDA = os.environ.get("ASYNC_TIER_CUDA", "")
+if CUDA not in ("", "emulated", "real"):
+    raise pytest.UsageError(f"ASYNC_TIER_CUDA must be 'emulated', 'real' or unset, not {CUDA!r}")
+
+_emulator: Any = None
+if CUDA == "emulated":  # before anything imports torch
+    from tests import cuda_emulator
+
+    _emulator = cuda_emulator.load()
+
+collect_ignore_glob = [] if CUDA else ["test_cuda_*.py", "cuda_emulator/*"]
+if CUDA == "real":
+    collect_ignore_glob = ["cuda_emulator/*"]
+
+ENGINES = {
+    "host": {"engine": "host"},
+    "cuda, pool host": {"engine": "cuda", "staging_bytes": "64KiB"},
+    "cuda, pool cuda:0": {"engine": "cuda", "pool": "cuda:0"},
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the contract run once an engine."""
+    marks = metafunc.definition
+    if CUDA and marks.get_closest_marker("contract") and not marks.get_closest_marker("host_only"):
+        metafunc.parametrize("engine", list(ENGINES), indirect=True, scope="function")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CUDA == "real":
+        for item in items:
+            if item.get_closest_marker("emulated"):
+                item.add_marker(pytest.mark.skip(reason="needs the emulator's controls"))
+
+
+@pytest.fixture(autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The name of the engine that `helpers.make_tier` and `helpers.World` build on.
+
+    CUDA emulated is at its worst: destinations are poison while a copy is under way, and copies take their time, by a
+    seed of the test's name.
+    """
+    name = getattr(request, "param", "host")
+    from tests import helpers
+
+    if not CUDA:
+        yield name
+        helpers.close_stores()
+        helpers.free_primaries()
+        return
+    monkeypatch.setattr(helpers, "ENGINE_OPTIONS", ENGINES[name])
+    _add_holds(monkeypatch)
+    if _emulator is None:
+        yield name
+        helpers.close_stores()
+        helpers.free_primaries()
+        return
+    _emulator.reset()
+    _emulator.set_poison(True)
+    _emulator.set_jitter(50.0, sum(request.node.name.encode()))
+    yield name
+    helpers.close_stores()
+    violations = _emulator.violation_texts()
+    _emulator.reset()
+    helpers.free_primaries()
+    assert not violations, violations
+
+
+@pytest.fixture
+def emulator():
+    """The emulator's controls; reset before and after every test, which fails if it saw a violation."""
+    return _emulator
+
+
+def _add_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hold`, `step` and `release` for CudaStream, as HostStream has them."""
+    from async_tier.streams import cuda
+
+    def control(name: str):
+        def method(stream: cuda.CudaStream) -> None:
+            if _emulator is None:
+                pytest.skip("needs the emulator's controls")
+            for handle in stream.handles:
+                getattr(_emulator, name)(handle)
+
+        return method
+
+    for name in ("hold", "step", "release"):
+        monkeypatch.setattr(cuda.CudaStream, name, control(name), raising=False)
+    if _emulator is not None:  # else a test that shuts down with a stream held takes that long
+        monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", 0.2)
