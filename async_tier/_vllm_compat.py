@@ -103,7 +103,7 @@ def node_count(offloading_spec: Any) -> int:
 
 
 def has_one_worker(offloading_spec: Any) -> bool:
-    """Whether the engine's only worker is known to be one, so that it may live in this process and share its context."""
+    """Whether the engine is known to have one worker, so that it may live in this process and share its context."""
     parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
     if parallel is None:  # up to 0.26
         parallel = getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None)

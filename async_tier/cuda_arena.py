@@ -1,4 +1,4 @@
-"""The tier's rows where copies are CUDA's: pinned host memory, or device memory. See `arena.Arena` for the interface."""
+"""The tier's rows where copies are CUDA's: pinned host memory, or device memory. Both are an `engines.RowMemory`."""
 
 from __future__ import annotations
 

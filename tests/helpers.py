@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import mmap
 import threading
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from unittest.mock import MagicMock
@@ -24,8 +23,8 @@ PATIENCE_S = 30
 
 # Set by the fixture `engine`: what the tier's configuration says of the engine.
 ENGINE_OPTIONS: dict[str, Any] = {}
-# Made by the test under way: stores, as long as they live, and the primaries of all.
-_stores: list[weakref.ref[BlockStore]] = []
+# Made by the test under way.
+_stores: list[BlockStore] = []
 _primaries: list[np.ndarray] = []
 
 _JOB = getattr(tiering_base, "TransferJob", None) or tiering_base.JobMetadata
@@ -78,15 +77,19 @@ def make_tier(primary: np.ndarray, blocks: int | None = None, **options: Any) ->
 
 def remember(store: BlockStore, primary: np.ndarray) -> None:
     """`close_stores` and `free_primaries` are to see to these."""
-    _stores.append(weakref.ref(store))
+    _stores.append(store)
     _primaries.append(primary)
+
+
+def forget() -> None:
+    """What the test has made is its own to close."""
+    _stores.clear()
 
 
 def close_stores() -> None:
     """Close what the test has left open, also with a stream held."""
-    for reference in _stores:
-        store = reference()
-        if store is not None and not store._closed:
+    for store in _stores:
+        if not store._closed:
             for stream in (store._engine.load_stream, store._engine.store_stream):
                 stream.release()
             store.close()
@@ -94,9 +97,8 @@ def close_stores() -> None:
 
 def free_primaries() -> None:
     """Give back what engines had to leave as it was, because copies were held or failed. Nothing is held any more."""
-    for reference in _stores:
-        store = reference()
-        if store is not None and store._engine.name == "cuda" and not store._engine.is_quiet:
+    for store in _stores:
+        if store._engine.name == "cuda" and not store._engine.is_quiet:
             store._engine.broken = None
             store._engine._closed = False
             store._engine.close()

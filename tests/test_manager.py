@@ -617,6 +617,7 @@ def test_a_tier_that_nobody_shuts_down_ends_with_its_object(primary):
     tier = make_tier(primary, blocks=4)
     tier._store._store_stream.hold()
     tier.submit_store(job(1, keys(0), [0]))
+    helpers.forget()
     del tier
     assert len(os.listdir("/proc/self/task")) == threads
 

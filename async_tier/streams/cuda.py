@@ -19,7 +19,7 @@ Ownership, before any code:
 - Memory that is being copied belongs to the job until the job is done; a job that failed is done only when nothing of
   it is on a stream any more.
 
-Failures: where a call is refused, only that job fails. Part of it may be queued, perhaps without an event to ask for, so
+Failures: where a call is refused, only that job fails. Part of it may be queued, perhaps without an event to ask, so
 its stream takes nothing more until all that it has was seen to end. Where the context itself is lost (the driver
 answers a plain question about a stream with an error), nothing can be asked any more: the engine is `broken`, all its
 jobs have failed, and it calls CUDA no more.
@@ -27,6 +27,7 @@ jobs have failed, and it calls CUDA no more.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -48,8 +49,8 @@ MAX_PIECE_BYTES = 16 << 20
 MIN_SLOTS = 4
 # Device addresses of slots: what cuMemAlloc aligns to, at least.
 _SLOT_ALIGNMENT = 256
-# Loads in flight. Bounded as well, because a full launch queue makes a call of 2 us block (vLLM #29013); at 50 GB/s this
-# is 10 ms, a scheduler step, of work.
+# Loads in flight. Bounded as well, because a full launch queue makes a call of 2 us block (vLLM #29013); at 50 GB/s
+# this is 10 ms, a scheduler step, of work.
 MAX_INFLIGHT_LOAD_BYTES = 512 << 20
 # How long `close` waits for copies in flight, and then for the driver to unpin memory. Some 100 times what they take.
 CLOSE_TIMEOUT_S = 10.0
@@ -61,17 +62,23 @@ class EventPool:
 
     def __init__(self) -> None:
         self._free: list[torch.cuda.Event] = []
-        self.created = 0
+        self.created: list[torch.cuda.Event] = []
 
     def take(self) -> torch.cuda.Event:
         if self._free:
             return self._free.pop()
-        self.created += 1
-        return torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)
+        self.created.append(event)
+        return event
 
     def give_back(self, *events: torch.cuda.Event) -> None:
         """`events` were seen complete, and nothing waits for them."""
         self._free.extend(events)
+
+    def keep_for_ever(self) -> None:
+        """Never destroy an event of this pool: in a context that is lost, torch's destructor aborts the process."""
+        for event in self.created:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(event))
 
 
 class StagingRing:
@@ -405,6 +412,7 @@ class CudaEngine:
         if self.broken is None:
             self.broken = str(error)
             self.is_quiet = False
+            self.events.keep_for_ever()
             for stream in (self.load_stream, self.store_stream):
                 stream.abandon()
 

@@ -1,7 +1,7 @@
 """From row numbers to the fewest copies: arrays in, arrays out, no Python object a row. No CUDA.
 
-Here the bytes of a job have an *offset*: row i of the job's n rows has the offsets from i * row_bytes on. A *segment* is
-a range of offsets that is one range of addresses on each side of a copy. A *piece* is a range of offsets that is
+Here the bytes of a job have an *offset*: row i of the job's n rows has the offsets from i * row_bytes on. A *segment*
+is a range of offsets that is one range of addresses on each side of a copy. A *piece* is a range of offsets that is
 queued at once.
 """
 

@@ -1,0 +1,874 @@
+"""The CUDA engine: what it queues, when it waits, and what becomes of a job when CUDA refuses something.
+
+With CUDA emulated all of it runs; on a GPU those marked `emulated` are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from async_tier import cuda_arena, engines
+from async_tier.arena import Rows
+from async_tier.block_store import BlockStore
+from async_tier.config import TierConfig
+from async_tier.streams import cuda, cuda_driver, registration
+from async_tier.streams.cuda import CudaEngine
+from tests import helpers
+from tests.helpers import keys, make_tier, primary_rows, returns
+
+ROW_BYTES = 4096
+POOLS = ["host", "cuda:0"]
+# CUresult
+OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_SUPPORTED, UNKNOWN = 2, 700, 801, 999
+
+emulated = pytest.mark.emulated
+each_pool = pytest.mark.parametrize("pool", POOLS)
+
+
+def make_store(primary: np.ndarray, blocks: int = 64, **options) -> BlockStore:
+    """A BlockStore on the CUDA engine. Pieces of pool "host" are 8 KiB, two rows, unless the options say otherwise."""
+    options = {"engine": "cuda", "bytes_to_use": blocks * primary.shape[1], "staging_bytes": "64KiB", **options}
+    store = BlockStore(Rows.of_view(memoryview(primary)), TierConfig.parse(options))
+    helpers.remember(store, primary)
+    return store
+
+
+@pytest.fixture
+def primary() -> np.ndarray:
+    return primary_rows(128, ROW_BYTES)
+
+
+def names(count: int, first: int = 0) -> list[bytes]:
+    return keys(*range(first, first + count))
+
+
+def finish(store: BlockStore) -> dict[int, bool]:
+    """Whether each job succeeded, when all have ended."""
+    returns(lambda: store.drain() or True)
+    ends = store.poll()
+    assert len({end.job_id for end in ends}) == len(ends), "a job was reported twice"
+    return {end.job_id: end.success for end in ends}
+
+
+def until(condition, what: str) -> None:
+    """Poll `condition`, which a thread of the emulator or the driver makes true."""
+    deadline = time.monotonic() + helpers.PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0)
+
+
+def assert_round_trip(store: BlockStore, primary: np.ndarray, count: int = 40) -> None:
+    """Blocks come back into other rows, to the byte."""
+    before = primary.copy()
+    store.submit_store(1001, names(count, 5000), range(count))
+    assert finish(store) == {1001: True}
+    primary[:] = 0
+    store.submit_load(1002, names(count, 5000)[::-1], range(64, 64 + count))
+    assert finish(store) == {1002: True}
+    assert np.array_equal(primary[64 : 64 + count], before[:count][::-1])
+    primary[:] = before
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+@each_pool
+def test_streams_are_none_that_torch_hands_out(primary, pool):
+    store = make_store(primary, pool=pool)
+    ours = {*store._engine.load_stream.handles, *store._engine.store_stream.handles}
+    assert len(ours) == (4 if pool == "host" else 2)
+    # Its pool has 32 a priority, handed out in turn.
+    theirs = {torch.cuda.Stream(priority=priority).cuda_stream for priority in (0, -1) for _ in range(40)}
+    assert len(theirs) < 80, "torch no longer hands out the same streams again"
+    assert not ours & theirs
+    assert 0 not in ours
+
+
+@each_pool
+def test_bytes_come_back_in_jobs_of_many_pieces(primary, pool):
+    store = make_store(primary, pool=pool)
+    assert_round_trip(store, primary)
+    assert_round_trip_of_large_rows(pool)
+
+
+def assert_round_trip_of_large_rows(pool: str) -> None:
+    """Rows larger than a piece go in parts."""
+    large = primary_rows(128, 3 * ROW_BYTES + 40, seed=2)
+    assert_round_trip(make_store(large, pool=pool), large, count=10)
+
+
+@each_pool
+def test_events_are_torchs_and_are_used_again(primary, pool):
+    store = make_store(primary, pool=pool)
+    for turn in range(10):
+        store.submit_store(turn, names(40, 100 * turn), range(40))
+        finish(store)
+    assert all(type(event) is torch.cuda.Event for event in store._engine.events._free)
+    created = len(store._engine.events.created)
+    for turn in range(10, 40):
+        store.submit_store(turn, names(40, 100 * turn), range(40))
+        finish(store)
+    assert len(store._engine.events.created) == created == len(store._engine.events._free)
+
+
+@emulated
+@each_pool
+def test_an_event_is_used_again_only_when_it_was_seen_complete(primary, pool):
+    store = make_store(primary, pool=pool)
+    stream = store._engine.store_stream
+    stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    held = [event for piece in stream._pieces for event in (piece.joined, piece.ended) if event]
+    assert held
+    store.poll()
+    free = store._engine.events._free
+    assert not {id(event) for event in held} & {id(event) for event in free}
+    stream.release()
+    assert finish(store) == {1: True}
+    assert {id(event) for event in held} <= {id(event) for event in free}
+
+
+# --------------------------------------------------------------------------------------------------- R1: nothing waits
+
+
+@emulated
+@each_pool
+def test_r1_nothing_waits_while_a_stream_is_held(primary, pool):
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(4), range(4))
+    finish(store)
+    store._engine.load_stream.hold()
+    store._engine.store_stream.hold()
+
+    def a_step() -> list:
+        store.submit_load(2, names(4), range(10, 14))
+        store.submit_store(3, names(40, 100), range(40))
+        hit = store.lookup(names(1)[0])
+        ended = store.poll()
+        store.end_step()
+        store.finish_sequence("r")
+        return [hit, ended]
+
+    assert returns(a_step) == [True, []]
+    assert store.statistics().jobs_in_flight == 2
+
+
+@emulated
+@each_pool
+def test_r1_what_is_queued_costs_the_scheduler_little(primary, pool, emulator, capsys):
+    # Generous, because the machine is shared: a copy that blocked its caller would take 50 ms here.
+    store = make_store(primary, pool=pool)
+    store.submit_store(0, names(2, 900), [0, 1])
+    finish(store)
+    emulator.set_delay(None, 50_000.0)
+    took = {}
+    for what, call in {
+        "submit_store": lambda: store.submit_store(1, names(4), range(4)),
+        "submit_load": lambda: store.submit_load(2, names(2, 900), [9, 10]),
+        "poll": store.poll,
+        "lookup": lambda: store.lookup(names(1)[0]),
+        "end of step": store.end_step,
+    }.items():
+        started = time.perf_counter()
+        call()
+        took[what] = time.perf_counter() - started
+    assert max(took.values()) < 0.040, took
+    emulator.set_delay(None, 0.0)
+    assert finish(store) == {1: True, 2: True}
+
+
+@emulated
+@each_pool
+def test_r1_drain_is_what_waits(primary, pool):
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(8), range(8))
+    draining = threading.Thread(target=store.drain, daemon=True)
+    draining.start()
+    assert draining.is_alive()
+    store._engine.store_stream.release()
+    draining.join(helpers.PATIENCE_S)
+    assert not draining.is_alive()
+    assert [end.job_id for end in store.poll()] == [1]
+
+
+@emulated
+@each_pool
+def test_no_copy_is_between_two_places_in_host_memory_nor_to_pageable_memory(primary, pool, emulator):
+    store = make_store(primary, pool=pool)
+    assert_round_trip(store, primary)
+    kind = type(emulator).Kind
+    assert emulator.copies(kind.H2D)[1] >= 40 * ROW_BYTES
+    assert emulator.copies(kind.D2H)[1] >= 40 * ROW_BYTES
+    assert emulator.copies(kind.H2H) == (0, 0)
+    assert emulator.copies_pageable() == 0
+
+
+# --------------------------------------------------------------------------------------------------------- driver calls
+
+
+def driver_calls(emulator) -> int:
+    return sum(
+        emulator.count(name)
+        for name in ("memcpy_batch_async", "memcpy_async", "event_record", "stream_wait_event", "event_query")
+    )
+
+
+@emulated
+@each_pool
+def test_a_thousand_rows_go_in_at_most_20_driver_calls(pool, emulator):
+    primary = primary_rows(2000, ROW_BYTES)
+    store = make_store(primary, blocks=1000, pool=pool, staging_bytes="64MiB")
+    scattered = list(range(0, 2000, 2))
+    for submit in (store.submit_store, store.submit_load):
+        before = driver_calls(emulator)
+        submit(1, names(1000), scattered)
+        assert 0 < driver_calls(emulator) - before <= 20
+        assert finish(store) == {1: True}
+
+
+@emulated
+def test_neighbouring_rows_are_one_copy(emulator):
+    primary = primary_rows(200, ROW_BYTES)
+    store = make_store(primary, blocks=100, pool="cuda:0")
+    kind = type(emulator).Kind
+    store.submit_store(1, names(100), range(100, 200))
+    assert finish(store) == {1: True}
+    assert emulator.copies(kind.H2D) == (1, 100 * ROW_BYTES)
+
+
+@emulated
+@each_pool
+def test_without_the_batch_call_rows_go_one_by_one(primary, pool, emulator):
+    emulator.hide("cuMemcpyBatchAsync")
+    store = make_store(primary, pool=pool)
+    assert not store._engine.driver.has_batch
+    before = primary.copy()
+    rows = list(range(0, 80, 2))
+    store.submit_store(1, names(40), rows)
+    assert finish(store) == {1: True}
+    primary[:] = 0
+    store.submit_load(2, names(40), rows[::-1])
+    assert finish(store) == {2: True}
+    assert np.array_equal(primary[rows[::-1]], before[rows])
+    assert emulator.count("memcpy_batch_async") == 0
+    assert emulator.count("memcpy_async") >= 80
+
+
+@emulated
+def test_a_batch_has_a_bounded_number_of_entries(monkeypatch, emulator):
+    monkeypatch.setattr(cuda_driver, "MAX_BATCH", 16)
+    primary = primary_rows(100, ROW_BYTES)
+    store = make_store(primary, pool="cuda:0")
+    before = emulator.count("memcpy_batch_async")
+    store.submit_store(1, names(50), range(0, 100, 2))
+    assert emulator.count("memcpy_batch_async") - before == 4
+    assert finish(store) == {1: True}
+    assert_round_trip(store, primary, count=30)
+
+
+# -------------------------------------------------------------------------------------------------------- order, R7, R6
+
+
+@emulated
+@each_pool
+def test_jobs_of_a_stream_end_in_order_and_one_by_one(primary, pool, emulator):
+    store = make_store(primary, pool=pool)
+    stream = store._engine.store_stream
+    stream.hold()
+    for job_id in range(3):
+        store.submit_store(job_id, names(2, 10 * job_id), [0, 1])
+    assert store.poll() == []
+    ended: list[int] = []
+
+    def step() -> bool:
+        for handle in stream.handles:
+            emulator.step(handle)
+        ended.extend(end.job_id for end in store.poll())
+        return len(ended) == 3
+
+    until(step, "all jobs ended")
+    assert ended == [0, 1, 2]
+
+
+@emulated
+@each_pool
+def test_r7_stores_in_flight_are_bounded_and_the_rest_moves_on_at_every_hook(primary, pool, emulator):
+    limit = 4 * 2 * ROW_BYTES
+    store = make_store(primary, pool=pool, max_inflight_store_bytes=limit)
+    # One leg would take the job in one piece.
+    store._engine.store_stream._piece_bytes = 2 * ROW_BYTES
+    stream = store._engine.store_stream
+    for hook in (store.poll, store.end_step, lambda: store.begin_sequence("r", None), lambda: store.finish_sequence("r")):
+        stream.hold()
+        store.clear()
+        store.submit_store(1, names(60), range(60))
+        assert 0 < stream.bytes_in_flight <= limit
+        assert stream._queue, "the rest waits in the software queue"
+        stream.release()
+        until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the first pieces ended")
+        queued = stream._queue[0].pieces_queued
+        hook()
+        assert not stream._queue or stream._queue[0].pieces_queued > queued, "nothing moved on"
+        returns(lambda: store.drain() or True)
+        store.poll()
+        assert store.num_blocks == 60
+
+
+@emulated
+@each_pool
+def test_r7_a_load_overtakes_queued_stores(primary, pool, emulator):
+    # On a GPU copies of one direction share an engine, in order of submission: only what is in flight is ahead.
+    store = make_store(primary, pool=pool, max_inflight_store_bytes=2 * 2 * ROW_BYTES)
+    store._engine.store_stream._piece_bytes = 2 * ROW_BYTES
+    store.submit_store(1, names(2, 900), [0, 1])
+    assert finish(store) == {1: True}
+    emulator.set_delay(None, 2000.0)
+    store.submit_store(2, names(60), range(60))
+    store.submit_load(3, names(2, 900), [100, 101])
+    job = store._loads[0].event
+    returns(lambda: job.synchronize() or True)
+    unfinished = store._stores[0].event
+    assert not unfinished.is_done
+    assert unfinished.pieces_queued < 15, "the load waited for most of the stores"
+    emulator.set_delay(None, 0.0)
+    assert finish(store) == {2: True, 3: True}
+
+
+@emulated
+def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(primary):
+    # The first legs of all pieces could run at once; the second legs are held, and have a slot each.
+    store = make_store(primary, pool="host")
+    before = primary.copy()
+    stream = store._engine.store_stream
+    second = stream.handles[1]
+    store_held = _Held(second)
+    store.submit_store(1, names(40), range(40))
+    store_held.release()
+    assert finish(store) == {1: True}
+    primary[:] = 0
+    store.submit_load(2, names(40), range(40))
+    assert finish(store) == {2: True}
+    assert np.array_equal(primary[:40], before[:40])
+
+
+class _Held:
+    """One CUDA stream, held."""
+
+    def __init__(self, handle: int) -> None:
+        from tests import cuda_emulator
+
+        self._emulator = cuda_emulator.load()
+        self._handle = handle
+        self._emulator.hold(handle)
+
+    def release(self) -> None:
+        self._emulator.release(self._handle)
+
+
+@emulated
+def test_loads_do_not_wait_for_the_staging_of_stores(primary):
+    store = make_store(primary, pool="host")
+    store.submit_store(1, names(2, 900), [0, 1])
+    finish(store)
+    store._engine.store_stream.hold()
+    store.submit_store(2, names(60), range(60))
+    store.submit_load(3, names(2, 900), [100, 101])
+    job = store._loads[0].event
+    assert returns(lambda: job.synchronize() or True)
+    assert np.array_equal(primary[100:102], primary[0:2])
+
+
+# --------------------------------------------------------------------------------------------------------- registration
+
+
+@emulated
+@each_pool
+def test_the_primary_is_registered_and_given_back(primary, pool, emulator):
+    before = emulator.count("host_register"), emulator.count("host_unregister")
+    store = make_store(primary, pool=pool)
+    assert store._engine.driver.is_pinned(primary.ctypes.data)
+    registered = emulator.count("host_register") - before[0]
+    assert registered == (2 if pool == "host" else 1)
+    driver, context = store._engine.driver, store._engine.context
+    store.close()
+    store.close()
+    assert emulator.count("host_unregister") - before[1] == registered
+    with context:
+        assert not driver.is_pinned(primary.ctypes.data)
+
+
+@emulated
+def test_the_primary_is_registered_before_the_arena_is_allocated(primary, monkeypatch):
+    order = []
+    real = cuda_driver.Driver.register
+
+    def register(driver, address, size):
+        order.append(address)
+        real(driver, address, size)
+
+    monkeypatch.setattr(cuda_driver.Driver, "register", register)
+    store = make_store(primary, pool="host")
+    assert order == [primary.ctypes.data, store._rows.address]
+
+
+def test_what_somebody_else_has_registered_is_used_and_left_to_them(primary):
+    torch.cuda.init()
+    context = cuda_driver.DeviceContext(driver := cuda_driver.Driver(), 0)
+    with context:
+        driver.register(primary.ctypes.data, primary.nbytes)
+        store = make_store(primary)
+        assert store.statistics().engine == "cuda"
+        assert_round_trip(store, primary)
+        store.close()
+        assert driver.is_pinned(primary.ctypes.data)
+        driver.unregister(primary.ctypes.data)
+    context.release()
+
+
+@emulated
+def test_what_is_registered_in_part_is_refused(primary, caplog):
+    torch.cuda.init()
+    context = cuda_driver.DeviceContext(driver := cuda_driver.Driver(), 0)
+    with context:
+        driver.register(primary.ctypes.data, primary.nbytes // 2)
+        store = make_store(primary)
+        assert store.statistics().engine == "host"
+        driver.unregister(primary.ctypes.data)
+    assert "already" in caplog.text
+    context.release()
+
+
+@emulated
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("nth", [1, 2])
+def test_where_pinning_is_refused_copy_threads_copy(primary, pool, nth, emulator, caplog):
+    if pool != "host" and nth == 2:
+        nth = 1  # there is one registration, of the primary
+    emulator.inject("host_register", nth, NOT_SUPPORTED)
+    store = make_store(primary, pool=pool)
+    assert store.statistics().engine == "host"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "copy threads and host memory" in caplog.text
+    assert emulator.count("host_unregister") == nth - 1
+    assert_round_trip(store, primary)
+    # Nothing is left pending for whoever calls CUDA next.
+    assert torch.zeros(4, device="cuda").cpu().sum() == 0
+
+
+@emulated
+def test_large_memory_is_registered_in_ranges_and_no_copy_crosses_them(primary, monkeypatch, emulator):
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (8 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    store = make_store(primary)
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    assert emulator.count("host_register") == 128 // 8 + 64 // 8
+    assert_round_trip(store, primary)
+    store.close()
+    assert emulator.count("host_unregister") == emulator.count("host_register")
+
+
+@emulated
+def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    gate = threading.Event()
+    real = registration.Registration.register_next
+
+    def register_next(self):
+        if self._done and self._rows.count == 64:
+            assert gate.wait(helpers.PATIENCE_S)
+        real(self)
+
+    monkeypatch.setattr(registration.Registration, "register_next", register_next)
+    store = make_store(primary)
+    store.submit_store(1, names(20), range(20))
+    assert finish(store) == {1: True}
+    assert store.num_blocks == 8
+    assert store.statistics().blocks_refused == 12
+    gate.set()
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    store.submit_store(2, names(64, 100), range(64))
+    assert finish(store) == {2: True}
+    assert store.num_blocks == 64
+
+
+@emulated
+def test_an_arena_that_cannot_be_pinned_whole_is_used_as_far_as_it_is(primary, monkeypatch, emulator, caplog):
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    emulator.inject("host_register", 4, OUT_OF_MEMORY)
+    store = make_store(primary)
+    store._arena._pinner.join(helpers.PATIENCE_S)
+    assert store._arena.ready == 16
+    assert "holds 16 blocks and not 64" in caplog.text
+    store.submit_store(1, names(40), range(40))
+    assert finish(store) == {1: True}
+    assert store.num_blocks == 16
+
+
+# ---------------------------------------------------------------------------------------------- which engine, and where
+
+
+def spec(workers: int) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers)))
+
+
+def test_auto_is_cuda_where_torch_has_a_context(primary):
+    torch.cuda.init()
+    store = make_store(primary, engine="auto")
+    assert store.statistics().engine == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("initialized", "workers", "expected"), [(True, 1, "cuda"), (True, 2, "host"), (False, 1, "host")]
+)
+def test_auto_is_cuda_where_the_only_worker_lives_in_this_process(
+    primary, monkeypatch, initialized, workers, expected
+):
+    from async_tier.manager import AsyncSecondaryTierManager
+
+    torch.cuda.init()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_initialized", lambda: initialized)
+        patched.setattr("async_tier._vllm_compat.node_count", lambda spec: 1)
+        tier = AsyncSecondaryTierManager(spec(workers), memoryview(primary), "async", staging_bytes="64KiB")
+    helpers.remember(tier._store, primary)
+    assert tier.statistics().engine == expected
+
+
+def test_auto_with_a_pool_on_the_device_is_cuda(primary):
+    assert make_store(primary, engine="auto", pool="cuda:0").statistics().engine == "cuda"
+
+
+def test_a_device_that_is_not_there_is_refused_in_words(primary):
+    with pytest.raises(ValueError, match=r"^pool 'cuda:99' names a GPU that is not there: this process has cuda:0 to "):
+        make_store(primary, pool="cuda:99")
+
+
+def test_more_than_the_device_has_is_refused_in_words(primary):
+    words = r"^the tier asks for 1024.0 TiB \(.* bytes\) of device memory, but cuda:0 has .* set bytes_to_use to less$"
+    with pytest.raises(MemoryError, match=words):
+        make_store(primary, pool="cuda:0", bytes_to_use=1 << 50)
+
+
+def test_more_than_the_machine_has_is_refused_in_words_and_unpins(primary):
+    with pytest.raises(MemoryError, match="set bytes_to_use to less"):
+        make_store(primary, bytes_to_use=1 << 50)
+    store = make_store(primary)
+    assert store._engine.name == "cuda"
+    assert store._engine.driver.is_pinned(primary.ctypes.data)
+
+
+@emulated
+@pytest.mark.parametrize("point", ["malloc", "stream_create", "host_register"])
+def test_where_the_engine_cannot_be_had_copy_threads_copy_and_nothing_is_left(primary, point, emulator, caplog):
+    torch.cuda.init()
+    free_before = torch.cuda.mem_get_info()[0]
+    emulator.inject(point, 1, UNKNOWN if point == "stream_create" else OUT_OF_MEMORY)
+    store = make_store(primary)
+    assert store.statistics().engine == "host"
+    assert len(caplog.records) == 1
+    assert_round_trip(store, primary)
+    assert torch.cuda.mem_get_info()[0] == free_before
+
+
+@each_pool
+def test_any_thread_may_call(primary, pool):
+    # A thread that has called nothing of CUDA's before has no context.
+    store = make_store(primary, pool=pool)
+    assert returns(lambda: assert_round_trip(store, primary) or True)
+
+
+def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
+    store = make_store(primary)
+    store.submit_store(1, names(2), [0, 1])
+    assert finish(store) == {1: True}
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            store.submit_store(2, names(2, 10), [0, 1])
+            refused = [end.success for end in store.poll()] == [False]
+            store.close()
+            code = 0 if refused else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_round_trip(store, primary)
+
+
+@emulated
+def test_importing_and_parsing_call_nothing_of_cuda():
+    script = """
+from tests import cuda_emulator
+emulator = cuda_emulator.load()
+import async_tier.manager, async_tier.engines, async_tier.cuda_arena, async_tier.streams.cuda
+from async_tier.config import TierConfig
+TierConfig.parse({"engine": "cuda"})
+import torch
+assert not torch.cuda.is_initialized()
+assert emulator.count("cuDevicePrimaryCtxRetain") == emulator.count("stream_create") == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+# What each piece of a job calls, in order; of pool "cuda:0" only one leg.
+SYNCHRONOUS = [
+    ("event_record", 1, "the start"),
+    ("memcpy_async", 1, "the first leg"),
+    ("event_record", 2, "the end of the first leg"),
+    ("stream_wait_event", 1, "the wait between the legs"),
+    ("memcpy_async", 2, "the second leg"),
+    ("event_record", 3, "the end of the second leg"),
+    ("event_record", 5, "the end of the second piece"),
+    ("memcpy_async", 3, "the first leg of the second piece"),
+    ("event_query", 1, "the question for the end"),
+]
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize("is_load", [False, True])
+@pytest.mark.parametrize(("point", "nth", "what"), SYNCHRONOUS, ids=[what for *_, what in SYNCHRONOUS])
+def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth, what, emulator, caplog):
+    if pool != "host" and point == "stream_wait_event":
+        return  # one leg waits for nothing
+    store = make_store(primary, pool=pool)
+    for stream in (store._engine.load_stream, store._engine.store_stream):
+        stream._piece_bytes = 2 * ROW_BYTES
+    before = primary.copy()
+    store.submit_store(1, names(8, 900), range(8))
+    assert finish(store) == {1: True}
+    emulator.inject(point, nth, UNKNOWN)
+    if is_load:
+        store.submit_load(2, names(4, 900), range(100, 104))
+    else:
+        store.submit_store(2, names(4), range(4))
+    store.submit_load(3, names(4, 904), range(110, 114))
+    store.submit_store(4, names(4, 50), range(50, 54))
+    results = finish(store)
+    met = emulator.count(point) >= nth  # one leg records and waits less often
+    failed = [job_id for job_id, success in results.items() if not success]
+    assert sorted(results) == [2, 3, 4]
+    if pool == "host":
+        assert failed == [2]
+    assert len(failed) <= 1
+    assert met
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == len(failed)
+    if failed == [2] and is_load:
+        assert not any(store.lookup(name) for name in names(4, 900)), "a key whose load failed is gone (R4)"
+    elif failed == [2]:
+        assert not any(store.lookup(name) for name in names(4))
+    store.end_step()
+    if 3 not in failed:
+        assert np.array_equal(primary[110:114], before[4:8])
+    assert store._engine.broken is None
+    assert_round_trip(store, primary)
+    assert store.statistics().rows_used == store.num_blocks
+
+
+@emulated
+@pytest.mark.parametrize("is_load", [False, True])
+@pytest.mark.parametrize(("point", "nth"), [("memcpy_async", 2), ("event_record", 2), ("event_record", 3)])
+def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary, is_load, point, nth, emulator):
+    store = make_store(primary, pool="host")
+    store.submit_store(1, names(2, 900), [0, 1])
+    assert finish(store) == {1: True}
+    stream = store._engine.load_stream if is_load else store._engine.store_stream
+    stream.hold()
+    emulator.inject(point, nth, UNKNOWN)
+    if is_load:
+        store.submit_load(2, names(2, 900), [10, 11])
+    else:
+        store.submit_store(2, names(2), [0, 1])
+    for _ in range(5):
+        assert store.poll() == [], "a leg of it is in flight"
+        store.end_step()
+    assert store.statistics().jobs_in_flight == 1
+    stream.release()
+    assert finish(store) == {2: False}
+    assert_round_trip(store, primary)
+
+
+@emulated
+def test_r6_what_cannot_be_known_fails(primary, emulator):
+    # An event that cannot be asked says nothing of whether the bytes arrived.
+    store = make_store(primary)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    emulator.inject("event_query", 1, UNKNOWN)
+    assert store.poll() == []
+    store._engine.store_stream.release()
+    assert finish(store) == {1: False}
+    assert store.num_blocks == 0
+
+
+STICKY = ["exec_h2d", "exec_d2h", "event_record"]
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize("point", STICKY)
+@pytest.mark.parametrize("is_load", [False, True])
+def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_load, emulator, caplog):
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(4, 900), range(4))
+    assert finish(store) == {1: True}
+    streams = (store._engine.load_stream, store._engine.store_stream)
+    for stream in streams:
+        stream.hold()
+    if is_load and pool != "host" and point == "exec_h2d":
+        point = "exec_d2h"
+    if not is_load and pool != "host" and point == "exec_d2h":
+        point = "exec_h2d"
+    emulator.inject(point, 1, ILLEGAL_ADDRESS, asynchronous=True)
+    if is_load:
+        store.submit_load(2, names(4, 900), range(10, 14))
+        store.submit_store(3, names(4), range(20, 24))
+    else:
+        store.submit_store(3, names(4), range(20, 24))
+        store.submit_load(2, names(4, 900), range(10, 14))
+    for stream in streams:
+        stream.release()
+    until(emulator.sticky, "the context is lost")
+    ends: dict[int, bool] = {}
+    until(lambda: ends.update((end.job_id, end.success) for end in store.poll()) or len(ends) == 2, "both jobs ended")
+    assert not all(ends.values())
+    assert store.num_blocks == 0
+    assert not store.lookup(names(1, 900)[0])
+    # Later jobs fail at once, drain and close return, and all that is said of it is said once.
+    store.submit_store(4, names(2), [0, 1])
+    store.submit_load(5, names(2), [0, 1])
+    assert [(end.job_id, end.success) for end in store.poll()] == [(4, False), (5, False)]
+    assert returns(lambda: store.drain() or True)
+    assert store.statistics().faults == 1
+    assert caplog.text.count("go on copying") == 1
+    assert returns(lambda: store.close() or True)
+    assert store.poll() == []
+
+
+@emulated
+def test_jobs_in_flight_when_the_context_is_lost_are_reported_as_failed_once(primary, emulator):
+    store = make_store(primary, pool="host")
+    for stream in (store._engine.load_stream, store._engine.store_stream):
+        stream.hold()
+    for job_id in range(5):
+        store.submit_store(job_id, names(4, 10 * job_id), range(4))
+    emulator.inject("exec_copy", 1, ILLEGAL_ADDRESS, asynchronous=True)
+    with contextlib.suppress(RuntimeError):
+        torch.empty(4, device="cuda").copy_(torch.zeros(4))
+    until(emulator.sticky, "the context is lost")
+    assert sorted((end.job_id, end.success) for end in store.poll()) == [(job_id, False) for job_id in range(5)]
+    assert store.poll() == []
+
+
+@emulated
+def test_the_manager_survives_a_lost_context(primary, emulator, caplog):
+    tier = make_tier(primary, blocks=8, engine="cuda", staging_bytes="64KiB")
+    helpers.store(tier, 1, keys(0), [0])
+    emulator.inject("exec_h2d", 1, ILLEGAL_ADDRESS, asynchronous=True)
+    tier.submit_store(helpers.job(2, keys(1), [1]))
+    until(emulator.sticky, "the context is lost")
+    tier.drain_jobs()
+    assert [result.success for result in tier.get_finished_jobs()] == [False]
+    assert tier.get_num_blocks() == 0
+    tier.submit_load(helpers.job(3, keys(0), [1], load=True))
+    tier.submit_store(helpers.job(4, keys(0), [1]))
+    assert [result.success for result in tier.get_finished_jobs()] == [False, False]
+    tier.shutdown()
+    tier.shutdown()
+    assert tier.statistics().faults == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- closing
+
+
+@each_pool
+def test_close_gives_everything_back(primary, pool):
+    torch.cuda.init()
+    free_before = torch.cuda.mem_get_info()[0]
+    store = make_store(primary, pool=pool, blocks=4096, staging_bytes="4MiB")
+    assert torch.cuda.mem_get_info()[0] < free_before
+    store.submit_store(1, names(40), range(40))
+    store.close()
+    store.close()
+    assert torch.cuda.mem_get_info()[0] == free_before
+    assert {end.job_id: end.success for end in store.poll()}.keys() == {1}
+
+
+@each_pool
+def test_a_store_that_nobody_closes_ends_with_its_object(primary, pool):
+    torch.cuda.init()
+    free_before = torch.cuda.mem_get_info()[0]
+    store = make_store(primary, pool=pool)
+    engine = weakref.ref(store._engine)
+    helpers.forget()
+    del store
+    gc.collect()
+    assert torch.cuda.mem_get_info()[0] == free_before
+    assert engine() is None
+
+
+@emulated
+@each_pool
+def test_close_waits_for_copies_in_flight_and_drops_the_rest(primary, pool, emulator):
+    store = make_store(primary, pool=pool, max_inflight_store_bytes=2 * ROW_BYTES)
+    store._engine.store_stream._piece_bytes = 2 * ROW_BYTES
+    emulator.set_delay(None, 3000.0)
+    store.submit_store(1, names(20), range(20))
+    store.submit_store(2, names(20, 100), range(20))
+    store.close()
+    assert {end.job_id: end.success for end in store.poll()} == {1: False, 2: False}
+    assert store._engine.is_quiet
+    assert emulator.violations() == 0
+
+
+@emulated
+@each_pool
+def test_close_is_bounded_and_leaves_memory_that_may_be_written_to(primary, pool, emulator, caplog):
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    assert returns(lambda: store.close() or True)
+    assert {end.job_id: end.success for end in store.poll()} == {1: False}
+    assert not store._engine.is_quiet
+    assert "may be under way" in caplog.text
+    assert store._engine.driver.is_pinned(primary.ctypes.data)
+    store._engine.store_stream.release()
+
+
+def test_the_engine_says_what_it_is(primary):
+    store = make_store(primary)
+    assert isinstance(store._engine, CudaEngine)
+    assert engines.uses_cuda(TierConfig(engine="cuda"))
+    with pytest.raises(KeyError):
+        store._engine.range_starts(Rows(0, 1, 1, 1))
+    with pytest.raises(ValueError, match="2 destination rows but 1 source rows"):
+        store._store_stream.copy_rows(store._rows, [0, 1], store.primary, [0])
+    with pytest.raises(ValueError, match="a row number is not from 0 to 63"):
+        store._store_stream.copy_rows(store._rows, [64], store.primary, [0])
+    with pytest.raises(TypeError, match="row numbers must be integers"):
+        store._store_stream.copy_rows(store._rows, [0.5], store.primary, [0])
+    job = store._store_stream.copy_rows(store._rows, [], store.primary, [])
+    assert job.is_done
+    assert not job.failed
+    store.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        store._store_stream.copy_rows(store._rows, [0], store.primary, [0])
+
+
+assert cuda.MIN_SLOTS * (16 << 10) // 2 >= 2 * ROW_BYTES, "pieces of the tests are two rows"
