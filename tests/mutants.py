@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - lines of the source, as they are
 """Breaks the line that keeps each rule, one at a time, and shows that a test fails.
 
-Run by `python -m tests.mutants [WORD ...]`.
+Run by `python -m tests.mutants [--cuda] [WORD ...]`; `--cuda` for those of mutants_cuda.py, in .venv-cuda.
 
 Works on a copy of the project. A mutant is (rule, file, line as it is, line as it would be wrong); the tests that have
 to catch it are the fast ones of the file's subject. With words, only mutants whose rule or file contains one.
@@ -9,6 +9,7 @@ to catch it are the fast ones of the file's subject. With words, only mutants wh
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -337,11 +338,21 @@ def build(folder: Path) -> None:
 
 
 def main(words: list[str]) -> int:
-    chosen = [m for m in MUTANTS if not words or any(word.lower() in f"{m.rule} {m.file}".lower() for word in words)]
+    mutants = MUTANTS
+    if "--cuda" in words:
+        from tests.mutants_cuda import MUTANTS_CUDA
+
+        words.remove("--cuda")
+        mutants = MUTANTS_CUDA
+        os.environ["ASYNC_TIER_CUDA"] = "emulated"
+    chosen = [m for m in mutants if not words or any(word.lower() in f"{m.rule} {m.file}".lower() for word in words)]
     survivors = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "project"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+        if mutants is not MUTANTS:
+            (folder / "build").mkdir()
+            (folder / "build" / "cuda_emulator").symlink_to(ROOT / "build" / "cuda_emulator")
         for number, mutant in enumerate(chosen, start=1):
             verdict = caught(mutant, folder)
             print(f"{number:3} of {len(chosen)}  {'caught  ' if verdict else 'SURVIVED'}  {mutant.rule}", flush=True)

@@ -6,6 +6,7 @@ With CUDA emulated all of it runs; on a GPU those marked `emulated` are left out
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import subprocess
@@ -122,6 +123,8 @@ def test_events_are_torchs_and_are_used_again(primary, pool):
         store.submit_store(turn, names(40, 100 * turn), range(40))
         finish(store)
     assert len(store._engine.events.created) == created == len(store._engine.events._free)
+    for stream in (store._engine.load_stream, store._engine.store_stream):
+        assert stream._ring is None or set(stream._ring._busy) == {None}, "a slot waits for an event that is another's"
 
 
 @emulated
@@ -312,7 +315,12 @@ def test_r7_stores_in_flight_are_bounded_and_the_rest_moves_on_at_every_hook(pri
     # One leg would take the job in one piece.
     store._engine.store_stream._piece_bytes = 2 * ROW_BYTES
     stream = store._engine.store_stream
-    for hook in (store.poll, store.end_step, lambda: store.begin_sequence("r", None), lambda: store.finish_sequence("r")):
+    for hook in (
+        store.poll,
+        store.end_step,
+        lambda: store.begin_sequence("r", None),
+        lambda: store.finish_sequence("r"),
+    ):
         stream.hold()
         store.clear()
         store.submit_store(1, names(60), range(60))
@@ -534,9 +542,7 @@ def test_auto_is_cuda_where_torch_has_a_context(primary):
 @pytest.mark.parametrize(
     ("initialized", "workers", "expected"), [(True, 1, "cuda"), (True, 2, "host"), (False, 1, "host")]
 )
-def test_auto_is_cuda_where_the_only_worker_lives_in_this_process(
-    primary, monkeypatch, initialized, workers, expected
-):
+def test_auto_is_cuda_where_the_only_worker_lives_in_this_process(primary, monkeypatch, initialized, workers, expected):
     from async_tier.manager import AsyncSecondaryTierManager
 
     torch.cuda.init()
@@ -622,6 +628,93 @@ assert not torch.cuda.is_initialized()
 assert emulator.count("cuDevicePrimaryCtxRetain") == emulator.count("stream_create") == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+@emulated
+@each_pool
+def test_a_job_says_how_long_its_copies_took(primary, pool, emulator):
+    store = make_store(primary, pool=pool)
+    emulator.set_delay(None, 5000.0)
+    store.submit_store(1, names(1), [0])
+    returns(lambda: store.drain() or True)
+    (end,) = store.poll()
+    assert 0.005 <= end.seconds < helpers.PATIENCE_S
+
+
+@emulated
+@each_pool
+def test_nobody_elses_stream_waits_for_ours(primary, pool):
+    # Not even the legacy default stream, which waits for every stream that was not made "non-blocking".
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    assert returns(lambda: torch.zeros(4, device="cuda").cpu().tolist()) == [0.0] * 4
+
+
+@emulated
+@each_pool
+def test_the_callers_context_is_left_as_it_was(primary, pool, emulator):
+    def calls() -> bool:
+        library = ctypes.CDLL("libcuda.so.1")
+        before, after = ctypes.c_void_p(), ctypes.c_void_p()
+        library.cuCtxGetCurrent(ctypes.byref(before))
+        store = make_store(primary, pool=pool)
+        torch_made = ctypes.c_void_p()
+        library.cuCtxGetCurrent(ctypes.byref(torch_made))
+        assert_round_trip(store, primary)
+        library.cuCtxGetCurrent(ctypes.byref(after))
+        return torch_made.value == after.value
+
+    assert returns(calls)
+
+
+@emulated
+@each_pool
+def test_loads_in_flight_are_bounded_as_well(primary, pool, monkeypatch):
+    monkeypatch.setattr(cuda, "MAX_INFLIGHT_LOAD_BYTES", 8 * ROW_BYTES)
+    store = make_store(primary, pool=pool)
+    stream = store._engine.load_stream
+    stream._piece_bytes = 2 * ROW_BYTES
+    before = primary.copy()
+    store.submit_store(1, names(60), range(60))
+    assert finish(store) == {1: True}
+    stream.hold()
+    store.submit_load(2, names(60), range(64, 124))
+    assert 0 < stream.bytes_in_flight <= 8 * ROW_BYTES
+    stream.release()
+    assert finish(store) == {2: True}
+    assert np.array_equal(primary[64:124], before[:60])
+
+
+@each_pool
+def test_one_piece_goes_however_small_the_bound(primary, pool):
+    store = make_store(primary, pool=pool, max_inflight_store_bytes=1)
+    assert_round_trip(store, primary)
+
+
+@emulated
+@each_pool
+def test_loads_and_stores_at_once_do_not_meet(primary, pool, emulator):
+    store = make_store(primary, pool=pool)
+    before = primary.copy()
+    store.submit_store(1, names(20), range(20))
+    assert finish(store) == {1: True}
+    for turn in range(5):
+        emulator.set_jitter(300.0, turn)
+        primary[100:120] = 0
+        for stream in (store._engine.load_stream, store._engine.store_stream):
+            stream.hold()
+        store.submit_load(2, names(20), range(100, 120))
+        store.submit_store(3, names(20, 1000 + 20 * turn), range(30, 50))
+        for stream in (store._engine.store_stream, store._engine.load_stream):
+            stream.release()
+        assert finish(store) == {2: True, 3: True}
+        assert np.array_equal(primary[100:120], before[:20])
+        primary[60:80] = 0
+        store.submit_load(4, names(20, 1000 + 20 * turn), range(60, 80))
+        assert finish(store) == {4: True}
+        assert np.array_equal(primary[60:80], before[30:50])
+        store._index.drop(names(20, 1000 + 20 * turn))
 
 
 # ------------------------------------------------------------------------------------------------------------- failures

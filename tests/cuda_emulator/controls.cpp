@@ -68,7 +68,11 @@ using namespace cuda_emulator;
 
 extern "C" {
 
-void cudaemu_refuse(const char *name) { refuse(name); }  // called by the generated stubs
+// Called by the generated stubs.
+int cudaemu_refuse(const char *name) {
+    refuse(name);
+    return NOT_SUPPORTED;
+}
 
 void cudaemu_set_delay(int kind, double us) {
     Lock lock(state.mutex);

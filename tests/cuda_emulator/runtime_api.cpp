@@ -346,11 +346,10 @@ EXPORT cudaStreamDestroy(cudaStream_t stream) {
     return result(destroy_stream(handle(stream)));
 }
 
-// NOT_READY is an answer and not an error: it does not become the last error.
+// NOT_READY becomes the thread's last error as well; torch clears it.
 EXPORT cudaStreamQuery(cudaStream_t stream) {
     ENTER("stream_query");
-    int code = query_stream(handle(stream));
-    return code == NOT_READY ? cudaErrorNotReady : result(code);
+    return result(query_stream(handle(stream)));
 }
 
 EXPORT cudaStreamSynchronize(cudaStream_t stream) {
@@ -418,8 +417,7 @@ EXPORT cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned
 
 EXPORT cudaEventQuery(cudaEvent_t event) {
     ENTER("event_query");
-    int code = query_event(handle(event));
-    return code == NOT_READY ? cudaErrorNotReady : result(code);
+    return result(query_event(handle(event)));
 }
 
 EXPORT cudaEventSynchronize(cudaEvent_t event) {

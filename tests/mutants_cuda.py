@@ -1,0 +1,77 @@
+# ruff: noqa: E501 - lines of the source, as they are
+"""The CUDA engine's lines to break: see mutants.py, which runs them with `--cuda`."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+CUDA = ("test_cuda_engine.py", "test_cuda_data_path.py", "test_manager.py")
+_CUDA = "streams/cuda.py"
+_DRIVER = "streams/cuda_driver.py"
+_REGISTRATION = "streams/registration.py"
+
+MUTANTS_CUDA = [
+    Mutant("the second leg waits for the first", _CUDA, "            self._out.wait_event(piece.joined)\n", "", CUDA),
+    Mutant("the event between the legs is recorded", _CUDA, "            piece.joined.record(self._in)\n", "", CUDA),
+    Mutant("the event at the end is recorded", _CUDA, "        ended.record(self._out)\n", "", CUDA),
+    Mutant("the end is the second leg's", _CUDA, "ended.record(self._out)", "ended.record(self._in)", CUDA),
+    Mutant("the start is recorded", _CUDA, "            job.started.record(self._in)\n", "", CUDA),
+    Mutant("a staging slot waits for its last reader", _CUDA, "                self._in.wait_event(busy)", "                pass", CUDA),
+    Mutant("a slot is occupied until its last leg has ended", _CUDA, "            self._ring.occupy(slot, until=ended)\n", "", CUDA),
+    Mutant("a slot forgets an event that was seen complete", _CUDA, "            self._busy[slot] = None", "            pass", CUDA),
+    Mutant("slots are taken in turn", _CUDA, "(slot + 1) % len(self._addresses)", "slot", CUDA),
+    Mutant("one ring a direction", _CUDA, "StagingRing(self._staging, half), StagingRing(self._staging + half, half)]", "StagingRing(self._staging, half)] * 2", CUDA),
+    Mutant("the rings do not overlap", _CUDA, "StagingRing(self._staging + half, half)", "StagingRing(self._staging, half)", CUDA),
+    Mutant("an event is used again only when seen complete", _CUDA, "        piece.ended = ended\n", "        piece.ended = ended\n        engine.events.give_back(ended)\n", CUDA),
+    Mutant("an event that was seen complete is used again", _CUDA, "        self._engine.events.give_back(*events)", "        pass", CUDA),
+    Mutant("stores in flight are bounded", _CUDA, "self.bytes_in_flight + self._piece_bytes <= self._limit", "True", CUDA),
+    Mutant("loads in flight are bounded", _CUDA, "CudaStream(self, rings[0], MAX_INFLIGHT_LOAD_BYTES)", "CudaStream(self, rings[0], 1 << 62)", CUDA),
+    Mutant("bytes in flight are counted off", _CUDA, "        self.bytes_in_flight -= piece.bytes\n", "", CUDA),
+    Mutant("one piece always goes", _CUDA, "return not self._pieces or ", "return ", CUDA),
+    Mutant("queued copies move on at every hook", "block_store.py", "        self._engine.advance()\n", "", CUDA),
+    Mutant("asking never blocks", _CUDA, "if piece.ended is None or not piece.ended.query():", "if piece.ended is None or piece.ended.synchronize():", CUDA),
+    Mutant("drain waits", _CUDA, "                    ended.synchronize()", "                    pass", CUDA),
+    Mutant("a refused call fails the job", _CUDA, '            job.failed = True\n            self._refused("queue a copy", error)', '            self._refused("queue a copy", error)', CUDA),
+    Mutant("an event that cannot be asked fails the job", _CUDA, "            self._pieces[0].job.failed = True  # whether", "            pass  # whether", CUDA),
+    Mutant("after a refusal the streams run empty", _CUDA, "        self._stalled = True\n", "", CUDA),
+    Mutant("a failed job ends when its streams are empty", _CUDA, "                if not self.is_idle():\n                    return\n", "", CUDA),
+    Mutant("a job refused in the middle queues no more", _CUDA, "return self.failed or self.pieces_queued", "return self.pieces_queued", CUDA),
+    Mutant("a lost context ends all jobs", _CUDA, "                stream.abandon()\n\n    def call_on_close", "                pass\n\n    def call_on_close", CUDA),
+    Mutant("a lost context empties the tier", "block_store.py", "            self._broken = True\n            self.clear()\n", "            self._broken = True\n", CUDA),
+    Mutant("a lost context is told once", "block_store.py", "        if self._broken:  # said once, when it broke\n            return None\n", "", CUDA),
+    Mutant("events of a lost context are never destroyed", _CUDA, "            self.events.keep_for_ever()\n", "", CUDA),
+    Mutant("the context is made current, whatever the thread", _DRIVER, "        self._driver.push_context(self._context)", "        pass", CUDA),
+    Mutant("the caller's context is given back", _DRIVER, "        self._driver.pop_context()", "        pass", CUDA),
+    Mutant("nothing of CUDA in a forked child", _CUDA, " and not self.context.is_forked", "", CUDA),
+    Mutant("close in a forked child does nothing", _CUDA, "if self._closed or self.context.is_forked:", "if self._closed:", CUDA),
+    Mutant("close waits for copies", _CUDA, "self.is_quiet = self._wait_until_idle()", "self.is_quiet = True", CUDA),
+    Mutant("close is bounded", _CUDA, "            if time.monotonic() > deadline:\n                return False\n", "", CUDA),
+    Mutant("memory under copies is kept", "cuda_arena.py", "        if self._engine.is_quiet:\n            self._arena.close()", "        self._arena.close()", CUDA),
+    Mutant("what was queued and not sent has failed", _CUDA, "            job.failed = True\n            job.done = job.pieces_in_flight == 0", "            job.done = job.pieces_in_flight == 0", CUDA),
+    Mutant("the staging is freed", _CUDA, "                self.driver.free(self._staging)\n        self.context", "                pass\n        self.context", CUDA),
+    Mutant("the arena on the device is freed", "cuda_arena.py", "        engine.call_on_close(lambda: engine.driver.free(address))\n", "", CUDA),
+    Mutant("the staging is freed where the streams cannot be had", _CUDA, "                    self.driver.free(self._staging)\n                raise", "                    pass\n                raise", CUDA),
+    Mutant("the primary is registered", "engines.py", "        registration.register_all()\n", "", CUDA),
+    Mutant("the arena is registered", "cuda_arena.py", "            self._registration.register_next()\n        except CudaError:\n            self._arena", "            pass\n        except CudaError:\n            self._arena", CUDA),
+    Mutant("the primary is unregistered", "engines.py", "        engine.call_on_close(registration.close)\n", "", CUDA),
+    Mutant("the arena is unregistered", "cuda_arena.py", "        engine.call_on_close(self._unpin)\n", "", CUDA),
+    Mutant("only what is ours is unregistered", _REGISTRATION, "            else:\n                self._ours.append(start)", "            self._ours.append(start)", CUDA),
+    Mutant("registered in part is refused", _REGISTRATION, " or not all(map(self._driver.is_pinned, (start, end - 1)))", "", CUDA),
+    Mutant("registered already is fine", _REGISTRATION, "if error.code != ALREADY_REGISTERED or not all", "if True or not all", CUDA),
+    Mutant("registration in ranges", _REGISTRATION, "range_starts(rows, largest, mmap.PAGESIZE)", "range_starts(rows, 1 << 62, mmap.PAGESIZE)", CUDA),
+    Mutant("no copy crosses ranges", "streams/segments.py", "                apart |= ranges[1:] != ranges[:-1]", "                pass", CUDA),
+    Mutant("ranges of the arena are known", _CUDA, "np.array(range_starts, dtype=np.int64) if several else None", "None", CUDA),
+    Mutant("rows are taken only when pinned: at first", "block_store.py", "        self._index.usable = arena.ready\n", "", CUDA),
+    Mutant("rows are taken as they are pinned", "block_store.py", "            self._index.usable = self._arena.ready\n", "            pass\n", CUDA),
+    Mutant("a refusal falls back to copy threads", "engines.py", "except (CudaError, OSError) as error:", "except OSError as error:", CUDA),
+    Mutant("auto looks for a context", "engines.py", "return torch is not None and torch.cuda.is_initialized()", "return False", CUDA),
+    Mutant("auto is host where workers are elsewhere", "manager.py", " and not compat.has_one_worker(offloading_spec)", " and False", CUDA),
+    Mutant("batches are capped", _DRIVER, "for at in range(0, count, MAX_BATCH):", "for at in range(0, count, 1 << 30):", CUDA),
+    Mutant("a capped batch goes on where it ended", _DRIVER, "skip = at * 8", "skip = 0", CUDA),
+    Mutant("sources are read in the stream's order", _DRIVER, "_ORDER_STREAM = 1", "_ORDER_STREAM = 3", CUDA),
+    Mutant("streams do not wait for the default stream", _DRIVER, "_NON_BLOCKING = 1", "_NON_BLOCKING = 0", CUDA),
+    Mutant("streams are none of torch's", _DRIVER, "        return stream.value or 0", "        import torch\n        return torch.cuda.Stream().cuda_stream", CUDA),
+    Mutant("without the batch call rows go one by one", _DRIVER, "if self._batch is None or count == 1:", "if count == 1:", CUDA),
+    Mutant("R5/R6 a load pins its rows", "index.py", "                pins[row] += 1\n            else:", "                pass\n            else:", CUDA),
+    Mutant("R6 a store pins its rows", "index.py", "            pins[row] = 1\n", "            pins[row] = 0\n", CUDA),
+]  # fmt: skip
