@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import mmap
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from unittest.mock import MagicMock
@@ -162,6 +163,14 @@ def returns(call: Callable[[], Any], within_s: float = PATIENCE_S) -> Any:
     thread.join(within_s)
     assert outcome, "the call blocked or raised"
     return outcome[0]
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Poll `condition`, which another thread makes true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0)
 
 
 class Region:

@@ -27,7 +27,8 @@ from async_tier.config import TierConfig
 from async_tier.streams import cuda, cuda_driver, registration
 from async_tier.streams.cuda import CudaEngine
 from tests import helpers
-from tests.helpers import keys, make_tier, primary_rows, returns
+from tests.cuda_emulator import Kind
+from tests.helpers import keys, make_tier, primary_rows, returns, until
 
 ROW_BYTES = 4096
 POOLS = ["host", "cuda:0"]
@@ -61,14 +62,6 @@ def finish(store: BlockStore) -> dict[int, bool]:
     ends = store.poll()
     assert len({end.job_id for end in ends}) == len(ends), "a job was reported twice"
     return {end.job_id: end.success for end in ends}
-
-
-def until(condition, what: str) -> None:
-    """Poll `condition`, which a thread of the emulator or the driver makes true."""
-    deadline = time.monotonic() + helpers.PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0)
 
 
 def assert_round_trip(store: BlockStore, primary: np.ndarray, count: int = 40) -> None:
@@ -213,10 +206,9 @@ def test_r1_drain_is_what_waits(primary, pool):
 def test_no_copy_is_between_two_places_in_host_memory_nor_to_pageable_memory(primary, pool, emulator):
     store = make_store(primary, pool=pool)
     assert_round_trip(store, primary)
-    kind = type(emulator).Kind
-    assert emulator.copies(kind.H2D)[1] >= 40 * ROW_BYTES
-    assert emulator.copies(kind.D2H)[1] >= 40 * ROW_BYTES
-    assert emulator.copies(kind.H2H) == (0, 0)
+    assert emulator.copies(Kind.H2D)[1] >= 40 * ROW_BYTES
+    assert emulator.copies(Kind.D2H)[1] >= 40 * ROW_BYTES
+    assert emulator.copies(Kind.H2H) == (0, 0)
     assert emulator.copies_pageable() == 0
 
 
@@ -247,10 +239,9 @@ def test_a_thousand_rows_go_in_at_most_20_driver_calls(pool, emulator):
 def test_neighbouring_rows_are_one_copy(emulator):
     primary = primary_rows(200, ROW_BYTES)
     store = make_store(primary, blocks=100, pool="cuda:0")
-    kind = type(emulator).Kind
     store.submit_store(1, names(100), range(100, 200))
     assert finish(store) == {1: True}
-    assert emulator.copies(kind.H2D) == (1, 100 * ROW_BYTES)
+    assert emulator.copies(Kind.H2D) == (1, 100 * ROW_BYTES)
 
 
 @emulated
