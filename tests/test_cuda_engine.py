@@ -581,6 +581,35 @@ def test_where_the_engine_cannot_be_had_copy_threads_copy_and_nothing_is_left(pr
     assert torch.cuda.mem_get_info()[0] == free_before
 
 
+@emulated
+def test_another_device_than_the_current_one():
+    script = """
+from tests import cuda_emulator
+emulator = cuda_emulator.load()
+import torch
+from tests.test_cuda_engine import ROW_BYTES, assert_round_trip, make_store
+from tests.helpers import primary_rows, returns
+primary = primary_rows(128, ROW_BYTES)
+torch.cuda.init()
+free = [torch.cuda.mem_get_info(device)[0] for device in (0, 1)]
+store = make_store(primary, pool="cuda:1")
+assert store.statistics().engine == "cuda"
+assert torch.cuda.mem_get_info(0)[0] == free[0]
+assert torch.cuda.mem_get_info(1)[0] == free[1] - 64 * ROW_BYTES
+returns(lambda: assert_round_trip(store, primary) or True)
+torch.zeros(4, device="cuda:0")
+assert_round_trip(store, primary)
+assert torch.cuda.current_device() == 0
+torch.cuda.set_device(1)
+other = primary_rows(128, ROW_BYTES, seed=2)
+assert_round_trip(make_store(other, pool="cuda:0"), other)
+store.close()
+"""
+    environment = {**os.environ, "CUDAEMU_DEVICES": "2"}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @each_pool
 def test_any_thread_may_call(primary, pool):
     # A thread that has called nothing of CUDA's before has no context.
@@ -857,6 +886,22 @@ def test_jobs_in_flight_when_the_context_is_lost_are_reported_as_failed_once(pri
         torch.empty(4, device="cuda").copy_(torch.zeros(4))
     until(emulator.sticky, "the context is lost")
     assert sorted((end.job_id, end.success) for end in store.poll()) == [(job_id, False) for job_id in range(5)]
+    assert store.poll() == []
+
+
+@emulated
+@each_pool
+def test_a_context_that_cannot_be_made_current_is_lost(primary, pool, monkeypatch, emulator):
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(2), [0, 1])
+    assert finish(store) == {1: True}
+    refusal = cuda_driver.CudaError("cuCtxPushCurrent", 709, "CUDA_ERROR_CONTEXT_IS_DESTROYED", "destroyed")
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_driver.Driver, "push_context", lambda *_: (_ for _ in ()).throw(refusal))
+        store.submit_load(2, names(2), [5, 6])
+        store.submit_store(3, names(2, 50), [0, 1])
+        assert {end.job_id: end.success for end in store.poll()} == {2: False, 3: False}
+    assert store.num_blocks == 0
     assert store.poll() == []
 
 

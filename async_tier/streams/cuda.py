@@ -212,10 +212,13 @@ class CudaStream:
         """Take note of the pieces that have ended, and queue more where there is room. Never blocks."""
         if not (self._pieces or self._queue) or not self._engine.is_usable:
             return
-        with self._engine.context:
-            self._collect()
-            while self._queue and not self._stalled and self._has_room():
-                self._queue_piece(self._queue[0])
+        try:
+            with self._engine.context:
+                self._collect()
+                while self._queue and not self._stalled and self._has_room():
+                    self._queue_piece(self._queue[0])
+        except CudaError as error:  # what is refused inside is dealt with there; it was the context itself
+            self._engine.lose(error)
 
     def wait(self) -> None:
         """Block, without the GIL, until the oldest piece in flight has ended, or all that a refusal has left."""

@@ -1,5 +1,5 @@
-// libcudart.so.13: the runtime API over the engine. Other than the driver API it has an implicit context on each thread and
-// a "last error" that a thread keeps until somebody asks for it.
+// libcudart.so.13: the runtime API over the engine. Other than the driver API it has an implicit context on each
+// thread, and a "last error" that a thread keeps until somebody asks for it.
 #include "engine.h"
 
 #include <cstdio>
@@ -300,7 +300,8 @@ EXPORT cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t fro
     std::vector<CopyRequest> rows;
     auto *row_to = static_cast<char *>(to);
     auto *row_from = static_cast<const char *>(from);
-    for (size_t i = 0; i < height && width; i++) rows.push_back({row_to + i * to_pitch, row_from + i * from_pitch, width});
+    for (size_t i = 0; i < height && width; i++)
+        rows.push_back({row_to + i * to_pitch, row_from + i * from_pitch, width});
     return result(copy_rows(rows, kind_of(kind), handle(stream)));
 }
 

@@ -1,8 +1,8 @@
 """The emulator's own tests: each semantic that the tests of the tier rely on.
 
-Nothing here sleeps in order to wait. What must not have happened is shown with `engines_are_idle`: copy engines serve in
-order of submission, so when a later copy is through, an earlier one that was ready is through as well. What must last is
-given a delay of an hour, which the reset at the test's end cuts short.
+Nothing here sleeps in order to wait. What must not have happened is shown with `engines_are_idle`: copy engines serve
+in order of submission, so when a later copy is through, an earlier one that was ready is through as well. What must last
+is given a delay of an hour, which the reset at the test's end cuts short.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,14 @@ NOT_REGISTERED = 713
 NOT_PERMITTED = 800
 NOT_SUPPORTED = 801
 
-DEFAULT_STREAM_FLAGS, NON_BLOCKING = 0, 1
+BLOCKING, NON_BLOCKING = 0, 1
 DISABLE_TIMING = 2
 ORDER_STREAM, ORDER_DURING_API_CALL, ORDER_ANY = 1, 2, 3
 LEGACY_STREAM = 0
+COPY_DEVICE_TO_HOST, COPY_DEFAULT = 2, 4
 
 
-# ----------------------------------------------------------------------------------------------------------- arrangement
+# ---------------------------------------------------------------------------------------------------------- arrangement
 
 
 def on_device(value: int | None = None) -> torch.Tensor:
@@ -132,6 +132,7 @@ def batch_arguments(to: list[int], of: list[int], sizes: list[int], order: int =
 
 
 runtime = Api("libcudart.so.13")
+driver = Api("libcuda.so.1")
 
 
 @pytest.fixture(autouse=True)
@@ -175,26 +176,56 @@ def engines_are_idle() -> Callable[..., None]:
     return wait
 
 
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+READABLE, WRITABLE = 1, 2
+
+
+def map_pages(count: int, protection: int = READABLE | WRITABLE) -> int:
+    """The address of pages of host memory that nothing else lies on."""
+    anonymous = 0x22
+    size = ctypes.c_size_t(count * mmap.PAGESIZE)
+    address: int = libc.mmap(None, size, protection, anonymous, -1, ctypes.c_long(0))
+    return address
+
+
+def unmap_pages(address: int, count: int) -> None:
+    assert libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(count * mmap.PAGESIZE)) == 0
+
+
 @pytest.fixture
-def memory() -> Iterator[int]:
-    """The address of two registered pages that belong to no torch tensor."""
-    with mapped(2 * mmap.PAGESIZE) as address:
-        assert runtime.cudaHostRegister(address, 2 * mmap.PAGESIZE, 0) == 0
-        yield address
-        runtime.cudaHostUnregister(address)
+def pages() -> Iterator[int]:
+    """The address of four pages of host memory, pageable."""
+    address = map_pages(4)
+    yield address
+    unmap_pages(address, 4)
 
 
-class mapped:  # noqa: N801
-    """`with` it, so many bytes of host memory of our own, on pages of their own."""
+@pytest.fixture
+def memory(pages: int) -> Iterator[int]:
+    """The address of two pages of host memory, pinned."""
+    assert runtime.cudaHostRegister(pages, 2 * mmap.PAGESIZE, 0) == 0
+    yield pages
+    runtime.cudaHostUnregister(pages)
 
-    def __init__(self, size: int) -> None:
-        self._mmap = mmap.mmap(-1, size)
 
-    def __enter__(self) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
+@pytest.fixture
+def context() -> Iterator[int]:
+    """The primary context, current on this thread."""
+    handle = ctypes.c_void_p()
+    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(handle), 0) == 0
+    assert driver.cuCtxPushCurrent_v2(handle) == 0
+    assert handle.value is not None
+    yield handle.value
+    assert driver.cuCtxPopCurrent_v2(None) == 0
+    assert driver.cuDevicePrimaryCtxRelease_v2(0) == 0
 
-    def __exit__(self, *_: object) -> None:
-        pass  # unmapped when the last reference is gone
+
+def made(function: Callable[..., int], *arguments: Any) -> int:
+    """What a function puts behind its first argument."""
+    result = ctypes.c_void_p()
+    assert function(ctypes.byref(result), *arguments) == 0
+    return result.value or 0
 
 
 # ----------------------------------------------------------------------------------------------------- streams, events
@@ -328,13 +359,16 @@ def test_an_event_that_was_never_recorded_is_done(stream: torch.cuda.Stream) -> 
     stream.synchronize()
 
 
-def test_a_destroyed_stream_still_ends_its_work(emulator: Emulator, stream: torch.cuda.Stream) -> None:
-    there, host = on_device(0), pinned(9)
-    emulator.set_stream_delay(stream.cuda_stream, 20_000)
-    copy(there, host, stream)
-    assert runtime.cudaStreamDestroy(stream.cuda_stream) == 0
-    assert runtime.cudaStreamQuery(stream.cuda_stream) == INVALID_HANDLE
-    eventually(lambda: holds(there, 9))
+def test_a_destroyed_stream_still_ends_its_work(emulator: Emulator, context: int, memory: int) -> None:
+    there = made(driver.cuMemAlloc_v2, 1)
+    stream = made(driver.cuStreamCreate, NON_BLOCKING)
+    ctypes.memset(memory, 9, 1)
+    emulator.set_stream_delay(stream, 20_000)
+    assert driver.cuMemcpyHtoDAsync_v2(there, memory, 1, stream) == 0
+    assert driver.cuStreamDestroy_v2(stream) == 0
+    assert driver.cuStreamQuery(stream) == INVALID_HANDLE
+    eventually(lambda: emulator.peek(there, 1) == b"\x09")
+    assert driver.cuMemFree_v2(there) == 0
 
 
 # -------------------------------------------------------------------------------------------------------- time, engines
@@ -432,38 +466,36 @@ def test_holding_a_stream_gives_up_its_turn(
 # -------------------------------------------------------------------------------------------------------- host memory
 
 
-def test_registration() -> None:
+def test_registration(pages: int) -> None:
     page = mmap.PAGESIZE
-    with mapped(4 * page) as address:
-        view = torch.frombuffer((ctypes.c_char * page).from_address(address), dtype=torch.uint8)
-        assert not view.is_pinned()
-        assert runtime.cudaHostRegister(address, 2 * page, 0) == 0
-        assert view.is_pinned()
-        assert runtime.cudaHostRegister(address + page, 2 * page, 0) == ALREADY_REGISTERED
-        assert runtime.cudaHostUnregister(address + page) == NOT_REGISTERED
-        assert runtime.cudaHostUnregister(address) == 0
-        assert not view.is_pinned()
-        assert runtime.cudaHostUnregister(address) == NOT_REGISTERED
+    view = torch.frombuffer((ctypes.c_char * page).from_address(pages), dtype=torch.uint8)
+    assert not view.is_pinned()
+    assert runtime.cudaHostRegister(pages, 2 * page, 0) == 0
+    assert view.is_pinned()
+    assert runtime.cudaHostRegister(pages + page, 2 * page, 0) == ALREADY_REGISTERED
+    assert runtime.cudaHostUnregister(pages + page) == NOT_REGISTERED
+    assert runtime.cudaHostUnregister(pages) == 0
+    assert not view.is_pinned()
+    assert runtime.cudaHostUnregister(pages) == NOT_REGISTERED
 
 
-def test_registrations_share_no_page() -> None:
+def test_registrations_share_no_page(pages: int) -> None:
     page = mmap.PAGESIZE
-    with mapped(2 * page) as address:
-        assert runtime.cudaHostRegister(address, page // 2, 0) == 0
-        assert runtime.cudaHostRegister(address + page // 2, page, 0) == ALREADY_REGISTERED
-        assert runtime.cudaHostRegister(address + page, page, 0) == 0
-        assert runtime.cudaHostUnregister(address) == 0
-        assert runtime.cudaHostUnregister(address + page) == 0
+    assert runtime.cudaHostRegister(pages, page // 2, 0) == 0
+    assert runtime.cudaHostRegister(pages + page // 2, page, 0) == ALREADY_REGISTERED
+    assert runtime.cudaHostRegister(pages + page, page, 0) == 0
+    assert runtime.cudaHostUnregister(pages) == 0
+    assert runtime.cudaHostUnregister(pages + page) == 0
 
 
-def test_only_writable_memory_can_be_registered() -> None:
-    with Path(sys.executable).open("rb") as file:
-        read_only = mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ)
-    address = torch.frombuffer(bytearray(1), dtype=torch.uint8).data_ptr()
-    libc = ctypes.PyDLL(None)
-    buffer = (ctypes.c_char * 64)()  # room for a Py_buffer... only its first field is looked at
-    pointer = ctypes.c_void_p()
-    del address, libc, buffer, pointer, read_only
+def test_only_mapped_and_writable_memory_can_be_registered() -> None:
+    read_only = 8
+    address = map_pages(1, READABLE)
+    assert runtime.cudaHostRegister(address, mmap.PAGESIZE, 0) == INVALID_VALUE
+    assert runtime.cudaHostRegister(address, mmap.PAGESIZE, read_only) == 0
+    assert runtime.cudaHostUnregister(address) == 0
+    unmap_pages(address, 1)
+    assert runtime.cudaHostRegister(address, mmap.PAGESIZE, read_only) == INVALID_VALUE
 
 
 def test_a_copy_to_pageable_memory_blocks(emulator: Emulator, stream: torch.cuda.Stream) -> None:
@@ -495,7 +527,7 @@ def test_a_copy_from_pageable_memory_waits_for_the_stream(emulator: Emulator, st
 def test_a_copy_from_host_to_host_blocks(emulator: Emulator, stream: torch.cuda.Stream) -> None:
     to, of = pinned(0), pinned(9)
     emulator.set_delay(Kind.H2H, 20_000)
-    assert runtime.cudaMemcpyAsync(to.data_ptr(), of.data_ptr(), SIZE, 4, stream.cuda_stream) == 0
+    assert runtime.cudaMemcpyAsync(to.data_ptr(), of.data_ptr(), SIZE, COPY_DEFAULT, stream.cuda_stream) == 0
     assert holds(to, 9)
     assert emulator.copies(Kind.H2H) == (1, SIZE)
     assert emulator.copies_pageable() == 0
@@ -504,14 +536,11 @@ def test_a_copy_from_host_to_host_blocks(emulator: Emulator, stream: torch.cuda.
 def test_a_host_range_that_is_gone_is_an_error_and_no_crash(
     emulator: Emulator, stream: torch.cuda.Stream, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    size, there = mmap.PAGESIZE, on_device()
-    private = ctypes.CDLL(None)
-    private.mmap.restype = ctypes.c_void_p
-    address = private.mmap(None, ctypes.c_size_t(size), 3, 0x22, -1, ctypes.c_long(0))  # readable, writable; anonymous
-    assert runtime.cudaHostRegister(address, size, 0) == 0
+    there, address = on_device(), map_pages(1)
+    assert runtime.cudaHostRegister(address, mmap.PAGESIZE, 0) == 0
     emulator.hold(stream.cuda_stream)
-    assert runtime.cudaMemcpyAsync(there.data_ptr(), address, size, 4, stream.cuda_stream) == 0
-    assert private.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0
+    assert runtime.cudaMemcpyAsync(there.data_ptr(), address, mmap.PAGESIZE, COPY_DEFAULT, stream.cuda_stream) == 0
+    unmap_pages(address, 1)
     emulator.release(stream.cuda_stream)
     assert runtime.cudaStreamSynchronize(stream.cuda_stream) == ILLEGAL_ADDRESS
     assert "not mapped" in capfd.readouterr().err
@@ -519,12 +548,10 @@ def test_a_host_range_that_is_gone_is_an_error_and_no_crash(
     assert runtime.cudaHostUnregister(address) == 0
 
 
-def test_unregistering_under_a_copy_is_a_violation(
-    emulator: Emulator, stream: torch.cuda.Stream, memory: int
-) -> None:
+def test_unregistering_under_a_copy_is_a_violation(emulator: Emulator, stream: torch.cuda.Stream, memory: int) -> None:
     there = on_device()
     emulator.hold(stream.cuda_stream)
-    runtime.cudaMemcpyAsync(there.data_ptr(), memory, 1, 4, stream.cuda_stream)
+    runtime.cudaMemcpyAsync(there.data_ptr(), memory, 1, COPY_DEFAULT, stream.cuda_stream)
     assert runtime.cudaHostUnregister(memory) == 0
     assert emulator.violations() == 1
     assert "host unregister" in emulator.violation_texts()[0]
@@ -538,19 +565,19 @@ def test_freeing_under_a_copy_is_a_violation(
     there, address = on_device(), ctypes.c_void_p()
     assert runtime.cudaHostAlloc(ctypes.byref(address), SIZE, 0) == 0
     emulator.set_stream_delay(stream.cuda_stream, HOUR_US)
-    runtime.cudaMemcpyAsync(there.data_ptr(), address, SIZE, 4, stream.cuda_stream)
+    runtime.cudaMemcpyAsync(there.data_ptr(), address, SIZE, COPY_DEFAULT, stream.cuda_stream)
     assert runtime.cudaFreeHost(address) == 0
     assert "VIOLATION: host free" in capfd.readouterr().err
     emulator.reset()
 
 
-# -------------------------------------------------------------------------------------------------------- device memory
+# ------------------------------------------------------------------------------------------------------- device memory
 
 
 def test_ranges_are_checked(stream: torch.cuda.Stream) -> None:
     there, host = on_device(), pinned(0)
     end = there.data_ptr() + (1 << 30)
-    arguments = (host.data_ptr(), 2, 4, stream.cuda_stream)
+    arguments = (host.data_ptr(), 2, COPY_DEFAULT, stream.cuda_stream)
     assert runtime.cudaMemcpyAsync(end, *arguments) == INVALID_VALUE
     address = ctypes.c_void_p()
     assert runtime.cudaMalloc(ctypes.byref(address), 100) == 0
@@ -564,11 +591,8 @@ def test_ranges_are_checked(stream: torch.cuda.Stream) -> None:
 
 def test_a_kind_that_does_not_fit_is_refused(stream: torch.cuda.Stream) -> None:
     there, host = on_device(), pinned(0)
-    device_to_host = 2
-    assert (
-        runtime.cudaMemcpyAsync(there.data_ptr(), host.data_ptr(), SIZE, device_to_host, stream.cuda_stream)
-        == INVALID_VALUE
-    )
+    arguments = (there.data_ptr(), host.data_ptr(), SIZE, COPY_DEVICE_TO_HOST, stream.cuda_stream)
+    assert runtime.cudaMemcpyAsync(*arguments) == INVALID_VALUE
 
 
 def test_peek_and_poke(emulator: Emulator) -> None:
@@ -635,12 +659,8 @@ def test_the_entries_of_a_batch_have_no_order(emulator: Emulator, stream: torch.
     assert len(last) > 1
 
 
-@pytest.mark.parametrize(
-    ("order", "arrives"), [(ORDER_STREAM, 2), (ORDER_DURING_API_CALL, 1), (ORDER_ANY, 1)]
-)
-def test_when_a_batch_reads_its_source(
-    emulator: Emulator, stream: torch.cuda.Stream, order: int, arrives: int
-) -> None:
+@pytest.mark.parametrize(("order", "arrives"), [(ORDER_STREAM, 2), (ORDER_DURING_API_CALL, 1), (ORDER_ANY, 1)])
+def test_when_a_batch_reads_its_source(emulator: Emulator, stream: torch.cuda.Stream, order: int, arrives: int) -> None:
     there, host = on_device(0), pinned(1)
     emulator.hold(stream.cuda_stream)
     assert batch(stream.cuda_stream, [there.data_ptr()], [host.data_ptr()], [SIZE], order) == 0
@@ -816,29 +836,6 @@ def test_other_kernels_are_refused(emulator: Emulator, capfd: pytest.CaptureFixt
 # ----------------------------------------------------------------------------------------------------------- the driver
 
 
-driver = Api("libcuda.so.1")
-PRIMARY_CONTEXT = 0
-
-
-@pytest.fixture
-def context() -> Iterator[int]:
-    """The primary context, current on this thread."""
-    handle = ctypes.c_void_p()
-    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(handle), 0) == 0
-    assert driver.cuCtxPushCurrent_v2(handle) == 0
-    assert handle.value is not None
-    yield handle.value
-    assert driver.cuCtxPopCurrent_v2(None) == 0
-    assert driver.cuDevicePrimaryCtxRelease_v2(0) == 0
-
-
-def made(function: Callable[..., int], *arguments: Any) -> int:
-    """What a function puts behind its first argument."""
-    result = ctypes.c_void_p()
-    assert function(ctypes.byref(result), *arguments) == 0
-    return result.value or 0
-
-
 def test_copies_by_the_driver(emulator: Emulator, context: int, memory: int) -> None:
     size = mmap.PAGESIZE
     there = made(driver.cuMemAlloc_v2, size)
@@ -857,7 +854,6 @@ def test_copies_by_the_driver(emulator: Emulator, context: int, memory: int) -> 
     assert driver.cuStreamSynchronize(other) == 0
     assert driver.cuEventQuery(event) == 0
     assert ctypes.string_at(memory + size, size) == b"\5" * size
-    assert made(driver.cuStreamGetPriority_value if False else driver.cuStreamGetPriority_, stream) if False else True
     for destroy, handle in (
         (driver.cuEventDestroy_v2, event),
         (driver.cuStreamDestroy_v2, stream),
@@ -866,3 +862,290 @@ def test_copies_by_the_driver(emulator: Emulator, context: int, memory: int) -> 
         assert destroy(handle) == 0
         assert destroy(handle) == INVALID_HANDLE
     assert driver.cuMemFree_v2(there) == 0
+
+
+def test_batches_of_two_versions(emulator: Emulator, context: int, memory: int) -> None:
+    """Before 13.0 cuMemcpyBatchAsync has a parameter more, and before 12.8 there is none."""
+    there, stream = made(driver.cuMemAlloc_v2, 2), made(driver.cuStreamCreate, NON_BLOCKING)
+    failed = ctypes.c_size_t(7)
+    for version, more in ((12080, [ctypes.byref(failed)]), (13000, [])):
+        find = Api.wrap(ctypes.CFUNCTYPE(ctypes.c_int)(made(lookup, b"cuMemcpyBatchAsync", version)))
+        ctypes.memset(memory, version % 256, 2)
+        arguments = batch_arguments([there + 1, there], [memory, memory + 1], [1, 1])
+        assert find(*arguments, *more, stream) == 0
+        assert driver.cuStreamSynchronize(stream) == 0
+        assert emulator.peek(there, 2) == bytes([version % 256]) * 2
+    assert failed.value == ctypes.c_size_t(-1).value
+    missing = ctypes.c_void_p()
+    assert lookup(ctypes.byref(missing), b"cuMemcpyBatchAsync", 12070) == NOT_FOUND
+    assert lookup(ctypes.byref(missing), b"cuNoSuchThing", 13000) == NOT_FOUND
+    emulator.hide("cuMemcpyBatchAsync")
+    assert lookup(ctypes.byref(missing), b"cuMemcpyBatchAsync", 12080) == NOT_FOUND
+    assert missing.value is None
+    assert driver.cuMemFree_v2(there) == 0
+
+
+def lookup(found: Any, name: bytes, version: int) -> int:
+    return driver.cuGetProcAddress_v2(name, found, version, 0, None)
+
+
+def test_contexts_are_a_stack() -> None:
+    context = made(driver.cuDevicePrimaryCtxRetain, 0)
+
+    def use() -> list[int]:
+        steps = [current()]
+        driver.cuCtxPushCurrent_v2(context)
+        driver.cuCtxPushCurrent_v2(context)
+        driver.cuCtxPopCurrent_v2(None)
+        steps.append(current())
+        driver.cuCtxPopCurrent_v2(None)
+        steps.append(current())
+        driver.cuCtxSetCurrent(context)
+        driver.cuCtxSetCurrent(context)  # replaces the top
+        steps.append(current())
+        driver.cuCtxPopCurrent_v2(None)
+        steps.append(current())
+        return steps
+
+    assert on_thread(use) == [0, context, 0, context, 0]
+    assert on_thread(lambda: driver.cuCtxPopCurrent_v2(None)) == INVALID_CONTEXT
+    assert on_thread(lambda: driver.cuCtxPushCurrent_v2(context + 1)) == INVALID_CONTEXT
+    assert driver.cuDevicePrimaryCtxRelease_v2(0) == 0
+
+
+def current() -> int:
+    """The current context, 0 for none."""
+    return made(driver.cuCtxGetCurrent)
+
+
+def on_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns on a thread that never used CUDA."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_the_driver_wants_a_current_context(stream: torch.cuda.Stream, memory: int) -> None:
+    there, handle, out = on_device().data_ptr(), stream.cuda_stream, ctypes.byref(ctypes.c_uint64())
+    event = torch.cuda.Event()
+    event.record(stream)
+    calls = [
+        lambda: driver.cuStreamCreate(out, 0),
+        lambda: driver.cuStreamQuery(handle),
+        lambda: driver.cuStreamSynchronize(handle),
+        lambda: driver.cuStreamDestroy_v2(handle),
+        lambda: driver.cuMemAlloc_v2(out, 1),
+        lambda: driver.cuMemFree_v2(there),
+        lambda: driver.cuMemGetInfo_v2(out, out),
+        lambda: driver.cuMemHostRegister_v2(memory + 2 * mmap.PAGESIZE, 1, 0),
+        lambda: driver.cuMemHostUnregister(memory),
+        lambda: driver.cuMemcpyAsync(there, memory, 1, handle),
+        lambda: driver.cuMemcpyBatchAsync_v2(*batch_arguments([there], [memory], [1]), handle),
+        lambda: driver.cuEventCreate(out, 0),
+        lambda: driver.cuEventRecord(event.cuda_event, handle),
+        lambda: driver.cuEventQuery(event.cuda_event),
+    ]
+    assert [on_thread(call) for call in calls] == [INVALID_CONTEXT] * len(calls)
+    # The runtime makes one current by itself.
+    assert on_thread(lambda: (runtime.cudaStreamQuery(handle), bool(current()))) == (0, True)
+
+
+def test_what_the_driver_knows_of_pointers(context: int, memory: int) -> None:
+    there = made(driver.cuMemAlloc_v2, 100)
+    memory_type, start, size = 2, 11, 12
+    on_host, on_the_device = 1, 2
+    assert made(driver.cuPointerGetAttribute, memory_type, there + 99) == on_the_device
+    assert made(driver.cuPointerGetAttribute, memory_type, memory + 1) == on_host
+    assert made(driver.cuPointerGetAttribute, start, there + 99) == there
+    assert made(driver.cuPointerGetAttribute, size, there + 99) == 100
+    out = ctypes.c_void_p()
+    unknown = memory + 2 * mmap.PAGESIZE
+    assert driver.cuPointerGetAttribute(ctypes.byref(out), memory_type, unknown) == INVALID_VALUE
+    kinds, values = (ctypes.c_int * 1)(memory_type), (ctypes.c_void_p * 1)(ctypes.addressof(out))
+    assert driver.cuPointerGetAttributes(1, kinds, values, memory) == 0
+    assert out.value == on_host
+    assert driver.cuPointerGetAttributes(1, kinds, values, unknown) == 0
+    assert not out.value
+    assert driver.cuMemFree_v2(there) == 0
+
+
+def test_freeing_waits_for_the_device(emulator: Emulator, context: int, stream: torch.cuda.Stream) -> None:
+    there = made(driver.cuMemAlloc_v2, 100)
+    emulator.set_stream_delay(stream.cuda_stream, 20_000)
+    event = copy(on_device(), pinned(0), stream)
+    assert driver.cuMemFree_v2(there) == 0
+    assert event.query()
+
+
+def test_the_legacy_stream_orders_blocking_streams(
+    emulator: Emulator, context: int, engines_are_idle: Callable[..., None]
+) -> None:
+    blocking, non_blocking = made(driver.cuStreamCreate, BLOCKING), made(driver.cuStreamCreate, NON_BLOCKING)
+    there, host = on_device(), pinned(0)
+    events = {stream: made(driver.cuEventCreate, DISABLE_TIMING) for stream in (blocking, LEGACY_STREAM, non_blocking)}
+    emulator.hold(blocking)
+    for stream, event in events.items():
+        assert driver.cuMemcpyHtoDAsync_v2(there.data_ptr(), host.data_ptr(), SIZE, stream) == 0
+        assert driver.cuEventRecord(event, stream) == 0
+    assert driver.cuEventSynchronize(events[non_blocking]) == 0
+    engines_are_idle()
+    assert driver.cuEventQuery(events[LEGACY_STREAM]) == NOT_READY
+    emulator.release(blocking)
+    assert driver.cuEventSynchronize(events[LEGACY_STREAM]) == 0
+    assert driver.cuEventQuery(events[blocking]) == 0
+
+
+def test_errors_have_names() -> None:
+    name, text = ctypes.c_char_p(), ctypes.c_char_p()
+    assert driver.cuGetErrorName(ALREADY_REGISTERED, ctypes.byref(name)) == 0
+    assert driver.cuGetErrorString(ALREADY_REGISTERED, ctypes.byref(text)) == 0
+    assert name.value == b"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"
+    assert text.value == b"part or all of the requested memory range is already mapped"
+    assert driver.cuGetErrorName(123456, ctypes.byref(name)) == INVALID_VALUE
+    assert name.value is None
+
+
+def test_what_is_not_emulated_refuses(capfd: pytest.CaptureFixture[str]) -> None:
+    assert driver.cuModuleLoad(None, None) == NOT_SUPPORTED
+    assert runtime.cudaStreamBeginCapture(None, 0) == NOT_SUPPORTED
+    assert runtime.cudaGetLastError() == NOT_SUPPORTED
+    said = capfd.readouterr().err
+    assert "cuModuleLoad is not emulated" in said
+    assert "cudaStreamBeginCapture is not emulated" in said
+
+
+# ------------------------------------------------------------------------------------------------------- random streams
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("ordered", [True, False])
+def test_only_events_make_random_copies_right(emulator: Emulator, seed: int, ordered: bool) -> None:
+    """Copies among buffers, on random streams: as one after the other if each waits for those that it depends on."""
+    choose = random.Random(seed)
+    emulator.set_jitter(100, seed)
+    emulator.set_poison(True)
+    streams = [new_stream(choose.choice([0, -1, -2])) for _ in range(6)]
+    buffers = [on_device(i) for i in range(8)] + [pinned(i) for i in range(8, 16)]
+    expected = list(range(16))
+    written: dict[int, torch.cuda.Event] = {}
+    read: dict[int, list[torch.cuda.Event]] = {}
+    for _ in range(200):
+        to, of = choose.sample(range(16), 2)
+        if to >= 8 and of >= 8:  # would block
+            continue
+        stream = choose.choice(streams)
+        if ordered:
+            for event in (written.get(of), written.get(to), *read.get(to, [])):
+                if event is not None:
+                    stream.wait_event(event)
+        done = copy(buffers[to], buffers[of], stream)
+        expected[to] = expected[of]
+        written[to] = done
+        read[to] = []
+        read.setdefault(of, []).append(done)
+    torch.cuda.synchronize()
+    assert all(map(holds, buffers, expected)) == ordered
+
+
+# ----------------------------------------------------------------------------------------------- processes, the loader
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, without torch, which has the emulator's libraries as `driver` and `runtime`."""
+    start = """
+import ctypes, os, sys, types
+from tests.cuda_emulator import load
+def both():
+    emulator = load()
+    return emulator, ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libcudart.so.13")
+"""
+    return subprocess.run(
+        [sys.executable, "-c", start + code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+def test_a_forked_child_has_no_cuda() -> None:
+    done = run("""
+emulator, driver, runtime = both()
+assert driver.cuInit(0) == 0
+if (child := os.fork()) == 0:
+    answers = driver.cuInit(0), runtime.cudaDeviceSynchronize(), driver.cuMemHostUnregister(None)
+    os._exit(answers != (3, 3, 3))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert runtime.cudaDeviceSynchronize() == 0
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_host_cannot_touch_device_memory() -> None:
+    done = run("""
+emulator, driver, runtime = both()
+pointer = ctypes.c_void_p()
+assert runtime.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(8)) == 0
+emulator.poke(pointer.value, b"12345678")
+assert emulator.peek(pointer.value, 8) == b"12345678"
+print("so far", flush=True)
+ctypes.string_at(pointer.value, 1)
+""")
+    assert done.stdout == "so far\n"
+    assert done.returncode < 0
+
+
+def test_nothing_works_before_initialization() -> None:
+    done = run("""
+emulator, driver, runtime = both()
+emulator.reset()
+assert driver.cuDeviceGet(ctypes.byref(ctypes.c_int()), 0) == driver.cuStreamQuery(None) == 3
+assert driver.cuInit(0) == 0
+assert driver.cuDeviceGet(ctypes.byref(ctypes.c_int()), 0) == 0
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_environment() -> None:
+    done = run(
+        """
+emulator, driver, runtime = both()
+count, free, total = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_size_t()
+assert runtime.cudaGetDeviceCount(ctypes.byref(count)) == 0
+assert runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)) == 0
+print(count.value, total.value >> 20)
+calls = [runtime.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(1)) for _ in range(3)]
+print(calls, runtime.cudaSetDevice(1), runtime.cudaSetDevice(2))
+print(runtime.cudaMemset(None, 0, ctypes.c_size_t(0)), runtime.cudaDeviceSynchronize())
+""",
+        CUDAEMU_DEVICES="2",
+        CUDAEMU_MEM_MB="64",
+        CUDAEMU_FAIL="malloc@2=2; nonsense",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["2 64", "[0, 2, 0] 0 101", "0 0"]
+    assert "nonsense" in done.stderr
+
+
+def test_loading_twice(emulator: Emulator) -> None:
+    assert load() is emulator
+
+
+def test_loading_too_late_or_from_nowhere(tmp_path: Path) -> None:
+    done = run(f"""
+for torch_there, folder, expected in ((True, None, RuntimeError), (False, {str(tmp_path)!r}, FileNotFoundError)):
+    sys.modules.pop("torch", None)
+    if torch_there:
+        sys.modules["torch"] = types.ModuleType("torch")
+    try:
+        load(folder)
+    except expected as error:
+        print(error)
+""")
+    assert done.returncode == 0, done.stderr
+    late, nowhere = done.stdout.splitlines()
+    assert "imported already" in late
+    assert "make -C tests/cuda_emulator" in nowhere
