@@ -1,9 +1,9 @@
 """What there is to check on the day there is a GPU: `make gpu-check`, some minutes.
 
 Three parts: the facts that the CUDA engine and its emulator take from NVIDIA's documentation (the numbers are those of
-tests/cuda_emulator/README.md), the tier's contract on the device, and figures: copy rates as ratios of raw pinned copies
-in the same run, what a submit costs, what compute loses while copies run. Exits with 1 if a fact or the contract is
-not as expected.
+tests/cuda_emulator/README.md), the tier's contract on the device, and figures: copy rates as ratios of raw pinned
+copies in the same run, what a submit costs, what compute loses while copies run. Exits with 1 if a fact or the contract
+is not as expected.
 
 With ASYNC_TIER_CUDA=emulated it runs on the emulator, which shows that it runs; its figures mean nothing there.
 """

@@ -606,7 +606,9 @@ assert_round_trip(make_store(other, pool="cuda:0"), other)
 store.close()
 """
     environment = {**os.environ, "CUDAEMU_DEVICES": "2"}
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
 
 

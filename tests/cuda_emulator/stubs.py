@@ -21,6 +21,9 @@ DRIVER = "libcuda.so.1"
 RUNTIME = "libcudart.so.13"
 NVIDIA_LIBRARY = re.compile(r"lib(cu|nv|nccl)")
 DRIVER_NAME = re.compile(r"cu[A-Z]\w*")
+# torch looks driver functions up by names that are in this library, and insists on finding most of them.
+LOOKS_UP_DRIVER = "libc10_cuda.so"
+LOOKED_UP_NAME = re.compile(rb"\0(cu(?:[A-Z][a-z0-9]+)+)(?=\0)")
 
 # How the names of a library's functions begin, for those that are named without a version; the longest one decides.
 PREFIXES = {
@@ -119,7 +122,10 @@ def main(out: Path, torch_lib: Path, vllm: Path | None) -> None:
         _build_library(folder, library, needs.names(library))
 
     driver = {name for name in needs.plain if DRIVER_NAME.fullmatch(name) and not _library_of(name)}
-    driver -= _defined(out / "driver_api.o")
+    looked_up = LOOKED_UP_NAME.findall((torch_lib / LOOKS_UP_DRIVER).read_bytes())
+    there = _defined(out / "driver_api.o")
+    there |= {re.sub(r"_v\d$", "", name) for name in there}
+    driver = (driver | {name.decode() for name in looked_up}) - there
     _write_own(out / "driver_stubs.c", driver, "cudaemu_refuse")
     runtime = set().union(LOOKED_UP, *needs.names(RUNTIME).values()) - _defined(out / "runtime_api.o")
     _write_own(out / "runtime_stubs.c", runtime, "cudaemu_runtime_refuse")

@@ -1,8 +1,8 @@
 """The emulator's own tests: each semantic that the tests of the tier rely on.
 
 Nothing here sleeps in order to wait. What must not have happened is shown with `engines_are_idle`: copy engines serve
-in order of submission, so when a later copy is through, an earlier one that was ready is through as well. What must last
-is given a delay of an hour, which the reset at the test's end cuts short.
+in order of submission, so when a later copy is through, an earlier one that was ready is through as well. What must
+last is given a delay of an hour, which the reset at the test's end cuts short.
 """
 
 from __future__ import annotations
@@ -737,6 +737,7 @@ def test_an_asynchronous_error_loses_the_context(emulator: Emulator, stream: tor
     assert holds(there, 9)
 
 
+@pytest.mark.filterwarnings("ignore:uncheckedSetDevice")
 @pytest.mark.parametrize("point", ["exec_d2h", "exec_d2d", "event_record"])
 def test_where_asynchronous_errors_happen(emulator: Emulator, stream: torch.cuda.Stream, point: str) -> None:
     there, other, host = on_device(0), on_device(0), pinned(9)
