@@ -1,8 +1,8 @@
 """Which engines the tests run on, and what they hold them with.
 
 ASYNC_TIER_CUDA says what CUDA is: "emulated" (`make test-cuda`), "real" (`make test-gpu`), or unset for none
-(the host engine alone). Tests marked `contract` run on every engine there is; those marked `host_only` or `emulated`
-say themselves what they need.
+(the host engine alone). Tests marked `contract` or `each_engine` run on every engine there is; those marked `host_only`
+or `emulated` say themselves what they need.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ ENGINES = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of the contract run once an engine."""
+    """Tests of the contract, and others of every engine, run once an engine."""
     marks = metafunc.definition
-    if CUDA and marks.get_closest_marker("contract") and not marks.get_closest_marker("host_only"):
+    is_for_all = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
+    if CUDA and is_for_all and not marks.get_closest_marker("host_only"):
         metafunc.parametrize("engine", list(ENGINES), indirect=True, scope="function")
 
 

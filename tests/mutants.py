@@ -351,8 +351,7 @@ def main(words: list[str]) -> int:
         folder = Path(temporary) / "project"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
         if mutants is not MUTANTS:
-            (folder / "build").mkdir()
-            (folder / "build" / "cuda_emulator").symlink_to(ROOT / "build" / "cuda_emulator")
+            shutil.copytree(ROOT / "build" / "cuda_emulator", folder / "build" / "cuda_emulator")
         for number, mutant in enumerate(chosen, start=1):
             verdict = caught(mutant, folder)
             print(f"{number:3} of {len(chosen)}  {'caught  ' if verdict else 'SURVIVED'}  {mutant.rule}", flush=True)

@@ -364,6 +364,15 @@ def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(prim
     assert np.array_equal(primary[:40], before[:40])
 
 
+def test_slots_of_a_ring_are_taken_in_turn_and_do_not_overlap():
+    ring = cuda.StagingRing(1 << 20, 1000 << 10)
+    slots = [ring.next_slot() for _ in range(2 * cuda.MIN_SLOTS)]
+    assert [slot for slot, *_ in slots] == [0, 1, 2, 3] * 2
+    addresses = [address for _, address, _ in slots[: cuda.MIN_SLOTS]]
+    assert addresses == [(1 << 20) + slot * (250 << 10) for slot in range(cuda.MIN_SLOTS)]
+    assert cuda.StagingRing(0, 256 << 20).slot_bytes == cuda.MAX_PIECE_BYTES
+
+
 class _Held:
     """One CUDA stream, held."""
 

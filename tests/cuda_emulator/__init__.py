@@ -105,7 +105,10 @@ class Emulator:
         self._on_stream("hold", stream)
 
     def step(self, stream: int, n: int = 1) -> None:
-        """Let a held stream run its next n operations: copies, batches, kernels, host functions, records, waits."""
+        """Let a held stream run its next n operations: copies, batches, kernels, host functions, records, waits.
+
+        A wait for an event that is done already is no operation.
+        """
         self._on_stream("step", stream, n)
 
     def release(self, stream: int) -> None:

