@@ -11,15 +11,13 @@ With ASYNC_TIER_CUDA=emulated it runs on the emulator, which shows that it runs;
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,269 +33,13 @@ import torch
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig, format_size
-from async_tier.streams.cuda_driver import ALREADY_REGISTERED, CudaError, DeviceContext, Driver
+from benchmarks.gpu_facts import FACTS, MIB, ROOT, VOLUME, Bench
 from tests.helpers import zero_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-MIB = 1 << 20
-# Bytes that a figure moves: enough for half a second on a GPU.
-VOLUME = 16 * MIB if EMULATED else 1 << 30
 ROW_BYTES = 64 << 10 if EMULATED else MIB
-# A row of the largest submit.
 SUBMIT_SIZES = [MIB, 4 * MIB, 16 * MIB] if EMULATED else [MIB, 16 * MIB, 128 * MIB, 1 << 30]
 SUBMIT_BLOCKS = 32
 ROUNDS = 3
-COPY_CHUNK = 16 * MIB
-# A call that returns within this share of the time its copies take has not waited for them.
-ASYNCHRONOUS = 0.2
-INVALID_VALUE, INVALID_CONTEXT, NOT_READY = 1, 201, 600
-
-
-class Bench:
-    """A device, a stream, and pinned memory, by the driver alone."""
-
-    def __init__(self) -> None:
-        torch.cuda.init()
-        self.driver = Driver()
-        self.library = self.driver._library
-        self.context = DeviceContext(self.driver, torch.cuda.current_device())
-
-    @contextmanager
-    def pinned(self, size: int) -> Iterator[np.ndarray]:
-        """`size` bytes of registered host memory."""
-        memory = zero_rows(1, size)[0]
-        self.driver.register(memory.ctypes.data, size)
-        try:
-            yield memory
-        finally:
-            self.driver.unregister(memory.ctypes.data)
-
-    @contextmanager
-    def device(self, size: int) -> Iterator[int]:
-        """The address of `size` bytes of device memory."""
-        address = self.driver.allocate(size)
-        try:
-            yield address
-        finally:
-            self.driver.free(address)
-
-    @contextmanager
-    def stream(self) -> Iterator[int]:
-        handle = self.driver.create_stream()
-        try:
-            yield handle
-        finally:
-            self.synchronize(handle)
-            self.driver.destroy_stream(handle)
-
-    def synchronize(self, stream: int) -> None:
-        self.driver._check("cuStreamSynchronize", self.library.cuStreamSynchronize(ctypes.c_void_p(stream)))
-
-    def copy(self, destination: int, source: int, size: int, stream: int) -> None:
-        self.driver._check("cuMemcpyAsync", self.driver._copy(destination, source, size, stream))
-
-    def timed(self, call: Callable[[], None], stream: int) -> tuple[float, float]:
-        """(seconds until `call` returned, seconds until the stream was empty)."""
-        started = time.perf_counter()
-        call()
-        returned = time.perf_counter() - started
-        self.synchronize(stream)
-        return returned, time.perf_counter() - started
-
-
-# --------------------------------------------------------------------------------------------------------------- facts
-
-
-def fact_pinned_copies_do_not_wait(bench: Bench) -> tuple[bool, str]:
-    with bench.pinned(VOLUME) as host, bench.device(VOLUME) as device, bench.stream() as stream:
-        bench.timed(lambda: bench.copy(device, host.ctypes.data, VOLUME, stream), stream)
-        took = [
-            bench.timed(lambda: bench.copy(device, host.ctypes.data, VOLUME, stream), stream),
-            bench.timed(lambda: bench.copy(host.ctypes.data, device, VOLUME, stream), stream),
-        ]
-    shares = [returned / done for returned, done in took]
-    return max(shares) < ASYNCHRONOUS or EMULATED, f"returned after {max(shares):.1%} of the copy's time"
-
-
-def fact_host_to_host_blocks(bench: Bench) -> tuple[bool, str]:
-    with bench.pinned(VOLUME) as one, bench.pinned(VOLUME) as other, bench.stream() as stream:
-        returned, done = bench.timed(lambda: bench.copy(one.ctypes.data, other.ctypes.data, VOLUME, stream), stream)
-    return returned > done / 2, f"returned after {returned / done:.1%} of the copy's time"
-
-
-def fact_pageable_blocks(bench: Bench) -> tuple[bool, str]:
-    pageable = np.zeros(VOLUME, dtype=np.uint8)
-    with bench.device(VOLUME) as device, bench.stream() as stream:
-        returned, done = bench.timed(lambda: bench.copy(pageable.ctypes.data, device, VOLUME, stream), stream)
-    return returned > done / 2, f"device to host returned after {returned / done:.1%} of the copy's time"
-
-
-def fact_batch_refuses_the_legacy_stream(bench: Bench) -> tuple[bool, str]:
-    if not bench.driver.has_batch:
-        return True, "this driver has no batch call"
-    with bench.pinned(MIB) as host, bench.device(MIB) as device:
-        half = MIB // 2
-        sizes = np.array([half, half], dtype=np.uint64)
-        to = np.array([device, device + half], dtype=np.uint64)
-        of = np.array([host.ctypes.data, host.ctypes.data + half], dtype=np.uint64)
-        code = _code(lambda: bench.driver.copy(to, of, sizes, 0))
-    return code == INVALID_VALUE, f"code {code}"
-
-
-def fact_batch_copies_bytes(bench: Bench) -> tuple[bool, str]:
-    if not bench.driver.has_batch:
-        return True, "this driver has no batch call"
-    count, size = 256, 4096
-    with bench.pinned(2 * count * size) as host, bench.device(count * size) as device, bench.stream() as stream:
-        host[: count * size] = np.random.default_rng(1).integers(0, 256, count * size, dtype=np.uint8)
-        order = np.random.default_rng(2).permutation(count)
-        sizes = np.full(count, size, dtype=np.uint64)
-        near = (device + order * size).astype(np.uint64)
-        bench.driver.copy(near, (host.ctypes.data + np.arange(count) * size).astype(np.uint64), sizes, stream)
-        back = (host.ctypes.data + (count + np.arange(count)) * size).astype(np.uint64)
-        bench.driver.copy(back, near, sizes, stream)
-        bench.synchronize(stream)
-        right = np.array_equal(host[: count * size], host[count * size :])
-    return right, "the call of version 12080, with failIdx"
-
-
-def fact_registered_twice(bench: Bench) -> tuple[bool, str]:
-    with bench.pinned(4 * MIB) as host:
-        again = _code(lambda: bench.driver.register(host.ctypes.data, 4 * MIB))
-        part = _code(lambda: bench.driver.register(host.ctypes.data + MIB, MIB))
-    return again == part == ALREADY_REGISTERED, f"codes {again} and {part}"
-
-
-def fact_one_page_in_two_registrations(bench: Bench) -> tuple[bool, str]:
-    memory = zero_rows(1, 4 * MIB)[0]
-    bench.driver.register(memory.ctypes.data, MIB + 100)
-    code = _code(lambda: bench.driver.register(memory.ctypes.data + MIB + 100, MIB))
-    bench.driver.unregister(memory.ctypes.data)
-    if code == 0:
-        bench.driver.unregister(memory.ctypes.data + MIB + 100)
-    return True, f"code {code}; the tier's ranges share no page, so either is fine"
-
-
-def fact_no_context(bench: Bench) -> tuple[bool, str]:
-    import threading
-
-    codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(_code(lambda: bench.driver.allocate(MIB))))
-    thread.start()
-    thread.join()
-    return codes == [INVALID_CONTEXT], f"code {codes[0]}"
-
-
-def fact_events_capture_when_recorded(bench: Bench) -> tuple[bool, str]:
-    with bench.pinned(VOLUME) as host, bench.device(VOLUME) as device, bench.stream() as stream:
-        side = torch.cuda.ExternalStream(stream)
-        event = torch.cuda.Event()
-        event.record(side)
-        for _ in range(4):
-            bench.copy(device, host.ctypes.data, VOLUME, stream)
-        event.synchronize()
-        busy = not bench.driver.is_idle(stream)
-    return busy or EMULATED, "complete before what was queued after it"
-
-
-def fact_streams_overlap_and_order_by_events(bench: Bench) -> tuple[bool, str]:
-    with (
-        bench.pinned(2 * VOLUME) as host,
-        bench.device(VOLUME) as device,
-        bench.stream() as one,
-        bench.stream() as two,
-    ):
-        host[:VOLUME] = 7
-        event = torch.cuda.Event()
-        for chunk in range(0, VOLUME, COPY_CHUNK):
-            bench.copy(device + chunk, host.ctypes.data + chunk, min(COPY_CHUNK, VOLUME - chunk), one)
-        event.record(torch.cuda.ExternalStream(one))
-        torch.cuda.ExternalStream(two).wait_event(event)
-        bench.copy(host.ctypes.data + VOLUME, device, VOLUME, two)
-        bench.synchronize(two)
-        right = bool((host[VOLUME:] == 7).all())
-    return right, "the second leg read what the first one wrote"
-
-
-def fact_free_waits(bench: Bench) -> tuple[bool, str]:
-    with bench.pinned(VOLUME) as host, bench.stream() as stream:
-        device = bench.driver.allocate(VOLUME)
-        for _ in range(2):
-            bench.copy(device, host.ctypes.data, VOLUME, stream)
-        bench.driver.free(device)
-        idle = bench.driver.is_idle(stream)
-    return True, f"cuMemFree {'waited' if idle else 'did not wait'} for the copies; the tier frees only what is idle"
-
-
-def fact_loads_wait_behind_stores_in_flight(bench: Bench) -> tuple[bool, str]:
-    with (
-        bench.pinned(VOLUME + MIB) as host,
-        bench.device(VOLUME + MIB) as device,
-        bench.stream() as stores,
-        bench.stream() as loads,
-    ):
-        alone = bench.timed(lambda: bench.copy(device + VOLUME, host.ctypes.data + VOLUME, MIB, loads), loads)[1]
-        started = time.perf_counter()
-        for chunk in range(0, VOLUME, COPY_CHUNK):
-            bench.copy(device + chunk, host.ctypes.data + chunk, min(COPY_CHUNK, VOLUME - chunk), stores)
-        behind = bench.timed(lambda: bench.copy(device + VOLUME, host.ctypes.data + VOLUME, MIB, loads), loads)[1]
-        bench.synchronize(stores)
-        whole = time.perf_counter() - started
-    seen = f"1 MiB took {alone * 1e3:.2f} ms alone, {behind * 1e3:.2f} ms behind {format_size(VOLUME)} "
-    return True, seen + f"({whole * 1e3:.2f} ms); the tier bounds what is ahead, so either is fine"
-
-
-_LOST = """
-import os, sys
-if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
-    from tests import cuda_emulator
-    emulator = cuda_emulator.load()
-import torch
-from benchmarks.gpu_check import small_store
-from async_tier.streams.cuda_driver import CudaError
-store, primary = small_store()
-store.submit_store(1, [b"a"], [0]); store.drain(); assert [end.success for end in store.poll()] == [True]
-if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
-    emulator.inject("exec_h2d", 1, 700, asynchronous=True)
-    try:
-        torch.zeros(4).pin_memory().to("cuda", non_blocking=True); torch.cuda.synchronize()
-    except RuntimeError:
-        pass
-else:
-    try:  # an index out of range: a device-side assertion, which the context does not survive
-        torch.zeros(4, device="cuda")[torch.tensor([1 << 40], device="cuda")]; torch.cuda.synchronize()
-    except RuntimeError:
-        pass
-with store._engine.context:
-    try:
-        store._engine.driver.is_idle(store._engine.load_stream.handles[0]); print("cuStreamQuery says nothing")
-    except CudaError as error:
-        print("cuStreamQuery says", error.code)
-store.submit_load(2, [b"a"], [1]); store.drain()
-assert [end.success for end in store.poll()] == [False], "the job was not reported as failed"
-assert not store.lookup(b"a")
-store.close()
-assert store.statistics().faults == 1
-print("alive")
-sys.stdout.flush(); os._exit(0)
-"""
-
-
-def fact_the_process_survives_a_lost_context(bench: Bench) -> tuple[bool, str]:
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", _LOST], cwd=ROOT, capture_output=True, text=True)
-    said = ran.stdout.strip().splitlines()
-    alive = ran.returncode == 0 and said[-1:] == ["alive"]
-    return alive, "; ".join(said) if alive else f"exit status {ran.returncode}: {ran.stderr.strip()[-300:]}"
-
-
-def small_store() -> tuple[BlockStore, np.ndarray]:
-    """A store of a few rows, and its primary."""
-    primary = zero_rows(16, ROW_BYTES)
-    config = TierConfig.parse({"engine": "cuda", "bytes_to_use": 16 * ROW_BYTES, "staging_bytes": 8 * ROW_BYTES})
-    return BlockStore(Rows.of_view(memoryview(primary)), config), primary
-
-
-FACTS: dict[str, tuple[str, Callable[[Bench], tuple[bool, str]]]] = {}
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -315,12 +57,10 @@ def raw_rates(bench: Bench) -> dict[str, float]:
     ):
 
         def to_device() -> None:
-            for chunk in range(0, VOLUME, COPY_CHUNK):
-                bench.copy(target + chunk, up.ctypes.data + chunk, min(COPY_CHUNK, VOLUME - chunk), one)
+            bench.copy_in_chunks(target, up.ctypes.data, VOLUME, one)
 
         def to_host() -> None:
-            for chunk in range(0, VOLUME, COPY_CHUNK):
-                bench.copy(down.ctypes.data + chunk, source + chunk, min(COPY_CHUNK, VOLUME - chunk), two)
+            bench.copy_in_chunks(down.ctypes.data, source, VOLUME, two)
 
         def both() -> None:
             to_device()
@@ -459,15 +199,6 @@ def compute_loss(pool: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-
-
-def _code(call: Callable[[], object]) -> int:
-    """The driver's code for a call: 0 if it was taken."""
-    try:
-        call()
-    except CudaError as error:
-        return error.code
-    return 0
 
 
 def contract() -> tuple[bool, str]:

@@ -188,12 +188,13 @@ def test_r1_what_is_queued_costs_the_scheduler_little(primary, pool, emulator, c
 
 @emulated
 @each_pool
-def test_r1_drain_is_what_waits(primary, pool):
+def test_r1_drain_is_what_waits(primary, pool, emulator):
     store = make_store(primary, pool=pool)
     store._engine.store_stream.hold()
     store.submit_store(1, names(8), range(8))
     draining = threading.Thread(target=store.drain, daemon=True)
     draining.start()
+    until(lambda: emulator.count("event_sync") == 1, "it synchronizes, and does not ask again and again")
     assert draining.is_alive()
     store._engine.store_stream.release()
     draining.join(helpers.PATIENCE_S)
@@ -348,15 +349,14 @@ def test_r7_a_load_overtakes_queued_stores(primary, pool, emulator):
 
 
 @emulated
-def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(primary):
+def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(primary, emulator):
     # The first legs of all pieces could run at once; the second legs are held, and have a slot each.
     store = make_store(primary, pool="host")
     before = primary.copy()
-    stream = store._engine.store_stream
-    second = stream.handles[1]
-    store_held = _Held(second)
+    second = store._engine.store_stream.handles[1]
+    emulator.hold(second)
     store.submit_store(1, names(40), range(40))
-    store_held.release()
+    emulator.release(second)
     assert finish(store) == {1: True}
     primary[:] = 0
     store.submit_load(2, names(40), range(40))
@@ -371,20 +371,6 @@ def test_slots_of_a_ring_are_taken_in_turn_and_do_not_overlap():
     addresses = [address for _, address, _ in slots[: cuda.MIN_SLOTS]]
     assert addresses == [(1 << 20) + slot * (250 << 10) for slot in range(cuda.MIN_SLOTS)]
     assert cuda.StagingRing(0, 256 << 20).slot_bytes == cuda.MAX_PIECE_BYTES
-
-
-class _Held:
-    """One CUDA stream, held."""
-
-    def __init__(self, handle: int) -> None:
-        from tests import cuda_emulator
-
-        self._emulator = cuda_emulator.load()
-        self._handle = handle
-        self._emulator.hold(handle)
-
-    def release(self) -> None:
-        self._emulator.release(self._handle)
 
 
 @emulated
