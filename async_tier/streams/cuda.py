@@ -428,9 +428,15 @@ class CudaEngine:
 
         If they do not end, or the context is lost, memory that they may touch stays as it is: `is_quiet`.
         """
-        if self._closed or self.context.is_forked:
+        if self._closed:
             return
         streams = (self.load_stream, self.store_stream)
+        if self.context.is_forked:  # the parent's copies go on; in this process there are none
+            self._closed = True
+            self.events.keep_for_ever()
+            for stream in streams:
+                stream.abandon()
+            return
         for stream in streams:
             stream.cancel()
         if self.broken is None:
