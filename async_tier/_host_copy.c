@@ -407,6 +407,19 @@ static PyObject *job_seconds(PyObject *self, void *unused) {
     return PyFloat_FromDouble((double)(job->ended_ns - job->started_ns) * 1e-9);
 }
 
+/* The times are published with the state. */
+static PyObject *job_started_ns(PyObject *self, void *unused) {
+    Job *job = ((JobObject *)self)->job;
+    int open = atomic_load_explicit(&job->state, memory_order_acquire) == JOB_OPEN;
+    return PyLong_FromLongLong(open ? 0 : job->started_ns);
+}
+
+static PyObject *job_ended_ns(PyObject *self, void *unused) {
+    Job *job = ((JobObject *)self)->job;
+    int open = atomic_load_explicit(&job->state, memory_order_acquire) == JOB_OPEN;
+    return PyLong_FromLongLong(open ? 0 : job->ended_ns);
+}
+
 static PyObject *job_synchronize(PyObject *self, PyObject *unused) {
     JobObject *handle = (JobObject *)self;
     Core *core = handle->core;
@@ -440,6 +453,8 @@ static PyGetSetDef job_getset[] = {
     {"is_done", job_is_done, NULL, "Whether every copy of the job has ended. Never blocks.", NULL},
     {"failed", job_failed, NULL, "Whether the engine was closed before the job was copied.", NULL},
     {"seconds", job_seconds, NULL, "Time from the first copy's start to the last one's end; 0.0 before.", NULL},
+    {"started_ns", job_started_ns, NULL, "CLOCK_MONOTONIC at the first copy's start; 0 before the job has ended.", NULL},
+    {"ended_ns", job_ended_ns, NULL, "CLOCK_MONOTONIC when the job ended; 0 before.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef job_methods[] = {

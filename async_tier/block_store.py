@@ -25,6 +25,7 @@ from async_tier.engines import RowMemory, open_engine
 from async_tier.eviction import SequenceOrder
 from async_tier.index import BlockIndex
 from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
+from async_tier.trace import Submitted, TierTrace, TraceWriter
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Statistics:
 
 
 class _Job:
-    __slots__ = ("event", "job_id", "keys", "missing", "rows")
+    __slots__ = ("event", "job_id", "keys", "missing", "rows", "traced")
 
     def __init__(
         self, job_id: int, event: CopyEvent, keys: Sequence[bytes], rows: Sequence[int], missing: bool
@@ -86,6 +87,7 @@ class _Job:
         self.keys = keys
         self.rows = rows  # of the arena, one a key
         self.missing = missing  # loads: other keys of the job were not here
+        self.traced: Submitted | None = None
 
 
 class BlockStore:
@@ -109,8 +111,14 @@ class BlockStore:
         config = config or TierConfig()
         self.primary = primary
         capacity = _capacity(primary, config)
+        writer = TraceWriter(config.trace_path) if config.trace_path is not None else None
         if engine is None or arena is None:
-            engine, arena = open_engine(primary, config, capacity)
+            try:
+                engine, arena = open_engine(primary, config, capacity)
+            except BaseException:
+                if writer is not None:
+                    writer.close()
+                raise
         self._engine, self._arena = engine, arena
         self._rows = self._arena.rows
         self._index = BlockIndex(self._rows.count)
@@ -128,8 +136,11 @@ class BlockStore:
         self._hits = self._misses = self._faults = 0
         self._closed = False
         self._broken = False
+        self._trace: TierTrace | None = None
+        if writer is not None:
+            self._trace = TierTrace(writer, {"load": self._load_stream, "store": self._store_stream})
         # Engine before arena: no copy may touch freed memory. Also when nobody calls close().
-        self._release = weakref.finalize(self, _release, self._engine, self._arena)
+        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
 
     # ------------------------------------------------------------------------------------------------- the contract
 
@@ -160,6 +171,13 @@ class BlockStore:
     def end_step(self) -> None:
         """The end of a scheduler step: release the pins of its hits."""
         self._advance()
+        if self._trace is not None:
+            self._trace.scheduled()
+
+    def note_results(self) -> None:
+        """The model's results of the oldest step that has ended have arrived: for the trace, if there is one."""
+        if self._trace is not None:
+            self._trace.results()
         self._note_hits()
         self._index.end_step()
 
@@ -199,7 +217,10 @@ class BlockStore:
             self._index.drop_filling(new, arena_rows)
             self.fail(job_id, "queue a store", error)
             return
-        self._stores.append(_Job(job_id, event, new, arena_rows, missing=False))
+        job = _Job(job_id, event, new, arena_rows, missing=False)
+        self._stores.append(job)
+        if self._trace is not None:
+            job.traced = self._trace.submitted("store", len(new), len(new) * self.primary.row_bytes)
 
     def submit_load(self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
@@ -233,7 +254,10 @@ class BlockStore:
             self._index.unpin(arena_rows)
             self.fail(job_id, "queue a load", error, keys)
             return
-        self._loads.append(_Job(job_id, event, keys, arena_rows, missing))
+        job = _Job(job_id, event, keys, arena_rows, missing)
+        self._loads.append(job)
+        if self._trace is not None:
+            job.traced = self._trace.submitted("load", len(keys), len(keys) * self.primary.row_bytes)
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
@@ -327,10 +351,19 @@ class BlockStore:
         # In order of submission: behind a job that is not done nothing needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
+            self._trace_end(job)
             try:
                 end(job)
             except Exception as error:  # not reported yet: that is the last thing that `end` does
                 self.fail(job.job_id, "end a job", error, job.keys)
+
+    def _trace_end(self, job: _Job) -> None:
+        if self._trace is not None and job.traced is not None:
+            try:
+                self._trace.ended(job.traced, job.job_id, job.event, self._index.rows_used)
+            except Exception as error:  # a job must not be lost for its picture
+                self._trace = None
+                self.fault("trace jobs any more", error)
 
     def _end_store(self, job: _Job) -> None:
         self._store_jobs += 1
@@ -423,6 +456,8 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
     return count
 
 
-def _release(engine: CopyEngine, arena: RowMemory) -> None:
+def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None) -> None:
     engine.close()
     arena.close()
+    if writer is not None:
+        writer.close()

@@ -74,6 +74,7 @@ class TierConfig:
         that many.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
+    trace_path: a file to write a trace to (see trace.TraceWriter), in which "{pid}" stands for the process; None: none.
     """
 
     bytes_to_use: int | None = None
@@ -84,6 +85,7 @@ class TierConfig:
     max_inflight_store_bytes: int = 256 << 20
     keep_on_reset: bool = False
     locality: str | None = None
+    trace_path: str | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> TierConfig:
@@ -121,3 +123,5 @@ class TierConfig:
             raise ValueError(f"keep_on_reset must be true or false, not {self.keep_on_reset!r}")
         if self.locality is not None and self.locality not in LOCALITIES:
             raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {self.locality!r}")
+        if self.trace_path is not None and (not isinstance(self.trace_path, str) or not self.trace_path):
+            raise ValueError(f"trace_path must be null or the name of a file, not {self.trace_path!r}")

@@ -178,6 +178,11 @@ class AsyncSecondaryTierManager(compat.TierBase):
         except Exception as error:
             self._store.fault("end a step", error)
 
+    def get_stats(self) -> Any:
+        """No statistics of our own. vLLM asks when the results of a step have arrived, which the trace notes."""
+        self._store.note_results()
+        return super().get_stats()
+
     def shutdown(self) -> None:
         """End the threads, free the memory and let go of the primary. Idempotent; jobs not finished have failed."""
         try:

@@ -47,6 +47,15 @@ class CopyStream(Protocol):
         the engine cannot take the job (RuntimeError) or a row is not one (ValueError, OverflowError, TypeError).
         """
 
+    def keep_times(self) -> None:
+        """From now on note when copies start and end, for `spans`."""
+
+    def spans(self, event: CopyEvent) -> list[tuple[str, int, int]]:
+        """When the copies of an event of this stream, which is done, were made: (leg, start, end) of each leg.
+
+        Times in ns of CLOCK_MONOTONIC. Empty for copies that were never made, and for those from before `keep_times`.
+        """
+
 
 class CopyEngine(Protocol):
     """The owner of a tier's streams. Loads go before stores: see each engine for how.

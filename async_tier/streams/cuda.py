@@ -38,6 +38,7 @@ import numpy as np
 import torch
 
 from async_tier.arena import Rows
+from async_tier.streams.base import CopyEvent
 from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
 from async_tier.streams.segments import Segments, segments
 
@@ -107,6 +108,28 @@ class StagingRing:
             self._busy[slot] = None
 
 
+class DeviceClock:
+    """The host's time (ns of CLOCK_MONOTONIC) of events on a stream.
+
+    An event is placed by its distance from the one before it, which is short: distances are floats of milliseconds.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        event.record(stream)
+        event.synchronize()
+        self._last = event
+        self._last_ns = time.monotonic_ns()
+
+    def at(self, event: torch.cuda.Event) -> int:
+        """When `event`, which is complete, was."""
+        return self._last_ns + int(self._last.elapsed_time(event) * 1e6)
+
+    def go_on_from(self, event: torch.cuda.Event) -> torch.cuda.Event:
+        """Place events by this one from now on; the one used before."""
+        self._last_ns, before, self._last = self.at(event), self._last, event
+        return before
+
+
 class CudaJob:
     """The event of one `copy_rows`: see CopyEvent."""
 
@@ -119,6 +142,7 @@ class CudaJob:
         "pieces_in_flight",
         "pieces_queued",
         "seconds",
+        "spans",
         "started",
     )
 
@@ -132,6 +156,8 @@ class CudaJob:
         self.done = False
         self.failed = False
         self.seconds = 0.0
+        # By leg, (first start, last end): see CudaStream.spans.
+        self.spans: dict[str, tuple[int, int]] = {}
 
     @property
     def is_queued(self) -> bool:
@@ -183,6 +209,7 @@ class CudaStream:
         self._pieces: deque[_Piece] = deque()
         # Something of unknown extent was queued: see "Failures" above.
         self._stalled = False
+        self._clock: DeviceClock | None = None
         self.bytes_in_flight = 0
 
     def copy_rows(
@@ -207,6 +234,16 @@ class CudaStream:
         else:
             job.done = True
         return job
+
+    def keep_times(self) -> None:
+        """See CopyStream.keep_times."""
+        with self._engine.context:
+            self._clock = DeviceClock(self._out, self._engine.events.take())
+
+    def spans(self, event: CopyEvent) -> list[tuple[str, int, int]]:
+        """See CopyStream.spans. The legs are "in" and "out", or the one is "copy"."""
+        assert isinstance(event, CudaJob)
+        return [(leg, start, end) for leg, (start, end) in event.spans.items()]
 
     def advance(self) -> None:
         """Take note of the pieces that have ended, and queue more where there is room. Never blocks."""
@@ -339,6 +376,9 @@ class CudaStream:
         if piece.slot >= 0 and self._ring is not None and piece.ended is not None:
             self._ring.seen(piece.slot, piece.ended)
         events = [event for event in (piece.joined, piece.ended) if event is not None]
+        if self._clock is not None and piece.ended is not None:
+            events.remove(piece.ended)
+            events.append(self._note_times(self._clock, piece))
         if job.is_queued and not job.pieces_in_flight:
             if job.started is not None:
                 if piece.ended is not None and not job.failed:
@@ -346,6 +386,25 @@ class CudaStream:
                 events.append(job.started)
             job.done = True
         self._engine.events.give_back(*events)
+
+    def _note_times(self, clock: DeviceClock, piece: _Piece) -> torch.cuda.Event:
+        """Note when the legs of a piece were under way. Returns an event that is free now, in place of its last."""
+        job, joined, ended = piece.job, piece.joined, piece.ended
+        assert job.started is not None
+        assert ended is not None
+        try:
+            start, end = clock.at(job.started), clock.at(ended)
+            if joined is None:
+                job.spans["copy"] = start, end
+            else:
+                between = clock.at(joined)
+                job.spans["in"] = start, between
+                job.spans["out"] = job.spans["out"][0] if "out" in job.spans else between, end
+            return clock.go_on_from(ended)
+        except Exception as error:
+            logger.warning("CUDA refused to say when a copy was made; there are no more times: %s", error)
+            self._clock = None
+            return ended
 
 
 class CudaEngine:

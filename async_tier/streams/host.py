@@ -55,6 +55,14 @@ class HostStream:
         """
         return self._engine.submit(self._queue, destinations, sources, size)
 
+    def keep_times(self) -> None:
+        """Nothing to do: the threads always do."""
+
+    def spans(self, event: CopyEvent) -> list[tuple[str, int, int]]:
+        """See CopyStream.spans. There is one leg."""
+        assert isinstance(event, _host_copy.Job)
+        return [("copy", event.started_ns, event.ended_ns)] if event.started_ns else []
+
     def hold(self) -> None:
         """For tests: start no further piece of this queue. A piece is at most 2 MiB."""
         self._engine.limit(self._queue, 0)

@@ -1,0 +1,242 @@
+"""The trace that a tier writes, and what the timeline makes of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from async_tier import timeline, trace
+from async_tier.arena import Rows
+from async_tier.block_store import BlockStore
+from async_tier.config import TierConfig
+from async_tier.trace import TraceWriter
+from tests import helpers
+from tests.helpers import job, keys, make_tier, primary_rows, until
+
+ROW_BYTES = 4096
+MS = 10**6
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "trace.json"
+
+
+def events(path: Path, name: str) -> list[dict]:
+    return [event for event in json.loads(path.read_text()) if event.get("name") == name]
+
+
+@pytest.mark.each_engine
+def test_a_tier_traces_its_jobs_and_steps(path):
+    tier = make_tier(primary_rows(32, ROW_BYTES), blocks=16, trace_path=str(path))
+    started = time.monotonic_ns()
+    tier._store._store_stream.hold()
+    tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
+    helpers.end_step(tier)
+    tier._store._store_stream.release()
+    helpers.finish(tier)
+    tier.get_stats()
+    tier.submit_load(job(2, keys(0), [9], load=True))
+    helpers.finish(tier)
+    took = (time.monotonic_ns() - started) / 1e9
+    tier.shutdown()
+    drawn = timeline.read(path)
+    legs = ["in", "out"] if "store in" in drawn.lanes else ["copy"]
+    assert set(drawn.lanes) == {"steps"} | {f"{kind} {leg}" for kind in ("store", "load") for leg in ["queued", *legs]}
+    assert all(len(spans) == 1 for spans in drawn.lanes.values())
+    assert 0 < drawn.duration <= took
+    ((queued, copied),) = drawn.lanes["store queued"]
+    ((copying, end),) = drawn.lanes[f"store {legs[0]}"]
+    # On a device the two clocks may be a little apart.
+    assert queued < copied <= copying + 0.001 <= end + 0.002
+    (slice_,) = [event for event in events(path, "store queued") if event["ph"] == "b"]
+    assert slice_["args"] == {"job": 1, "blocks": 3, "bytes": 3 * ROW_BYTES}
+    in_flight = [event["args"] for event in events(path, "bytes in flight")]
+    assert {"load": 0, "store": 3 * ROW_BYTES} in in_flight
+    assert in_flight[-1] == {"load": 0, "store": 0}
+    assert events(path, "rows used")[-1]["args"] == {"rows": 3}
+
+
+def test_a_trace_has_the_clock_of_torchs_profiler(tmp_path):
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ones(4) @ torch.ones(4)
+    profiler.export_chrome_trace(str(tmp_path / "torch.json"))
+    exported = json.loads((tmp_path / "torch.json").read_text())
+    assert exported["baseTimeNanoseconds"] == trace.clock_base_ns(time.time_ns())
+    theirs = max(event["ts"] for event in exported["traceEvents"] if event.get("ph") == "X")
+    writer = TraceWriter(str(tmp_path / "ours.json"))
+    now = time.monotonic_ns()
+    writer.step(now, now + MS)
+    writer.close()
+    (ours,) = events(tmp_path / "ours.json", "step")
+    assert 0 <= ours["ts"] - theirs < helpers.PATIENCE_S * 1e6
+    assert ours["dur"] == 1000.0
+
+
+def test_off_by_default():
+    store = BlockStore(Rows.of_view(memoryview(primary_rows(2))))
+    assert store._trace is None
+    store.close()
+
+
+def test_the_name_may_have_the_process_in_it(tmp_path):
+    writer = TraceWriter(str(tmp_path / "trace-{pid}.json"))
+    writer.close()
+    assert writer.path.name == f"trace-{writer._pid}.json"
+    assert writer.path.exists()
+
+
+@pytest.mark.parametrize("value", ["", 3, True, ["x"]])
+def test_a_path_that_is_none_is_refused_in_words(value):
+    with pytest.raises(ValueError, match=r"^trace_path must be null or the name of a file, not "):
+        TierConfig.parse({"trace_path": value})
+
+
+def test_a_file_that_cannot_be_made_is_refused_in_words(tmp_path):
+    primary = primary_rows(2)
+    with pytest.raises(ValueError, match=r"^trace_path '.*/none/trace.json' cannot be written: No such file"):
+        BlockStore(Rows.of_view(memoryview(primary)), TierConfig(trace_path=str(tmp_path / "none" / "trace.json")))
+
+
+def test_the_file_is_bounded(path, monkeypatch):
+    monkeypatch.setattr(trace, "MAX_BYTES", 10_000)
+    writer = TraceWriter(str(path))
+    for at in range(1000):
+        writer.step(at, at + 1)
+    writer._write()
+    for at in range(1000):
+        writer.step(at, at + 1)
+    assert writer._events == [], "nothing is kept for a file that is full"
+    writer.close()
+    assert 10_000 < path.stat().st_size < 11_000
+    assert 50 < len(timeline.read(path).lanes["steps"]) < 200
+
+
+def test_a_disk_that_is_full_ends_the_trace_and_nothing_else(path, caplog):
+    writer = TraceWriter(str(path))
+    real, writer._file = writer._file, open("/dev/full", "w")  # noqa: SIM115 - closed by the writer
+    real.close()
+    writer.step(0, 1)
+    writer._write()
+    writer.step(1, 2)
+    assert writer._events == []
+    writer.close()
+    assert "No space left" in caplog.text
+
+
+def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(path):
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    writer.step(2 * MS, 3 * MS)
+    writer.close()
+    whole = path.read_text()
+    path.write_text(whole[: whole.rindex("dur") - 5])
+    assert timeline.read(path).lanes["steps"] == [(0.0, pytest.approx(0.001))]
+
+
+def test_what_is_given_is_written_while_the_tier_lives(path, monkeypatch):
+    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
+    writer = TraceWriter(str(path))
+    writer.step(0, 1)
+    until(lambda: '"step"' in path.read_text(), "the step is in the file")
+    writer.close()
+    writer.close()
+
+
+def test_a_trace_that_fails_does_not_lose_the_job(path):
+    tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
+    tier._store._trace._writer = None
+    tier._store._trace._in_flight.clear()
+    tier._store._trace.submitted = lambda *_: trace.Submitted("store", 1, 64, 0)
+    tier.submit_store(job(1, keys(0), [0]))
+    assert helpers.finish(tier)[1].success
+    assert tier.statistics().faults == 1
+    tier.submit_store(job(2, keys(1), [1]))
+    assert helpers.finish(tier)[2].success
+
+
+def test_steps_that_are_planned_ahead_do_not_overlap(path):
+    # With asynchronous scheduling a step is planned before the results of the last have arrived.
+    tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
+    tier.get_stats()
+    for _ in range(4):
+        helpers.end_step(tier)
+        helpers.end_step(tier)
+        tier.get_stats()
+        tier.get_stats()
+    tier.shutdown()
+    spans = timeline.read(path).lanes["steps"]
+    assert len(spans) == 8
+    rounding = 1e-8  # a double's, in microseconds since the clock's base
+    assert all(before[1] <= after[0] + rounding for before, after in itertools.pairwise(spans))
+
+
+# ------------------------------------------------------------------------------------------------------- the timeline
+
+
+def test_the_hidden_share_is_of_the_time_that_anything_is_copied():
+    drawn = timeline.Timeline(
+        {
+            "steps": [(0.0, 2.0), (3.0, 5.0)],
+            "store copy": [(1.0, 3.0), (1.5, 2.5)],
+            "load copy": [(4.0, 6.0)],
+            "load queued": [(0.0, 100.0)],
+        }
+    )
+    # Copying from 1 to 3 and 4 to 6; of that, 1 to 2 and 4 to 5 under a step.
+    assert drawn.hidden_share() == pytest.approx(0.5)
+    assert timeline.Timeline({"steps": [(0.0, 1.0)]}).hidden_share() is None
+    assert drawn.between(4.0, 5.0).hidden_share() == pytest.approx(1.0)
+
+
+def test_steps_without_work_hide_nothing():
+    # A scheduler that has nothing to run and waits for transfers steps every millisecond.
+    idle = [(at / 1000, (at + 0.5) / 1000) for at in range(1000)]
+    assert timeline.Timeline({"steps": idle, "store copy": [(0.0, 1.0)]}).hidden_share() == 0.0
+
+
+def test_the_command_draws_and_sums_up(path, tmp_path):
+    writer = TraceWriter(str(path))
+    writer.step(0, 20 * MS)
+    writer.slice("store queued", 0, 5 * MS, blocks=3)
+    writer.slice("store copy", 5 * MS, 25 * MS, blocks=3)
+    writer.counter("bytes in flight", 0, store=1 << 20, load=0)
+    writer.close()
+    picture = tmp_path / "sub" / "overlap.png"
+    command = [sys.executable, "-m", "async_tier.timeline", str(path), "-o", str(picture)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "75% of transfer time hidden under compute" in ran.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "holds no events"), ("{}", "holds no events"), (None, "No such file"), ("[1]", "no events")],
+)
+def test_a_file_that_is_no_trace_is_refused_in_words(path, content, words, capsys):
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        timeline.main([str(path)])
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_a_range_outside_of_the_trace_is_refused_in_words(path, capsys):
+    writer = TraceWriter(str(path))
+    writer.step(0, 20 * MS)
+    writer.close()
+    with pytest.raises(SystemExit):
+        timeline.main([str(path), "--start", "5"])
+    assert "--start 5 must be at least 0 and before the end, 0.02" in capsys.readouterr().err
