@@ -169,7 +169,9 @@ def draw(timeline: Timeline, output: Path, title: str = "") -> None:
             (row - 0.4, 0.8),
             facecolors=_COLORS.get(lane.split()[0], "#8c8c8c"),
             alpha=0.35 if lane.endswith(_QUEUED) else 1.0,
-            linewidth=0,
+            # So that what is shorter than a pixel shows.
+            edgecolor=_COLORS.get(lane.split()[0], "#8c8c8c"),
+            linewidth=0.0 if lane == _STEPS else 0.6,
         )
     above.set_yticks(range(len(lanes)), ["compute steps" if lane == _STEPS else lane for lane in lanes])
     above.set_ylim(len(lanes) - 0.4, -0.6)

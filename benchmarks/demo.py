@@ -1,7 +1,8 @@
 """The main job, end to end: vLLM's server on this machine's CPU answers questions on documents that left its caches.
 
 Every document is asked about twice. Between the two questions its KV blocks leave the KV cache and the primary tier,
-both made too small on purpose; with the tier they come back, without it they are computed again.
+both made too small on purpose; with the tier they come back, without it they are computed again. In the end it draws
+when the server computed and when the tier copied.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from async_tier import timeline
 from benchmarks.model import kv_bytes_per_token, smollm2
 from benchmarks.server import Server, serve
 
@@ -25,6 +27,8 @@ BUILD = Path(__file__).resolve().parent.parent / "build"
 BLOCK_TOKENS = 128
 FLOAT32_BYTES = 4
 MAX_TOKENS = 24
+# Of the picture: a few steps before the first promotion, and a few answers after it.
+SECONDS_BEFORE, SECONDS_AFTER = 1.0, 5.0
 QUESTIONS = ("Which warehouse is named first?", "What is the last item in the list?")
 TIERS = {
     "async": {"type": "async"},
@@ -108,8 +112,10 @@ def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> 
         "cpu_bytes_to_use": blocks * block_bytes,
     }
     results, metrics, tracebacks = {}, {}, []
+    trace = output.with_name(f"{output.stem}-trace.json")
+    options = {"bytes_to_use": 2 * count * blocks * block_bytes, "trace_path": str(trace)}
     for label, tiers in (
-        ("with the tier", [{**TIERS[tier], "bytes_to_use": 2 * count * blocks * block_bytes}]),
+        ("with the tier", [{**TIERS[tier], **options}]),
         ("without", []),
     ):
         print(f"Starting vLLM's server {label} ...", flush=True)
@@ -125,8 +131,18 @@ def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> 
         tracebacks += server.tracebacks()
     report = summarize(results["with the tier"], results["without"], metrics["with the tier"], block_bytes)
     report |= {"model": str(Path(model).name), "documents": count, "tokens": tokens, "tracebacks": len(tracebacks)}
+    report |= picture(trace, output.with_name(f"{output.stem}-timeline.png"))
     output.write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def picture(trace: Path, output: Path) -> dict[str, Any]:
+    """Draw some seconds of the trace around the first promotion; what the whole trace says."""
+    whole = timeline.read(trace)
+    first = min((start for start, _ in whole.lanes.get("load copy", [])), default=0.0)
+    window = whole.between(max(0.0, first - SECONDS_BEFORE), min(whole.duration, first + SECONDS_AFTER))
+    timeline.draw(window, output, "some seconds of vLLM's server around the first promotion")
+    return {"hidden_share": whole.hidden_share(), "trace": str(trace), "timeline": str(output)}
 
 
 def summarize(
@@ -177,6 +193,7 @@ def table(report: dict[str, Any]) -> str:
         ),
         ("hit ratio of the tier's lookups", f"{report['hit_ratio']:.2f}"),
         ("texts equal to the letter", "yes" if report["identical_outputs"] else "NO"),
+        ("transfer time hidden under compute", f"{report['hidden_share'] or 0.0:.0%}"),
     ]
     title = f"{report['model']}, {report['documents']} documents of {report['tokens']} tokens, medians"
     width = max(len(name) for name, _ in rows)
@@ -188,6 +205,8 @@ def failures(report: dict[str, Any]) -> list[str]:
     wrong = []
     if report["promoted_blocks"] == 0:
         wrong.append("no block was promoted from the tier")
+    if report["hidden_share"] is None:
+        wrong.append("the trace shows no transfer")
     if not report["identical_outputs"]:
         wrong.append("a text differs from the recomputed one")
     if report["tracebacks"]:
@@ -212,6 +231,7 @@ def main() -> int:
     model = options.model or smollm2(BUILD / "SmolLM2-135M-Instruct")
     report = run(model, options.documents, options.tokens, options.tier, options.output)
     print("\n" + table(report) + f"\n\nWritten to {options.output}")
+    print(f"Drawn: {report['timeline']}; Perfetto (ui.perfetto.dev) loads {report['trace']}")
     wrong = failures(report)
     for sentence in wrong:
         print(f"FAILED: {sentence}", file=sys.stderr)
