@@ -173,13 +173,13 @@ class BlockStore:
         self._advance()
         if self._trace is not None:
             self._trace.scheduled()
-
-    def note_results(self) -> None:
-        """The model's results of the oldest step that has ended have arrived: for the trace, if there is one."""
-        if self._trace is not None:
-            self._trace.results()
         self._note_hits()
         self._index.end_step()
+
+    def note_results(self) -> None:
+        """The model's results of the oldest step under way have arrived: for the trace, if there is one."""
+        if self._trace is not None:
+            self._trace.results()
 
     def submit_store(
         self,
