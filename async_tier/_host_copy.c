@@ -227,6 +227,7 @@ typedef struct {
     pthread_cond_t work, ended;
     int waiters; /* threads in job_wait */
     int ready;   /* threads that have told their id */
+    int signal;  /* an eventfd that is written to when a job has ended, or -1; the caller's, who turns it off first */
     int stop;
     long tids[MAX_THREADS];
     Queue queues[MAX_QUEUES];
@@ -267,6 +268,11 @@ static void end_job(Core *core, Job *job) {
     }
     if (core->waiters)
         pthread_cond_broadcast(&core->ended);
+    if (core->signal >= 0) {
+        /* Full or gone: then it is readable, or nobody reads it. */
+        ssize_t ignored = write(core->signal, &(uint64_t){1}, sizeof(uint64_t));
+        (void)ignored;
+    }
     job_unref(job);
 }
 
@@ -500,6 +506,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     core->generation = atomic_load(&fork_generation);
     core->kernel = kernel_index;
     core->queue_count = queues;
+    core->signal = -1;
     for (int i = 0; i < queues; i++) {
         core->queues[i].ordered = ordered;
         core->queues[i].budget = -1;
@@ -752,6 +759,17 @@ static PyObject *engine_limit(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *engine_signal(PyObject *self, PyObject *args) {
+    Core *core = ((EngineObject *)self)->core;
+    int fd;
+    if (!PyArg_ParseTuple(args, "i", &fd) || check_generation(core))
+        return NULL;
+    pthread_mutex_lock(&core->lock);
+    core->signal = fd;
+    pthread_mutex_unlock(&core->lock);
+    Py_RETURN_NONE;
+}
+
 static PyObject *engine_thread_ids(PyObject *self, void *unused) {
     Core *core = ((EngineObject *)self)->core;
     PyObject *ids = PyList_New(core->thread_count);
@@ -782,6 +800,9 @@ static PyMethodDef engine_methods[] = {
      "submit() for rows of size bytes: from row src_rows[i] to row dst_rows[i], lists of integers below the counts."},
     {"limit", engine_limit, METH_VARARGS,
      "limit(queue, pieces)\n\nFor tests: let the threads take that many more pieces of the queue (0 holds it, -1 lifts the limit)."},
+    {"signal", engine_signal, METH_VARARGS,
+     "signal(fd)\n\nFrom now on write to this non-blocking eventfd when a job has ended; -1 for none. It stays the caller's: turn "
+     "it off before closing it."},
     {"close", engine_close, METH_NOARGS,
      "End the threads. Pieces being copied are finished, jobs not copied to their end have failed. Idempotent."},
     {NULL, NULL, 0, NULL},

@@ -323,6 +323,15 @@ class BlockStore:
         """Whether a job is in flight or not yet reported."""
         return bool(self._loads or self._stores or self._finished)
 
+    @property
+    def has_results(self) -> bool:
+        """Whether `poll` has something to report without asking an event: jobs that had nothing to copy."""
+        return bool(self._finished)
+
+    def signal(self, fd: int) -> bool:
+        """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
+        return self._engine.signal(fd)
+
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
         return Statistics(

@@ -474,6 +474,64 @@ def test_synchronize_returns_at_once_when_done(engine: HostEngine):
     assert event.is_done
 
 
+def test_an_event_has_the_times_of_its_copies(engine: HostEngine):
+    engine.store_stream.hold()
+    event = move(engine.store_stream, SCRATCH, SOURCE)
+    assert engine.store_stream.spans(event) == []
+    released = time.monotonic_ns()
+    engine.store_stream.release()
+    event.synchronize()
+    ((leg, start, end),) = engine.store_stream.spans(event)
+    assert leg == "copy"
+    assert released <= start < end <= time.monotonic_ns()
+    assert event.seconds == pytest.approx((end - start) / 1e9)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+def test_the_end_of_a_job_is_signalled(engine: HostEngine, eventfd: int):
+    assert engine.signal(eventfd)
+    event = move(engine.store_stream, SCRATCH, SOURCE)
+    assert select.select([eventfd], [], [], PATIENCE_S)[0]
+    assert event.is_done, "the signal comes after the end"
+    event.synchronize()
+    assert os.eventfd_read(eventfd) == 1
+    engine.signal(-1)
+
+
+def test_also_of_jobs_that_are_cut_off(eventfd: int):
+    engine = HostEngine(1)
+    engine.signal(eventfd)
+    engine.store_stream.hold()
+    move(engine.store_stream, SCRATCH, SOURCE)
+    engine.close()
+    assert os.eventfd_read(eventfd) == 1
+
+
+def test_nothing_is_signalled_any_more_when_it_is_turned_off(engine: HostEngine, eventfd: int):
+    engine.signal(eventfd)
+    engine.signal(-1)
+    move(engine.store_stream, SCRATCH, SOURCE).synchronize()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(eventfd)
+
+
+def test_a_signal_that_nobody_reads_blocks_no_thread(engine: HostEngine, eventfd: int):
+    os.eventfd_write(eventfd, 2**64 - 2)  # full
+    engine.signal(eventfd)
+    move(engine.store_stream, SCRATCH, SOURCE).synchronize()
+    move(engine.store_stream, SCRATCH, SOURCE).synchronize()
+    engine.signal(-1)
+
+
 # ------------------------------------------------------------------------------------------------------- pieces, steps
 
 

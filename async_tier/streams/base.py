@@ -75,6 +75,12 @@ class CopyEngine(Protocol):
     def advance(self) -> None:
         """Queue on the device what had to wait for room. To be called often; never blocks."""
 
+    def signal(self, fd: int) -> bool:
+        """Write to this eventfd, which is non-blocking, whenever a job has ended; -1: no more. It stays the caller's.
+
+        False where the engine cannot, and its events have to be asked.
+        """
+
     def close(self) -> None:
         """End the engine. When it returns no copy touches memory any more; those not finished have failed.
         Idempotent."""

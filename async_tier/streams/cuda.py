@@ -469,6 +469,10 @@ class CudaEngine:
         self.load_stream.advance()
         self.store_stream.advance()
 
+    def signal(self, fd: int) -> bool:
+        """See CopyEngine.signal. A host function on the stream could write to it, and would hold up what is behind."""
+        return False
+
     def lose(self, error: Exception) -> None:
         """The context is lost, and with it every job."""
         if self.broken is None:

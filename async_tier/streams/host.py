@@ -90,7 +90,7 @@ class HostEngine:
     broken: str | None = None  # threads do not break
 
     def __init__(self, threads: int, *, ordered: bool = False, kernel: str | None = None) -> None:
-        engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
+        self._engine = engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
         self.expedited_stream = HostStream(engine, 0)
         self.load_stream = HostStream(engine, 1)
         self.store_stream = HostStream(engine, 2)
@@ -110,6 +110,11 @@ class HostEngine:
 
     def advance(self) -> None:
         """Nothing waits here: the threads see to their queues."""
+
+    def signal(self, fd: int) -> bool:
+        """See CopyEngine.signal."""
+        self._engine.signal(fd)
+        return True
 
     def close(self) -> None:
         """See CopyEngine.close."""
