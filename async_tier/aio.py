@@ -22,10 +22,12 @@ from async_tier.config import TierConfig
 from async_tier.engines import RowMemory
 from async_tier.streams.base import CopyEngine
 
-# Where events have to be asked: the first question, some copies of 1 MiB after the submission, and the longest pause,
-# a good part of what asyncio's own timers are exact to.
+# Where events have to be asked: the pause before the first question, in which a copy of 1 MiB ends, and the longest.
+# epoll counts whole milliseconds, so a loop with nothing else to do rounds each up to 1 ms, and a longer one would only
+# make jobs late; a busy loop looks at its timers in every turn, and has the shorter ones.
 FIRST_POLL_S = 50e-6
 LONGEST_POLL_S = 1e-3
+# A job is noticed late by at most half of the time that it took.
 _POLL_GROWTH = 1.5
 
 
@@ -37,8 +39,9 @@ class AsyncBlockStore:
     """A BlockStore whose jobs are awaited. Use as `async with AsyncBlockStore(rows, config) as store`.
 
     Keys are bytes, rows are row numbers of the primary. Cancelling an await does not cancel the copy: memory of the
-    rows must stay as it is until `drain` or `close` has returned. Belongs to the event loop that it was made in; all
-    methods raise RuntimeError, in words, in another one and after `close`. Raises as BlockStore does.
+    rows must stay as it is until `drain` or `close` has returned. Belongs to the event loop that it was made in: what
+    is awaited, and `lookup`, raise RuntimeError, in words, in another one, and all but `close` also once it is closing.
+    Raises as BlockStore does, and RuntimeError where no loop runs.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class AsyncBlockStore:
     async def close(self) -> None:
         """Wait for the jobs in flight, end the engine and free the memory. Idempotent.
 
-        Goes on if the await is cancelled.
+        Goes on if the await is cancelled. Where the loop ends before the jobs do, its thread waits for them.
         """
         self._check_loop()
         if self._closing is None:
@@ -135,9 +138,8 @@ class AsyncBlockStore:
         self._waiting[job] = ended
         if self._store.has_results:  # there was nothing to copy
             self._collect()
-        elif not self._is_signalled:
-            self._pause_s = FIRST_POLL_S
-            self._ask_later()
+        if not (ended.done() or self._is_signalled):
+            self._ask_soon()
         # Not the future itself: cancelling it would lose track of the job.
         return await asyncio.shield(ended)
 
@@ -146,29 +148,46 @@ class AsyncBlockStore:
             await asyncio.wait(list(self._waiting.values()))
 
     async def _close(self) -> None:
-        await self._until_ended()
+        try:
+            await self._until_ended()
+        except asyncio.CancelledError:
+            # By asyncio.run, which cancels every task before it ends the loop: nobody would close the store later.
+            self._store.drain()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         if self._is_signalled:
             self._loop.remove_reader(self._eventfd)
-            self._store.signal(-1)
-        self._store.close()
-        os.close(self._eventfd)
+            self._store.signal(-1)  # before its number can be another file's
+        try:
+            self._store.close()
+            self._collect()  # the ends of jobs that nobody was told yet
+        finally:
+            os.close(self._eventfd)
 
     def _woken(self) -> None:
         os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again
         self._collect()
 
-    def _ask_later(self) -> None:
-        if self._timer is None:
-            self._timer = self._loop.call_later(self._pause_s, self._asked)
+    def _ask_soon(self) -> None:
+        """A job was submitted: the pauses start again, unless the next question is as near already."""
+        if self._timer is None or self._pause_s > FIRST_POLL_S:
+            self._ask_after(FIRST_POLL_S)
+
+    def _ask_after(self, pause_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._pause_s = pause_s
+        self._timer = self._loop.call_later(pause_s, self._asked)
 
     def _asked(self) -> None:
         self._timer = None
         self._collect()
         if self._waiting:
-            self._pause_s = min(self._pause_s * _POLL_GROWTH, LONGEST_POLL_S)
-            self._ask_later()
+            self._ask_after(min(self._pause_s * _POLL_GROWTH, LONGEST_POLL_S))
 
     def _collect(self) -> None:
         """Hand the ends of jobs to whoever awaits them."""

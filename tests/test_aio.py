@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,15 +95,31 @@ async def test_keys_that_are_none_leave_nothing_behind(primary):
         assert store._waiting == {}
 
 
+@pytest.mark.host_only
+async def test_copies_that_fail_reach_whoever_waits(primary):
+    async with open_store(primary) as store:
+        await store.store(keys(0), [0])
+        for stream in (store._store._load_stream, store._store._store_stream):
+            stream.hold()
+        storing = asyncio.ensure_future(store.store(keys(1), [1]))
+        loading = asyncio.ensure_future(store.load(keys(0), [9]))
+        await asyncio.sleep(0)
+        store._store._engine.close()  # cuts them off
+        with pytest.raises(TransferError, match="the store of 1 blocks failed"):
+            await storing
+        assert await loading == ()
+        assert store.statistics().rows_used == store.num_blocks == 0
+
+
 async def test_thousands_of_jobs_at_once(primary):
     before = primary.copy()
-    async with open_store(primary, blocks=4000) as store:
-        moved = await asyncio.gather(*(store.store([key(at)], [at % 64]) for at in range(4000)))
+    async with open_store(primary, blocks=5000) as store:
+        moved = await asyncio.gather(*(store.store([key(at)], [at % 64]) for at in range(5000)))
         assert set(moved) == {ROW_BYTES}
-        assert store.num_blocks == 4000
+        assert store.num_blocks == 5000
         primary[:] = 0
-        found = await asyncio.gather(*(store.load([key(at)], [at % 64]) for at in range(4000)))
-        assert found == [(key(at),) for at in range(4000)]
+        found = await asyncio.gather(*(store.load([key(at)], [at % 64]) for at in range(5000)))
+        assert found == [(key(at),) for at in range(5000)]
         assert np.array_equal(primary, before)
         assert store._waiting == {}
 
@@ -122,6 +139,8 @@ async def test_stores_and_loads_go_on_while_others_wait(primary):
 @pytest.mark.parametrize("is_load", [False, True])
 async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_load):
     before = primary.copy()
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
         stream = store._store._load_stream if is_load else store._store._store_stream
@@ -144,6 +163,7 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
         assert store.statistics().rows_used == store.num_blocks
         # No pin is left: every row can be had.
         assert await store.store(keys(*range(100, 164)), range(64)) == 64 * ROW_BYTES
+        assert complaints == []
 
 
 async def test_drain_waits_for_what_was_submitted(primary):
@@ -158,6 +178,25 @@ async def test_drain_waits_for_what_was_submitted(primary):
         store._store._store_stream.release()
         await draining
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 3
+
+
+async def test_drain_does_not_wait_for_what_was_submitted_after_it(primary):
+    async with open_store(primary) as store:
+        await store.store(keys(0), [0])
+        for stream in (store._store._load_stream, store._store._store_stream):
+            stream.hold()
+        before = asyncio.ensure_future(store.store(keys(1), [1]))
+        await asyncio.sleep(0)
+        draining = asyncio.ensure_future(store.drain())
+        await asyncio.sleep(0)
+        after = asyncio.ensure_future(store.load(keys(0), [9]))
+        await asyncio.sleep(0)
+        store._store._store_stream.release()
+        await draining
+        assert before.done()
+        assert not after.done()
+        store._store._load_stream.release()
+        assert await after == (key(0),)
 
 
 async def test_closing_waits_for_jobs_in_flight(primary):
@@ -189,6 +228,47 @@ async def test_closing_goes_on_when_its_await_is_cancelled(primary):
     await turns(lambda: store._store._closed, "it is closed all the same")
 
 
+def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, monkeypatch):
+    made: list[AsyncBlockStore] = []
+
+    async def main() -> None:
+        made.append(store := open_store(primary))
+        stream = store._store._store_stream
+        stream.hold()
+        drain = store._store.drain
+
+        def wait() -> None:  # the loop's thread is in here
+            monkeypatch.setattr(store._store, "drain", drain)
+            stream.release()
+            drain()
+
+        monkeypatch.setattr(store._store, "drain", wait)
+        jobs = [asyncio.ensure_future(store.store(keys(0), [0])), asyncio.ensure_future(store.close())]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not any(job.done() for job in jobs)
+
+    asyncio.run(main())
+    (store,) = made
+    assert store._store._closed
+    assert store.statistics().blocks_stored == 1
+    assert store._waiting == {}
+
+
+async def test_a_store_that_cannot_close_gives_its_eventfd_back(primary, monkeypatch):
+    store = open_store(primary)
+
+    def close():
+        raise OSError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._store, "close", close)
+        with pytest.raises(OSError, match="out of luck"):
+            await store.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(store._eventfd)
+
+
 async def test_a_closed_store_says_so(primary):
     store = open_store(primary)
     await store.close()
@@ -215,34 +295,83 @@ def test_another_event_loop_is_refused_in_words(primary):
     first.close()
 
 
+def polls_of(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with each poll of the store's."""
+    polls: list[int] = []
+    poll = store._store.poll
+    monkeypatch.setattr(store._store, "poll", lambda: polls.append(1) or poll())
+    return polls
+
+
 async def test_an_idle_store_does_nothing(primary, monkeypatch):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        asked = []
-        monkeypatch.setattr(store, "_collect", lambda: asked.append(1))
-        until = time.monotonic() + 10 * aio.LONGEST_POLL_S
-        while time.monotonic() < until:  # what must not happen has no event to wait for
-            await asyncio.sleep(0)
-        assert asked == []
-        assert store._timer is None
+        await store.load(keys(77), [0])
+        with monkeypatch.context() as patch:
+            polls = polls_of(store, patch)
+            until = time.monotonic() + 10 * aio.LONGEST_POLL_S
+            while time.monotonic() < until:  # what must not happen has no event to wait for
+                await asyncio.sleep(0)
+            assert polls == []
+            assert store._timer is None
 
 
 @pytest.mark.host_only
 async def test_the_host_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
     async with open_store(primary) as store:
-        assert store._is_signalled
-        monkeypatch.setattr(store, "_ask_later", lambda: pytest.fail("a timer was set"))
-        asked = []
-        real = store._store.poll
-        monkeypatch.setattr(store._store, "poll", lambda: asked.append(1) or real())
+        polls = polls_of(store, monkeypatch)
+        with monkeypatch.context() as patch:
+            for name in ("call_later", "call_at"):
+                patch.setattr(store._loop, name, lambda *_, **__: pytest.fail("a timer was set"))
+            store._store._store_stream.hold()
+            task = asyncio.ensure_future(store.store(keys(0), [0]))
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert polls == []
+            store._store._store_stream.release()
+            await task
+            assert len(polls) == 1
+
+
+@pytest.mark.host_only
+async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):
+    async with open_store(primary) as store:
+        polls = polls_of(store, monkeypatch)
+        tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(50)]
+        await asyncio.sleep(0)
+        store._store._engine.close()  # waits for the threads, and the loop is not run meanwhile
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert len(polls) == 1
+
+
+@pytest.mark.host_only
+async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
+    async with open_store(primary) as store:
+        assert not os.get_inheritable(store._eventfd)
         store._store._store_stream.hold()
         task = asyncio.ensure_future(store.store(keys(0), [0]))
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert asked == []
+        await asyncio.sleep(0)
+        child = os.fork()
+        if child == 0:
+            try:
+                asyncio.run(store.close())
+            except RuntimeError as error:
+                os.close(store._eventfd)
+                os._exit(0 if "another event loop" in str(error) else 1)
+            finally:
+                os._exit(2)
+        ends: list[int] = []
+
+        def has_ended() -> bool:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                ends.append(os.waitstatus_to_exitcode(status))
+            return bool(ends)
+
+        await turns(has_ended, "the child ends")
+        assert ends == [0]
         store._store._store_stream.release()
-        await task
-        assert 1 <= len(asked) <= 2
+        assert await task == ROW_BYTES
 
 
 async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
@@ -252,17 +381,25 @@ async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
         return  # the test above
     pauses: list[float] = []
     real = store._loop.call_later
-    monkeypatch.setattr(
-        store._loop, "call_later", lambda pause, *rest, **more: pauses.append(pause) or real(pause, *rest, **more)
-    )
-    store._store._store_stream.hold()
-    task = asyncio.ensure_future(store.store(keys(0), [0]))
-    await turns(lambda: pauses and pauses[-1] == aio.LONGEST_POLL_S, "the longest pause")
-    assert pauses[0] == aio.FIRST_POLL_S
-    assert pauses == sorted(pauses)
-    store._store._store_stream.release()
-    await task
-    monkeypatch.undo()
+
+    def call_later(pause: float, *rest: Any, **more: Any) -> asyncio.TimerHandle:
+        pauses.append(pause)
+        return real(pause, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._loop, "call_later", call_later)
+        store._store._store_stream.hold()
+        task = asyncio.ensure_future(store.store(keys(0), [0]))
+        await turns(lambda: pauses and pauses[-1] == aio.LONGEST_POLL_S, "the longest pause")
+        assert pauses[0] == aio.FIRST_POLL_S
+        assert pauses == sorted(pauses)
+        del pauses[:]
+        more = [asyncio.ensure_future(store.store(keys(at), [at])) for at in (1, 2)]
+        await asyncio.sleep(0)
+        assert pauses == [aio.FIRST_POLL_S], "a submission is soon asked after, however long the others have taken"
+        store._store._store_stream.release()
+        await asyncio.gather(task, *more)
+        assert store._timer is None
     await store.close()
 
 

@@ -516,6 +516,13 @@ def test_also_of_jobs_that_are_cut_off(eventfd: int):
     assert os.eventfd_read(eventfd) == 1
 
 
+def test_also_of_jobs_without_copies(engine: HostEngine, eventfd: int):
+    engine.signal(eventfd)
+    engine.store_stream.copy(*[np.empty(0, dtype=np.uint64)] * 2, 1)
+    assert os.eventfd_read(eventfd) == 1
+    engine.signal(-1)
+
+
 def test_nothing_is_signalled_any_more_when_it_is_turned_off(engine: HostEngine, eventfd: int):
     engine.signal(eventfd)
     engine.signal(-1)
