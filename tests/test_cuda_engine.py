@@ -903,6 +903,23 @@ def test_jobs_in_flight_when_the_context_is_lost_are_reported_as_failed_once(pri
 
 @emulated
 @each_pool
+def test_events_of_a_lost_context_are_never_destroyed(primary, pool, emulator):
+    # torch's destructor of an event calls CUDA, and where that fails it may abort the process.
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(4), range(4))
+    assert finish(store) == {1: True}
+    (*_, event) = store._engine.events.created
+    before = sys.getrefcount(event)
+    emulator.inject("exec_h2d", 1, ILLEGAL_ADDRESS, asynchronous=True)
+    store.submit_store(2, names(4, 50), range(4))
+    until(emulator.sticky, "the context is lost")
+    assert finish(store) == {2: False}
+    del store._engine.events.created[-1]
+    assert sys.getrefcount(event) >= before
+
+
+@emulated
+@each_pool
 def test_a_context_that_cannot_be_made_current_is_lost(primary, pool, monkeypatch, emulator):
     store = make_store(primary, pool=pool)
     store.submit_store(1, names(2), [0, 1])
