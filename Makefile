@@ -26,7 +26,7 @@ C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parame
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
-	mutants-cuda demo bench-copy lint clean
+	mutants-cuda demo bench lint clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -40,7 +40,7 @@ help:
 	@echo "make mutants-cuda   the same for the CUDA engine"
 	@echo "make sanitize       the emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
-	@echo "make bench-copy     copy rates and costs, beside vLLM's fs tier and memmove"
+	@echo "make bench          all benchmarks, a table and pictures, in 20 minutes (TRACE=... for replay)"
 	@echo "make lint           ruff, mypy, C warnings"
 	@echo "make clean          remove what the above made"
 
@@ -107,8 +107,8 @@ sanitize:
 demo: setup
 	$(RUN) -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)')
 
-bench-copy: setup
-	$(RUN) -m benchmarks.copy_rate
+bench: setup
+	$(RUN) -m benchmarks.bench $(if $(TRACE),--trace '$(TRACE)')
 
 lint: setup
 	$(VENV)/bin/ruff check .

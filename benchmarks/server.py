@@ -62,12 +62,12 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    model: Path | str, log: Path, *, name: str, offloading: dict[str, Any], arguments: list[str]
+    model: Path | str, log: Path, *, name: str, offloading: dict[str, Any] | None, arguments: list[str]
 ) -> Iterator[Server]:
     """Run the server while in the block, on a free port of this machine.
 
     model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory.
-    offloading: the `kv_connector_extra_config`. arguments: more of the server's.
+    offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the server's.
     Raises RuntimeError with the end of the log if the server does not come up.
     """
     with socket.socket() as free:
@@ -81,7 +81,9 @@ def serve(
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--kv-transfer-config", json.dumps(transfer), *arguments]
+    command += arguments
+    if offloading is not None:
+        command += ["--kv-transfer-config", json.dumps(transfer)]
     environment = {
         **os.environ,
         **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),

@@ -258,13 +258,18 @@ def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, mo
 async def test_a_store_that_cannot_close_gives_its_eventfd_back(primary, monkeypatch):
     store = open_store(primary)
 
+    signals: list[int] = []
+    signal = store._store.signal
+
     def close():
         raise OSError("out of luck")
 
     with monkeypatch.context() as patch:
+        patch.setattr(store._store, "signal", lambda fd: signals.append(fd) or signal(fd))
         patch.setattr(store._store, "close", close)
         with pytest.raises(OSError, match="out of luck"):
             await store.close()
+    assert signals == ([-1] if store._is_signalled else []), "its number may be another file's soon"
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(store._eventfd)
 
@@ -314,6 +319,21 @@ async def test_an_idle_store_does_nothing(primary, monkeypatch):
                 await asyncio.sleep(0)
             assert polls == []
             assert store._timer is None
+
+
+async def test_a_closed_store_is_not_asked_any_more(primary, monkeypatch):
+    store = open_store(primary)
+    task = asyncio.ensure_future(store.store(keys(0), [0]))
+    await asyncio.sleep(0)
+    store._store._stores[0].event.synchronize()
+    await store.store([], [])  # ends at once, and takes the end of the other along: its timer is still set
+    await store.close()
+    polls = polls_of(store, monkeypatch)
+    until = time.monotonic() + 10 * aio.LONGEST_POLL_S
+    while time.monotonic() < until:
+        await asyncio.sleep(0)
+    assert polls == []
+    assert await task == ROW_BYTES
 
 
 @pytest.mark.host_only
@@ -380,11 +400,13 @@ async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
         await store.close()
         return  # the test above
     pauses: list[float] = []
+    timers: list[asyncio.TimerHandle] = []
     real = store._loop.call_later
 
     def call_later(pause: float, *rest: Any, **more: Any) -> asyncio.TimerHandle:
         pauses.append(pause)
-        return real(pause, *rest, **more)
+        timers.append(real(pause, *rest, **more))
+        return timers[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(store._loop, "call_later", call_later)
@@ -397,6 +419,7 @@ async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
         more = [asyncio.ensure_future(store.store(keys(at), [at])) for at in (1, 2)]
         await asyncio.sleep(0)
         assert pauses == [aio.FIRST_POLL_S], "a submission is soon asked after, however long the others have taken"
+        assert timers[-2].cancelled(), "there is one timer"
         store._store._store_stream.release()
         await asyncio.gather(task, *more)
         assert store._timer is None
