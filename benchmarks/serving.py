@@ -2,8 +2,8 @@
 
 Conversations of several turns over a working set several times the KV cache and the primary: when a conversation goes
 on, its blocks have left both. Also the floor, a prompt that is still in vLLM's own KV cache, and what a tier costs
-where nothing is ever asked for again. The servers run side by side and are asked in turns, one at a time, so that a noisy
-machine is as noisy to each. All answers must be equal to the letter.
+where nothing is ever asked for again. The servers run side by side and are asked in turns, one at a time, so that a
+noisy machine is as noisy to each. All answers must be equal to the letter.
 """
 
 from __future__ import annotations

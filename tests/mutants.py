@@ -24,6 +24,8 @@ TIMEOUT_S = 240
 TIER = ("test_manager.py", "test_index.py")
 BACKEND = ("test_cpu_backend.py",)
 ENGINE = ("test_host_copy.py",)
+ASYNCIO = ("test_aio.py",)
+TRACE = ("test_trace.py", "test_timeline.py")
 MEMORY = ("test_arena.py", "test_manager.py")
 
 
@@ -301,6 +303,22 @@ MUTANTS = [
         "self.engine.load_stream",
         BACKEND,
     ),
+    Mutant("C: the end of a job is signalled", "_host_copy.c", "    if (core->signal >= 0) {", "    if (0) {", ENGINE),
+    Mutant("C: the signal comes after the end", "_host_copy.c", "    atomic_store_explicit(&job->state, job->cancelled ? JOB_CANCELLED : JOB_DONE, memory_order_release);\n    if (queue->running", "    if (core->signal >= 0) write(core->signal, &(uint64_t){1}, 8), usleep(2000);\n    atomic_store_explicit(&job->state, job->cancelled ? JOB_CANCELLED : JOB_DONE, memory_order_release);\n    if (queue->running", ENGINE),
+    Mutant("asyncio: cancelling an await loses no job", "aio.py", "return await asyncio.shield(ended)", "return await ended", ASYNCIO),
+    Mutant("asyncio: close waits for jobs", "aio.py", "            await self._until_ended()\n        except asyncio.CancelledError:", "            pass\n        except asyncio.CancelledError:", ASYNCIO),
+    Mutant("asyncio: close goes on when cancelled", "aio.py", "await asyncio.shield(self._closing)", "await self._closing", ASYNCIO),
+    Mutant("asyncio: jobs without copies end at once", "aio.py", "        if self._store.has_results:  # there was nothing to copy\n            self._collect()\n", "", ASYNCIO),
+    Mutant("asyncio: the signal is taken back", "aio.py", "        os.eventfd_read(self._eventfd)  # before", "        pass  # before", ASYNCIO),
+    Mutant("asyncio: the eventfd is closed", "aio.py", "        os.close(self._eventfd)\n", "", ASYNCIO),
+    Mutant("asyncio: a hit is not pinned", "aio.py", "        self._store.end_step()\n", "", ASYNCIO),
+    Mutant("asyncio: one event loop", "aio.py", "if asyncio.get_running_loop() is not self._loop:", "if False:", ASYNCIO),
+    Mutant("asyncio: an error while asking reaches all", "aio.py", "                future.set_exception(error)\n", "                pass\n", ASYNCIO),
+    Mutant("trace: bounded", "trace.py", "                if self._written > MAX_BYTES:", "                if False:", TRACE),
+    Mutant("trace: the clock of torch's profiler", "trace.py", "_TRIMESTER_S = 3 * 2_629_746", "_TRIMESTER_S = 3 * 2_629_743", TRACE),
+    Mutant("trace: a failing trace loses no job", "block_store.py", "            except Exception as error:  # a job must not be lost for its picture", "            except OSError as error:  # a job must not be lost for its picture", TRACE),
+    Mutant("trace: steps planned ahead do not overlap", "trace.py", "max(self._scheduled.popleft(), self._last_results_ns)", "self._scheduled.popleft()", TRACE),
+    Mutant("timeline: steps without work hide nothing", "timeline.py", " if b - a >= _SHORTEST_STEP_S)", ")", TRACE),
 ]  # fmt: skip
 
 
