@@ -531,6 +531,20 @@ def test_nothing_is_signalled_any_more_when_it_is_turned_off(engine: HostEngine,
         os.eventfd_read(eventfd)
 
 
+def test_an_engine_starts_without_a_signal(eventfd: int):
+    standard_input = os.dup(0)
+    os.dup2(eventfd, 0)  # where a descriptor that was never set would point
+    try:
+        engine = HostEngine(1)
+        move(engine.store_stream, SCRATCH, SOURCE).synchronize()
+        engine.close()
+    finally:
+        os.dup2(standard_input, 0)
+        os.close(standard_input)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(eventfd)
+
+
 def test_a_signal_that_nobody_reads_blocks_no_thread(engine: HostEngine, eventfd: int):
     os.eventfd_write(eventfd, 2**64 - 2)  # full
     engine.signal(eventfd)

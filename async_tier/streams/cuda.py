@@ -361,12 +361,13 @@ class CudaStream:
 
     def _refused(self, doing: str, error: Exception) -> None:
         """A call was refused: find out whether the context is lost, else let the streams run empty."""
-        logger.error("CUDA refused to %s: %s", doing, error)
         self._stalled = True
         try:
             self.is_idle()
-        except CudaError as lost:
+        except CudaError as lost:  # whoever asks for the engine's health says so
             self._engine.lose(lost)
+        else:
+            logger.error("CUDA refused to %s: %s", doing, error)
 
     def _settle(self, piece: _Piece) -> None:
         """The piece was seen to end."""
