@@ -146,7 +146,8 @@ def main() -> int:
         "head_of_line",
         f"Loads of {LOAD_BLOCKS} blocks of {ROW_BYTES // KIB} KiB, {samples} on an idle tier after {WARM_UPS} to warm "
         f"up, then {samples} with {queued / MIB:.0f} MiB of stores queued before each (what fits {LOADED_S:.0f} s). "
-        f"{COPY_THREADS} copy threads. Latency: from submit_load until get_finished_jobs has reported it, polled without a pause.",
+        f"{COPY_THREADS} copy thread(s). Latency: from submit_load until get_finished_jobs has reported it, polled "
+        "without a pause.",
         options.output,
     )
     latencies = measure(run, samples, queued)

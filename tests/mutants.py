@@ -310,7 +310,7 @@ MUTANTS = [
     Mutant("asyncio: close goes on when cancelled", "aio.py", "await asyncio.shield(self._closing)", "await self._closing", ASYNCIO),
     Mutant("asyncio: jobs without copies end at once", "aio.py", "        if self._store.has_results:  # there was nothing to copy\n            self._collect()\n", "", ASYNCIO),
     Mutant("asyncio: the signal is taken back", "aio.py", "        os.eventfd_read(self._eventfd)  # before", "        pass  # before", ASYNCIO),
-    Mutant("asyncio: the eventfd is closed", "aio.py", "        os.close(self._eventfd)\n", "", ASYNCIO),
+    Mutant("asyncio: the eventfd is closed", "aio.py", "            os.close(self._eventfd)", "            pass", ASYNCIO),
     Mutant("asyncio: a hit is not pinned", "aio.py", "        self._store.end_step()\n", "", ASYNCIO),
     Mutant("asyncio: one event loop", "aio.py", "if asyncio.get_running_loop() is not self._loop:", "if False:", ASYNCIO),
     Mutant("asyncio: an error while asking reaches all", "aio.py", "                future.set_exception(error)\n", "                pass\n", ASYNCIO),
