@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -136,6 +137,9 @@ class Run:
         self._started = time.perf_counter()
         self._busy = busy_seconds()
         signal.signal(signal.SIGTERM, _stop)
+        # As vLLM does once it has started: what imports made is not walked again and again.
+        gc.collect()
+        gc.freeze()
 
     @property
     def picture(self) -> Path:

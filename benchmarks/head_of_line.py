@@ -40,7 +40,7 @@ COPY_THREADS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))
 class Contender:
     """A tier, what is queued on it, and the loads that are measured."""
 
-    def __init__(self, tier: Any, fs: tiers.FileSystem | None, queued_bytes: int) -> None:
+    def __init__(self, tier: Any, fs: tiers.FileSystem | None, queued_bytes: int, warm_up_blocks: int = 0) -> None:
         self.tier = tier
         self.fs = fs
         self._jobs = tiers.Jobs()
@@ -49,6 +49,7 @@ class Contender:
         self._in_flight: set[int] = set()
         self._ended: set[int] = set()
         self.least_queued = queued_bytes
+        self.store(warm_up_blocks)
         self._kept = [tiers.block_keys(LOAD_BLOCKS) for _ in range(KEPT_JOBS)]
         for keys in self._kept:
             tiers.submit_alone(tier, self._jobs.store(keys, self._rows(LOAD_BLOCKS)))
@@ -58,7 +59,7 @@ class Contender:
     def latency(self, loaded: bool) -> float:
         """Seconds from a load's submission until its end is seen; `loaded`: behind a full queue of stores."""
         if loaded:
-            self._fill()
+            self._fill(self._queued_jobs)
         if self.fs is None:  # as vLLM does before a load; so that the stores do not evict what is asked for
             context = tiers.request("asks")
             for keys in self._kept:
@@ -80,14 +81,21 @@ class Contender:
             self.least_queued = min(self.least_queued, still_queued)
         return took
 
+    def store(self, blocks: int) -> None:
+        """Store that many blocks, and wait."""
+        for _ in range(blocks // tiers.JOB_BLOCKS):
+            self._fill(1)
+            self.drain()
+
     def drain(self) -> None:
         while self._in_flight:
             self._collect()
         if self.fs is not None:
             self.fs.remove_blocks()
 
-    def _fill(self) -> None:
-        while len(self._in_flight) < self._queued_jobs:
+    def _fill(self, jobs: int) -> None:
+        """Store until that many jobs are in flight."""
+        while len(self._in_flight) < jobs:
             job = self._jobs.store(tiers.block_keys(tiers.JOB_BLOCKS), self._rows(tiers.JOB_BLOCKS))
             self._in_flight.add(job.job_id)
             self.tier.submit_store(job)
@@ -111,11 +119,12 @@ def measure(run: Run, samples: int, queued_bytes: int) -> dict[str, dict[str, li
     primary = np.ones((SOURCE_ROWS + TARGET_ROWS, ROW_BYTES), dtype=np.uint8)
     for name in ("ours", "fs"):
         with ExitStack() as stack:
-            # Room for what is queued and kept: an eviction is not what is measured.
-            blocks = 2 * queued_bytes // ROW_BYTES + KEPT_JOBS * LOAD_BLOCKS
+            # Room for what is queued and kept, and a little more.
+            blocks = 5 * queued_bytes // ROW_BYTES // 4 + KEPT_JOBS * LOAD_BLOCKS
             if name == "ours":
                 tier = tiers.ours(stack, primary, blocks, copy_threads=COPY_THREADS)
-                contender = Contender(tier, None, queued_bytes)
+                # Every row once: the first touch of memory is slow, most of all on a virtual machine.
+                contender = Contender(tier, None, queued_bytes, warm_up_blocks=2 * blocks)
             else:
                 fs = tiers.FileSystem(stack, primary)
                 contender = Contender(fs.tier, fs, queued_bytes)

@@ -24,13 +24,15 @@ from benchmarks.common import Figure, Run, Spread, arguments, figure
 KIB, MIB = 1 << 10, 1 << 20
 ROW_BYTES = 256 * KIB
 PRIMARY_ROWS = 2048
-# 512 x 512 of float32: three of them are 3 MiB, about a core's second-level cache. What computes from main memory
-# competes for it with whatever copies; that is another question.
-MATRIX = 512
+# 256 x 256 of float32: three of them are 768 KiB, which a core's second-level cache holds. What computes from main
+# memory, or from a cache that cores share, competes for it with whatever copies; that is another question.
+MATRIX = 256
 # Of one measurement.
 COMPUTE_S = 0.5
 REPETITIONS = 9
 WARM_UPS = 2
+# 256 MiB: what is copied during several products, between which jobs are submitted and polled.
+JOBS_IN_FLIGHT = 32
 # A step of the scheduler: this much Python, and in it one store and one load of 32 blocks.
 STEP_S = 0.010
 STEPS = 50
@@ -88,10 +90,10 @@ class MatrixProducts:
         self._left = torch.rand(MATRIX, MATRIX)
         self._right = torch.rand(MATRIX, MATRIX)
         self._out = torch.empty(MATRIX, MATRIX)
-        self.products = self.jobs = 1
-        self.products = max(1, round(COMPUTE_S / max(self.compute() for _ in range(20))))
-        self.jobs = 16
-        self.jobs = max(tiers.JOBS_IN_FLIGHT, round(16 * COMPUTE_S / min(self.copy() for _ in range(3))))
+        self.products, self.jobs = 100, 2 * JOBS_IN_FLIGHT
+        # The first ones build what they need, and touch memory for the first time.
+        self.products = round(100 * COMPUTE_S / min(self.compute() for _ in range(5)))
+        self.jobs = round(self.jobs * COMPUTE_S / min(self.copy() for _ in range(5)))
 
     def compute(self) -> float:
         """Seconds of the products alone."""
@@ -105,7 +107,7 @@ class MatrixProducts:
         copies, started = self._copies, time.perf_counter()
         first = copies.submitted
         while copies.submitted - first < self.jobs or copies.in_flight:
-            while copies.submitted - first < self.jobs and copies.in_flight < tiers.JOBS_IN_FLIGHT:
+            while copies.submitted - first < self.jobs and copies.in_flight < JOBS_IN_FLIGHT:
                 copies.submit()
             copies.poll()
         return time.perf_counter() - started
@@ -117,11 +119,11 @@ class MatrixProducts:
         for _ in range(self.products):
             torch.mm(self._left, self._right, out=self._out)
             copies.poll()
-            while copies.submitted - first < self.jobs and copies.in_flight < tiers.JOBS_IN_FLIGHT:
+            while copies.submitted - first < self.jobs and copies.in_flight < JOBS_IN_FLIGHT:
                 copies.submit()
         computed = time.perf_counter() - started
         while copies.submitted - first < self.jobs or copies.in_flight:
-            while copies.submitted - first < self.jobs and copies.in_flight < tiers.JOBS_IN_FLIGHT:
+            while copies.submitted - first < self.jobs and copies.in_flight < JOBS_IN_FLIGHT:
                 copies.submit()
             copies.poll()
         return time.perf_counter() - started, computed

@@ -327,8 +327,6 @@ def measure_memory(blocks: int) -> float:
 def main() -> int:
     options = arguments(__doc__).parse_args()
     logging.getLogger("vllm").setLevel(logging.WARNING)
-    gc.collect()
-    gc.freeze()  # as vLLM does once it has started: what imports made is not walked again and again
     sizes = (FEW_BLOCKS, BETWEEN[0]) if options.quick else (FEW_BLOCKS, *BETWEEN, MANY_BLOCKS)
     jobs = 30 if options.quick else SUBMIT_JOBS
     run = Run(
