@@ -437,7 +437,8 @@ class BlockStore:
         if len(numbers) != len(keys):
             self.fault(f"take job {job_id}", f"{len(keys)} keys but {len(numbers)} row numbers")
             return None
-        if not set(map(type, numbers)) <= {int}:
+        is_integral = isinstance(rows, np.ndarray) and rows.dtype.kind in "iu" and rows.ndim == 1
+        if not is_integral and not set(map(type, numbers)) <= {int}:
             self.fault(f"take job {job_id}", "row numbers must be integers")
             return None
         if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):

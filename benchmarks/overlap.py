@@ -21,9 +21,10 @@ from async_tier.manager import AsyncSecondaryTierManager
 from benchmarks import tiers
 from benchmarks.common import Figure, Run, Spread, arguments, figure
 
-KIB, MIB = 1 << 10, 1 << 20
-ROW_BYTES = 256 * KIB
-PRIMARY_ROWS = 2048
+MIB = 1 << 20
+# A block of 16 tokens of an 8B model (Llama 3.1, bfloat16): 128 KiB a token.
+ROW_BYTES = 2 * MIB
+PRIMARY_ROWS = 512
 # 256 x 256 of float32: three of them are 768 KiB, which a core's second-level cache holds. What computes from main
 # memory, or from a cache that cores share, competes for it with whatever copies; that is another question.
 MATRIX = 256
@@ -32,7 +33,7 @@ COMPUTE_S = 0.5
 REPETITIONS = 9
 WARM_UPS = 2
 # 256 MiB: what is copied during several products, between which jobs are submitted and polled.
-JOBS_IN_FLIGHT = 32
+JOBS_IN_FLIGHT = 4
 # A step of the scheduler: this much Python, and in it one store and one load of 32 blocks.
 STEP_S = 0.010
 STEPS = 50
@@ -90,7 +91,7 @@ class MatrixProducts:
         self._left = torch.rand(MATRIX, MATRIX)
         self._right = torch.rand(MATRIX, MATRIX)
         self._out = torch.empty(MATRIX, MATRIX)
-        self.products, self.jobs = 100, 2 * JOBS_IN_FLIGHT
+        self.products, self.jobs = 100, 4 * JOBS_IN_FLIGHT
         # The first ones build what they need, and touch memory for the first time.
         self.products = round(100 * COMPUTE_S / min(self.compute() for _ in range(5)))
         self.jobs = round(self.jobs * COMPUTE_S / min(self.copy() for _ in range(5)))
@@ -166,7 +167,7 @@ def main() -> int:
     repetitions = 3 if options.quick else REPETITIONS
     run = Run(
         "overlap",
-        f"{WARM_UPS} rounds to warm up, then {repetitions} of each in turns. Rows of {ROW_BYTES // KIB} KiB, jobs of "
+        f"{WARM_UPS} rounds to warm up, then {repetitions} of each in turns. Rows of {ROW_BYTES // MIB} MiB, jobs of "
         f"{tiers.JOB_BLOCKS} blocks, half stores and half loads, one copy thread. Products of {MATRIX} x {MATRIX} "
         f"float32 on one thread; scheduler steps of {STEP_S * 1e3:.0f} ms of Python with a store and a load each.",
         options.output,

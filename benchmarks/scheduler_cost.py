@@ -72,9 +72,9 @@ def measure_submissions(run: Run, repetitions: int) -> dict[str, float]:
             for name, tier in compared.items():
                 if name.startswith("ours"):
                     tiers.submit_alone(tier, jobs.store(keys, rows[: len(keys)]))
-        order = list(compared.items())
+        order, draw = list(compared.items()), random.Random(1)
         for keys in tiers.groups(tiers.block_keys(repetitions * tiers.JOB_BLOCKS)):
-            order.append(order.pop(0))  # whoever follows the fs tier's threads finds the caches cold
+            draw.shuffle(order)  # whoever follows the fs tier's threads finds the caches cold
             for name, tier in order:
                 times.setdefault(f"store, {name}", []).append(tiers.submit_alone(tier, jobs.store(keys, rows)))
                 times.setdefault(f"load, {name}", []).append(tiers.submit_alone(tier, jobs.load(keys, rows)))
@@ -98,10 +98,10 @@ def measure_blocks_a_job(run: Run) -> dict[str, dict[int, float]]:
             run.progress(f"jobs of {blocks} blocks")
             rows = np.arange(blocks, dtype=np.int32)
             times: dict[str, list[float]] = {name: [] for name in compared}
-            order = list(compared.items())
+            order, draw = list(compared.items()), random.Random(1)
             for _ in range(min(SUBMIT_JOBS, max(SWEEP_JOBS, SWEEP_BLOCKS // blocks))):
                 keys = tiers.block_keys(blocks)
-                order.append(order.pop(0))
+                draw.shuffle(order)
                 for name, tier in order:
                     times[name].append(tiers.submit_alone(tier, jobs.store(keys, rows)))
             for name, each in times.items():
