@@ -222,7 +222,7 @@ def draw(run: Run, by_row: dict[int, dict[str, Spread]], by_blocks: dict[int, di
         left.set_xticks(sizes, [format_size(size) for size in sizes], rotation=30)
         left.set_ylabel("GB/s")
         left.set_title("Copy rate, scheduler busy in Python")
-        left.legend(fontsize="small")
+        left.legend(fontsize="small", ncols=2, loc="upper left")
         for kind, style in (("store", "o-"), ("load", "s--")):
             rates = [by_blocks[blocks][f"ours, 1 thread: {kind}"].median for blocks in by_blocks]
             right.plot(list(by_blocks), rates, style, color="#4c72b0", label=f"ours, 1 thread, {kind}")
@@ -230,8 +230,8 @@ def draw(run: Run, by_row: dict[int, dict[str, Spread]], by_blocks: dict[int, di
         right.set_xlabel(f"blocks a job, of {format_size(DEFAULT_ROW_BYTES)}")
         right.set_title("Blocks a job")
         right.legend(fontsize="small")
+        left.set_ylim(0, 1.3 * left.get_ylim()[1])  # room for the legend
         for axes in (left, right):
-            axes.set_ylim(0, None)
             axes.grid(alpha=0.3)
 
 
