@@ -111,6 +111,7 @@ def test_without_options_there_are_defaults():
         "max_inflight_store_bytes": 256 << 20,
         "keep_on_reset": False,
         "locality": None,
+        "trace_path": None,
     }
 
 
@@ -132,6 +133,7 @@ def test_without_options_there_are_defaults():
         ({"locality": "LOCAL"}, {"locality": "LOCAL"}),
         ({"locality": "REMOTE"}, {"locality": "REMOTE"}),
         ({"locality": None}, {"locality": None}),
+        ({"trace_path": "tier-{pid}.json"}, {"trace_path": "tier-{pid}.json"}),
     ],
 )
 def test_an_option_is_kept(options: dict, expected: dict):
