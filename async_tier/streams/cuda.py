@@ -308,6 +308,8 @@ class CudaStream:
                         break
                     ended += 1
         except Exception as error:
+            if self._queue and self._queue[0] is self._pieces[0].job:
+                self._queue.popleft()  # nothing more of it: it ends when the streams are empty
             self._pieces[0].job.failed = True  # whether its bytes arrived cannot be known
             self._refused("ask for the end of a copy", error)
             return
