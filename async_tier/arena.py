@@ -108,6 +108,10 @@ class Arena:
         """Free the memory. Every copy that touches it must have ended. Idempotent."""
         self._release()
 
+    def keep_for_ever(self) -> None:
+        """Never free the memory, because a copy may touch it at any time; `close` does nothing any more."""
+        self._release.detach()
+
 
 def _release(start: int, length: int, stop: threading.Event, populator: threading.Thread, owner: int) -> None:
     """Give the mapping back, in the process that made it: a forked child may have something else at its addresses."""

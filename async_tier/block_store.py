@@ -11,6 +11,7 @@ Ownership, before any code:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections import deque
@@ -136,11 +137,11 @@ class BlockStore:
         self._hits = self._misses = self._faults = 0
         self._closed = False
         self._broken = False
+        # Also when nobody calls close().
+        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
         self._trace: TierTrace | None = None
         if writer is not None:
             self._trace = TierTrace(writer, {"load": self._load_stream, "store": self._store_stream})
-        # Engine before arena: no copy may touch freed memory. Also when nobody calls close().
-        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
 
     # ------------------------------------------------------------------------------------------------- the contract
 
@@ -467,7 +468,9 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
 
 
 def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None) -> None:
-    engine.close()
-    arena.close()
-    if writer is not None:
-        writer.close()
+    """Engine before arena: no copy may touch freed memory. What one cannot do must not keep the others from it."""
+    with contextlib.ExitStack() as ends:
+        if writer is not None:
+            ends.callback(writer.close)
+        ends.callback(arena.close)
+        ends.callback(engine.close)

@@ -15,56 +15,67 @@ logger = logging.getLogger(__name__)
 
 # What is pinned at a time: some 0.1 s of the driver's time, in which other calls into it may have to wait.
 PIN_RANGE_BYTES = 256 << 20
+# How long the end of a tier waits for the range that is being pinned.
+PINNER_TIMEOUT_S = 5.0
 
 
 class PinnedArena:
     """Host memory, pinned range by range by a background thread; `ready` rows are pinned so far.
 
     An `Arena`, and not torch's pinned memory: freeing that after an error that the context does not survive can abort
-    the process. Raises MemoryError as Arena does, and CudaError if the driver refuses the first range.
+    the process. Raises MemoryError as Arena does, and as `Registration.register_next` if the first range is refused.
     """
 
     def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
-        self._engine = engine
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
         self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES)
+        self._stop = threading.Event()
+        self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
         try:
             self._registration.register_next()
-        except CudaError:
+            self._pinner.start()
+        except BaseException:
+            if not self._registration.give_up():
+                self._arena.keep_for_ever()
             self._arena.close()
             raise
         engine.add_rows(self.rows, self._registration.range_starts)
-        self._stop = threading.Event()
-        self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
-        self._pinner.start()
-        engine.call_on_close(self._unpin)
+        engine.own(self)
 
     @property
     def ready(self) -> int:
         return self._registration.rows_ready
 
     def close(self) -> None:
-        """Free the memory, if the engine is closed and knows that no copy touches it any more. Idempotent."""
-        if self._engine.is_quiet:
-            self._arena.close()
+        """Free the memory, unless it had to be left. The engine is closed. Idempotent."""
+        self._arena.close()
+
+    def unpin(self) -> None:
+        """See cuda.Pinned."""
+        self._stop.set()
+        # Bounded, because the garbage collector may run the end of a tier on this very thread, which then waits for it.
+        self._pinner.join(PINNER_TIMEOUT_S)
+        if self._pinner.is_alive():
+            raise RuntimeError("its memory is still being pinned")
+        self._registration.unpin()
+
+    def leave(self) -> None:
+        """See cuda.Pinned."""
+        self._registration.leave()
+        self._arena.keep_for_ever()
 
     def _pin(self) -> None:
         try:
             while not self._registration.is_complete and not self._stop.is_set():
                 self._registration.register_next()
-        except CudaError as error:
+        except RuntimeError as error:
             logger.warning(
                 "The tier holds %d blocks and not %d, because CUDA refused to pin more of its memory: %s",
                 self.ready,
                 self.rows.count,
                 error,
             )
-
-    def _unpin(self) -> None:
-        self._stop.set()
-        self._pinner.join()
-        self._registration.close()
 
 
 class DeviceArena:
@@ -74,7 +85,7 @@ class DeviceArena:
         size = count * row_bytes
         with engine.context:
             try:
-                address = engine.driver.allocate(size)
+                address = engine.allocate(size)
             except CudaError as error:
                 if error.code != OUT_OF_MEMORY:
                     raise
@@ -86,7 +97,6 @@ class DeviceArena:
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
         self.ready = count
         engine.add_rows(self.rows, None)
-        engine.call_on_close(lambda: engine.driver.free(address))
 
     def close(self) -> None:
         """Nothing to do: the engine's `close` frees the memory, when no copy touches it any more."""

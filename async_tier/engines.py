@@ -9,7 +9,6 @@ from typing import Protocol
 from async_tier.arena import Arena, Rows
 from async_tier.config import TierConfig
 from async_tier.streams.base import CopyEngine
-from async_tier.streams.cuda_driver import CudaError
 from async_tier.streams.host import HostEngine
 from async_tier.streams.registration import Registration
 
@@ -32,15 +31,14 @@ class RowMemory(Protocol):
 def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyEngine, RowMemory]:
     """The engine, and memory for `capacity` rows like the primary's.
 
-    Raises ValueError where CUDA was asked for and this process has no usable GPU, MemoryError where the memory cannot
-    be had, both in words. Where CUDA refuses to pin the primary, or the tier's own memory, there is a warning, and
-    copy threads and host memory instead.
+    Raises ValueError where CUDA was asked for and torch sees no GPU, or not that one, MemoryError where the memory
+    cannot be had, both in words. Where CUDA refuses anything, such as to start, or to pin the primary or the tier's own
+    memory, there is a warning, and copy threads and host memory instead.
     """
     if uses_cuda(config):
-        ordinal = _ordinal(config)
         try:
-            return _open_cuda(primary, config, capacity, ordinal)
-        except (CudaError, OSError) as error:
+            return _open_cuda(primary, config, capacity, _ordinal(config))
+        except (RuntimeError, OSError) as error:  # the driver's refusals and torch's; a library that is not there
             logger.warning(
                 "CUDA cannot be used for the tier's copies, so copy threads and host memory are used instead: %s", error
             )
@@ -93,7 +91,7 @@ def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -
     try:
         registration = Registration(engine.driver, engine.context, primary)
         registration.register_all()
-        engine.call_on_close(registration.close)
+        engine.own(registration)
         engine.add_rows(primary, registration.range_starts)
         return engine, (DeviceArena if on_device else PinnedArena)(engine, capacity, primary.row_bytes)
     except BaseException:

@@ -104,7 +104,6 @@ def free_primaries() -> None:
             store._engine._closed = False
             store._engine.close()
             assert store._engine.is_quiet
-            store._arena.close()
     _stores.clear()
     _primaries.clear()
 

@@ -30,6 +30,7 @@ LAYERS = 3
 BLOCKS_PER_CHUNK = 2
 CHUNK = PAGE * LAYERS * BLOCKS_PER_CHUNK
 GPU_BLOCKS = 32
+NAME = f"async-tier-test-{os.getpid()}"
 
 each_pool = pytest.mark.parametrize("pool", ["host", "cuda:0"])
 
@@ -42,10 +43,9 @@ class Machine:
         self.cache = [torch.empty((GPU_BLOCKS, PAGE), dtype=torch.int8, device="cuda") for _ in range(LAYERS)]
         for tensor in self.cache:
             tensor.copy_(torch.zeros((GPU_BLOCKS, PAGE), dtype=torch.int8))
-        name = f"async-tier-test-{os.getpid()}"
         sizes = {"num_chunks": primary_blocks, "kv_bytes_per_chunk": CHUNK, "cpu_page_size": CHUNK}
-        worker_region = SharedOffloadRegion(name, rank=0, **sizes)
-        scheduler_region = SharedOffloadRegion(name, rank=None, **sizes)
+        worker_region = SharedOffloadRegion(NAME, rank=0, **sizes)
+        scheduler_region = SharedOffloadRegion(NAME, rank=None, **sizes)
         references = [CanonicalKVCacheRef(layer, PAGE) for layer in range(LAYERS)]
         caches = CanonicalKVCaches(
             tensors=[CanonicalKVCacheTensor(tensor, PAGE) for tensor in self.cache],
@@ -149,9 +149,13 @@ class Machine:
 
 @pytest.fixture
 def shm():
-    before = set(os.listdir("/dev/shm"))
+    # Of this process: others may run at the same time.
+    def ours() -> list[str]:
+        return [name for name in os.listdir("/dev/shm") if NAME in name]
+
+    assert not ours()
     yield
-    assert set(os.listdir("/dev/shm")) == before
+    assert not ours()
 
 
 @each_pool

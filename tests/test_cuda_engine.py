@@ -164,26 +164,30 @@ def test_r1_nothing_waits_while_a_stream_is_held(primary, pool):
 
 @emulated
 @each_pool
-def test_r1_what_is_queued_costs_the_scheduler_little(primary, pool, emulator, capsys):
-    # Generous, because the machine is shared: a copy that blocked its caller would take 50 ms here.
+def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primary, pool):
     store = make_store(primary, pool=pool)
     store.submit_store(0, names(2, 900), [0, 1])
     finish(store)
-    emulator.set_delay(None, 50_000.0)
-    took = {}
-    for what, call in {
-        "submit_store": lambda: store.submit_store(1, names(4), range(4)),
-        "submit_load": lambda: store.submit_load(2, names(2, 900), [9, 10]),
-        "poll": store.poll,
-        "lookup": lambda: store.lookup(names(1)[0]),
-        "end of step": store.end_step,
-    }.items():
-        started = time.perf_counter()
-        call()
-        took[what] = time.perf_counter() - started
-    assert max(took.values()) < 0.040, took
-    emulator.set_delay(None, 0.0)
-    assert finish(store) == {1: True, 2: True}
+    for stream in (store._engine.load_stream, store._engine.store_stream):
+        stream.hold()
+    # The best of many, because the machine is shared: a call that waits does so every time.
+    times: dict[str, list[float]] = {}
+    turns = range(1, 11)
+    for turn in turns:
+        for what, call in {
+            "submit_store": lambda turn=turn: store.submit_store(turn, names(4, 10 * turn), range(4)),
+            "submit_load": lambda turn=turn: store.submit_load(100 + turn, names(2, 900), [9, 10]),
+            "poll": store.poll,
+            "lookup": lambda: store.lookup(names(1)[0]),
+            "end of step": store.end_step,
+        }.items():
+            started = time.perf_counter()
+            call()
+            times.setdefault(what, []).append(time.perf_counter() - started)
+    assert all(min(took) < 0.002 for took in times.values()), times
+    for stream in (store._engine.load_stream, store._engine.store_stream):
+        stream.release()
+    assert finish(store) == dict.fromkeys([*turns, *(100 + turn for turn in turns)], True)
 
 
 @emulated
@@ -364,6 +368,28 @@ def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(prim
     assert np.array_equal(primary[:40], before[:40])
 
 
+@emulated
+@each_pool
+def test_pieces_in_flight_are_bounded_in_number_as_well(primary, pool, monkeypatch, emulator):
+    # Each piece costs some six driver calls, and a small staging ring makes small pieces.
+    monkeypatch.setattr(cuda, "MAX_PIECES", 5)
+    store = make_store(primary, pool=pool)
+    stream = store._engine.store_stream
+    stream._piece_bytes = ROW_BYTES
+    before = primary.copy()
+    stream.hold()
+    calls = driver_calls(emulator)
+    store.submit_store(1, names(60), range(60))
+    assert len(stream._pieces) == 5
+    assert driver_calls(emulator) - calls <= 5 * 6 + 1
+    stream.release()
+    assert finish(store) == {1: True}
+    primary[:] = 0
+    store.submit_load(2, names(60), range(60))
+    assert finish(store) == {2: True}
+    assert np.array_equal(primary[:60], before[:60])
+
+
 def test_slots_of_a_ring_are_taken_in_turn_and_do_not_overlap():
     ring = cuda.StagingRing(1 << 20, 1000 << 10)
     slots = [ring.next_slot() for _ in range(2 * cuda.MIN_SLOTS)]
@@ -431,6 +457,60 @@ def test_what_somebody_else_has_registered_is_used_and_left_to_them(primary):
         assert driver.is_pinned(primary.ctypes.data)
         driver.unregister(primary.ctypes.data)
     context.release()
+
+
+@emulated
+@each_pool
+def test_tiers_on_one_primary_unpin_it_with_the_last_of_them(primary, pool, emulator):
+    first, second = make_store(primary, pool=pool), make_store(primary, pool=pool)
+    assert second.statistics().engine == "cuda"
+    first.close()
+    assert_round_trip(second, primary)
+    assert emulator.copies_pageable() == 0
+    third = make_store(primary, pool=pool)
+    second.close()
+    assert_round_trip(third, primary)
+    assert emulator.copies_pageable() == 0
+    driver, context = third._engine.driver, third._engine.context
+    third.close()
+    with context:
+        assert not driver.is_pinned(primary.ctypes.data)
+    assert not registration._users
+
+
+@emulated
+def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, caplog):
+    # By now the addresses may be those of other memory, and copies would go to what was pinned.
+    store = make_store(primary)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    store.close()
+    assert not store._engine.is_quiet
+    later = make_store(primary)
+    assert later.statistics().engine == "host"
+    assert "a tier that ended badly has left memory pinned" in caplog.text
+    assert_round_trip(later, primary)
+    store._engine.store_stream.release()
+    helpers.free_primaries()  # unpins it: what is pinned now is what is there
+    helpers.remember(later, primary)
+    again = make_store(primary)
+    assert again.statistics().engine == "cuda"
+    assert not registration._left & set(registration._users)
+
+
+def test_rows_that_are_pinned_are_counted_while_another_thread_pins_them():
+    class Pinning(registration.Registration):
+        """Another thread pins the last range between two readings of `_done`."""
+
+        _done = property(lambda self: next(counts), lambda self, value: None)
+
+    pinning = Pinning.__new__(Pinning)
+    pinning._rows = Rows(address=0, count=4, row_bytes=16, stride=16)
+    pinning.range_starts = [0, 32]
+    counts = iter([1, 2])
+    assert pinning.rows_ready == 2
+    counts = iter([2])
+    assert pinning.rows_ready == 4
 
 
 @emulated
@@ -585,6 +665,39 @@ def test_where_the_engine_cannot_be_had_copy_threads_copy_and_nothing_is_left(pr
 
 
 @emulated
+@each_pool
+@pytest.mark.parametrize(
+    ("point", "nth"), [("stream_create", 1), ("stream_create", 2), ("malloc", 1), ("host_register", 1)]
+)
+def test_an_engine_that_cannot_be_had_leaves_no_stream_and_no_context(primary, pool, point, nth, emulator):
+    if pool == "cuda:0" and point == "malloc":
+        return  # in words: test_more_than_the_device_has_is_refused_in_words
+    torch.cuda.init()
+    created, destroyed = emulator.count("stream_create"), emulator.count("stream_destroy")
+    emulator.inject(point, nth, UNKNOWN)
+    store = make_store(primary, pool=pool)
+    assert store.statistics().engine == "host"
+    refused = point == "stream_create"
+    assert emulator.count("stream_create") - created - refused == emulator.count("stream_destroy") - destroyed
+    assert emulator.count("primary_context_retain") == emulator.count("primary_context_release") == 1
+
+
+@pytest.mark.parametrize("function", ["torch.cuda.init", "torch.cuda.current_device", "torch.cuda.ExternalStream"])
+def test_where_torch_cannot_start_copy_threads_copy(primary, function, monkeypatch, caplog):
+    torch.cuda.init()
+
+    def refuse(*_, **__):
+        raise RuntimeError("no CUDA today")
+
+    monkeypatch.setattr(function, refuse)
+    store = make_store(primary)
+    assert store.statistics().engine == "host"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no CUDA today" in caplog.text
+    assert_round_trip(store, primary)
+
+
+@emulated
 def test_another_device_than_the_current_one():
     script = """
 from tests import cuda_emulator
@@ -637,6 +750,8 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
             refused = [(end.job_id, end.success) for end in store.poll()] == [(3, False)]
             # A call would have been refused, which is how a lost context looks.
             untouched = store._engine.broken is None
+            store.drain()
+            refused &= [(end.job_id, end.success) for end in store.poll()] == [(2, False)]
             store.close()
             code = 0 if refused and untouched and store._engine.is_quiet and store._engine.broken is None else 2
         finally:
@@ -751,27 +866,36 @@ def test_loads_and_stores_at_once_do_not_meet(primary, pool, emulator):
 
 # ------------------------------------------------------------------------------------------------------------- failures
 
-# What each piece of a job calls, in order; of pool "cuda:0" only one leg.
-SYNCHRONOUS = [
-    ("event_record", 1, "the start"),
-    ("memcpy_async", 1, "the first leg"),
-    ("event_record", 2, "the end of the first leg"),
-    ("stream_wait_event", 1, "the wait between the legs"),
-    ("memcpy_async", 2, "the second leg"),
-    ("event_record", 3, "the end of the second leg"),
-    ("event_record", 5, "the end of the second piece"),
-    ("memcpy_async", 3, "the first leg of the second piece"),
-    ("event_query", 1, "the question for the end"),
-]
+# What a job of two pieces calls: of (what, pool), (point, the how manieth call of it).
+CALLS = {
+    ("the start", "host"): ("event_record", 1),
+    ("the first leg", "host"): ("memcpy_async", 1),
+    ("the end of the first leg", "host"): ("event_record", 2),
+    ("the wait between the legs", "host"): ("stream_wait_event", 1),
+    ("the second leg", "host"): ("memcpy_async", 2),
+    ("the end", "host"): ("event_record", 3),
+    ("the second piece", "host"): ("memcpy_async", 3),
+    ("the end of the second piece", "host"): ("event_record", 5),
+    ("the start", "cuda:0"): ("event_record", 1),
+    ("the copy", "cuda:0"): ("memcpy_async", 1),
+    ("the end", "cuda:0"): ("event_record", 2),
+    ("the second piece", "cuda:0"): ("memcpy_async", 2),
+    ("the end of the second piece", "cuda:0"): ("event_record", 3),
+    **{("the question for the end", pool): ("event_query", 1) for pool in POOLS},
+    # Rows that are no neighbours go in a batch, one a piece.
+    **{("a batch", pool): ("memcpy_batch_async", 1) for pool in POOLS},
+    **{("a batch of the second piece", pool): ("memcpy_batch_async", 2) for pool in POOLS},
+}
 
 
 @emulated
-@each_pool
 @pytest.mark.parametrize("is_load", [False, True])
-@pytest.mark.parametrize(("point", "nth", "what"), SYNCHRONOUS, ids=[what for *_, what in SYNCHRONOUS])
-def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth, what, emulator, caplog):
-    if pool != "host" and point == "stream_wait_event":
-        return  # one leg waits for nothing
+@pytest.mark.parametrize(
+    ("pool", "point", "nth"),
+    [pytest.param(pool, *call, id=f"{what}, {pool}") for (what, pool), call in CALLS.items()],
+)
+def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth, emulator, caplog):
+    step = 2 if point == "memcpy_batch_async" else 1
     store = make_store(primary, pool=pool)
     for stream in (store._engine.load_stream, store._engine.store_stream):
         stream._piece_bytes = 2 * ROW_BYTES
@@ -780,30 +904,24 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     assert finish(store) == {1: True}
     emulator.inject(point, nth, UNKNOWN)
     if is_load:
-        store.submit_load(2, names(4, 900), range(100, 104))
+        store.submit_load(2, names(4, 900), range(100, 100 + 4 * step, step))
     else:
-        store.submit_store(2, names(4), range(4))
+        store.submit_store(2, names(4), range(0, 4 * step, step))
     store.submit_load(3, names(4, 904), range(110, 114))
     store.submit_store(4, names(4, 50), range(50, 54))
-    results = finish(store)
-    met = emulator.count(point) >= nth  # one leg records and waits less often
-    failed = [job_id for job_id, success in results.items() if not success]
-    assert sorted(results) == [2, 3, 4]
-    if pool == "host":
-        assert failed == [2]
-    assert len(failed) <= 1
-    assert met
-    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == len(failed)
-    if failed == [2] and is_load:
+    assert finish(store) == {2: False, 3: True, 4: True}
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    if is_load:
         assert not any(store.lookup(name) for name in names(4, 900)), "a key whose load failed is gone (R4)"
-    elif failed == [2]:
+    else:
         assert not any(store.lookup(name) for name in names(4))
     store.end_step()
-    if 3 not in failed:
-        assert np.array_equal(primary[110:114], before[4:8])
+    assert np.array_equal(primary[110:114], before[4:8])
     assert store._engine.broken is None
     assert_round_trip(store, primary)
     assert store.statistics().rows_used == store.num_blocks
+    events = store._engine.events
+    assert len(events._free) == len(events.created), "an event that was taken did not come back"
 
 
 @emulated
@@ -839,6 +957,61 @@ def test_r6_what_cannot_be_known_fails(primary, emulator):
     assert store.poll() == []
     store._engine.store_stream.release()
     assert finish(store) == {1: False}
+    assert store.num_blocks == 0
+
+
+@emulated
+@each_pool
+def test_nothing_of_a_failed_job_is_copied_after_its_report(primary, pool, emulator):
+    # Its first pieces are in flight and the rest waits for room when its event cannot be asked.
+    store = make_store(primary, pool=pool, max_inflight_store_bytes=1)
+    stream = store._engine.store_stream
+    stream._piece_bytes = 2 * ROW_BYTES
+    stream.hold()
+    store.submit_store(1, names(20), range(20))
+    assert stream._queue
+    emulator.inject("event_query", 1, UNKNOWN)
+    assert store.poll() == []
+    stream.release()
+    assert finish(store) == {1: False}
+    reported = emulator.copies(Kind.H2D)
+    assert reported == (1, 2 * ROW_BYTES)
+    # The rows are free again: others' bytes must stay in them.
+    assert_round_trip(store, primary, count=8)
+    store.submit_store(2, names(64, 200), range(64))
+    assert finish(store) == {2: True}
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize("point", ["event_sync", "stream_sync"])
+def test_a_wait_that_is_refused_is_no_failure(primary, pool, point, emulator):
+    store = make_store(primary, pool=pool)
+    stream = store._engine.store_stream
+    stream.hold()
+    store.submit_store(1, names(4), range(4))
+    emulator.inject("event_sync", 1, UNKNOWN)
+    emulator.inject(point, 1, UNKNOWN)
+    draining = threading.Thread(target=store.drain, daemon=True)
+    draining.start()
+    until(lambda: emulator.count(point) >= 1, "the wait was refused")
+    stream.release()
+    draining.join(helpers.PATIENCE_S)
+    assert not draining.is_alive()
+    assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)]
+    assert_round_trip(store, primary)
+
+
+@emulated
+@each_pool
+def test_a_stream_that_cannot_be_asked_has_lost_its_context(primary, pool, emulator):
+    # After a refusal its emptiness is asked of the stream; the driver refuses that for one reason only.
+    store = make_store(primary, pool=pool)
+    emulator.inject("memcpy_async", 1, UNKNOWN)
+    emulator.inject("stream_query", 1, ILLEGAL_ADDRESS)
+    store.submit_store(1, names(4), range(4))
+    assert finish(store) == {1: False}
+    assert "illegal memory access" in store._engine.broken
     assert store.num_blocks == 0
 
 
@@ -1009,6 +1182,219 @@ def test_close_is_bounded_and_leaves_memory_that_may_be_written_to(primary, pool
     stream.release()
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     assert emulator.sticky() == 0, "they found their memory gone"
+
+
+@emulated
+def test_memory_under_copies_stays_where_it_is_when_all_objects_are_gone(primary, emulator):
+    store = make_store(primary)
+    handles = store._engine.store_stream.handles
+    driver, context, engine = store._engine.driver, store._engine.context, weakref.ref(store._engine)
+    rows = store._rows
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    store.close()
+    helpers.forget()
+    del store
+    gc.collect()
+    assert engine() is None
+    for handle in handles:
+        emulator.release(handle)
+    until(lambda: all(emulator.pending(handle) == 0 for handle in handles), "the copies ended")
+    assert emulator.sticky() == 0, "they found their memory gone"
+    assert ctypes.string_at(rows.address, rows.row_bytes) == primary[0].tobytes()
+    with context:
+        for address in (rows.address, primary.ctypes.data):
+            driver.unregister(address)
+    registration._users.clear()
+    registration._left.clear()
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [
+        ("host_unregister", 1),
+        ("host_unregister", 2),
+        ("stream_destroy", 1),
+        ("free", 1),
+        ("primary_context_release", 1),
+    ],
+)
+def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary, pool, point, nth, emulator, caplog):
+    if pool != "host" and nth == 2:
+        return  # one range is pinned, of the primary
+    torch.cuda.init()
+    free_before = torch.cuda.mem_get_info()[0]
+    store = make_store(primary, pool=pool)
+    assert_round_trip(store, primary)
+    rows, driver, context = store._rows, store._engine.driver, store._engine.context
+    emulator.inject(point, nth, UNKNOWN)
+    assert returns(lambda: store.close() or True)
+    assert store._engine.is_quiet
+    if point != "primary_context_release":
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert "refused to take back what the engine had, in 1 calls" in caplog.text
+    assert emulator.count("stream_destroy") == len(store._engine._streams)
+    assert emulator.count("free") == 1
+    assert emulator.count("host_unregister") == (2 if pool == "host" else 1)
+    held = store._engine._memory and free_before - torch.cuda.mem_get_info()[0]
+    assert bool(held) == (point == "free")
+    with context:
+        left = [address for address in (rows.address, primary.ctypes.data) if driver.is_pinned(address)]
+        if pool == "host" and point == "host_unregister" and nth == 1:
+            assert left == [rows.address]
+            assert ctypes.string_at(rows.address, 1), "what is pinned stays mapped"
+        else:
+            assert left == ([primary.ctypes.data] if point == "host_unregister" else [])
+        for address in left:
+            driver.unregister(address)
+        for address in store._engine._memory if held else ():
+            driver.free(address)
+    registration._users.clear()
+    registration._left.clear()
+
+
+@emulated
+@each_pool
+def test_close_does_not_wait_for_the_work_of_others_on_the_device(primary, pool, emulator, monkeypatch, caplog):
+    # To free device memory waits for all of it.
+    monkeypatch.setattr(cuda, "FREE_TIMEOUT_S", 0.05)
+    torch.cuda.init()
+    free_before = torch.cuda.mem_get_info()[0]
+    store = make_store(primary, pool=pool)
+    driver, context = store._engine.driver, store._engine.context
+    theirs = torch.cuda.Stream()
+    emulator.hold(theirs.cuda_stream)
+    torch.cuda.Event().record(theirs)
+    assert returns(lambda: store.close() or True)
+    assert store._engine.is_quiet
+    with context:
+        assert not driver.is_pinned(primary.ctypes.data)
+    assert not caplog.records
+    emulator.release(theirs.cuda_stream)
+    until(lambda: torch.cuda.mem_get_info()[0] == free_before, "device memory was freed")
+
+
+@emulated
+def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
+    gate = threading.Event()
+    real = cuda_driver.Driver.unregister
+
+    def unregister(driver, address):
+        assert gate.wait(helpers.PATIENCE_S)
+        real(driver, address)
+
+    monkeypatch.setattr(cuda_driver.Driver, "unregister", unregister)
+    store = make_store(primary)
+    rows, driver, context = store._rows, store._engine.driver, store._engine.context
+    assert returns(lambda: store.close() or True)
+    assert "does not unpin the memory" in caplog.text
+    assert ctypes.string_at(rows.address, 1), "what is pinned stays mapped"
+    gate.set()
+    with context:
+        until(lambda: not driver.is_pinned(primary.ctypes.data), "it went on when it could")
+
+
+@emulated
+def test_where_no_thread_can_be_started_the_process_is_ending_and_all_is_left_to_it(primary, monkeypatch):
+    # Python 3.12 and later refuse new threads at exit.
+    store = make_store(primary)
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "async-tier-close":
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        real(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        store.close()
+    assert store._engine.is_quiet
+    assert store._engine.driver.is_pinned(primary.ctypes.data)
+    assert ctypes.string_at(store._rows.address, 1), "what is pinned stays mapped"
+    store._engine._give_back(threading.Event())
+
+
+@emulated
+def test_a_tier_may_end_on_the_thread_that_pins_its_memory(primary, monkeypatch, caplog):
+    # The garbage collector runs wherever it likes.
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(cuda_arena, "PINNER_TIMEOUT_S", 0.05)
+    made = threading.Event()
+    closed = threading.Event()
+    real = registration.Registration.register_next
+
+    def register_next(self):
+        if self._rows.count == 64 and self._done == 1 and not closed.is_set():
+            assert made.wait(helpers.PATIENCE_S)
+            store.close()
+            closed.set()
+        real(self)
+
+    monkeypatch.setattr(registration.Registration, "register_next", register_next)
+    store = make_store(primary)
+    made.set()
+    assert closed.wait(helpers.PATIENCE_S)
+    assert "still being pinned" in caplog.text
+    assert ctypes.string_at(store._rows.address, 1), "what is pinned stays mapped"
+    store._arena._pinner.join(helpers.PATIENCE_S)
+    with store._engine.context:
+        assert not store._engine.driver.is_pinned(primary.ctypes.data), "the rest was given back"
+    store._arena._registration.unpin()
+
+
+@emulated
+def test_where_the_clocks_cannot_be_compared_there_are_no_times(primary, emulator, tmp_path, caplog):
+    path = tmp_path / "trace.json"
+    emulator.inject("event_record", 1, UNKNOWN)
+    emulator.inject("event_record", 1, UNKNOWN)  # of the other stream
+    store = make_store(primary, trace_path=str(path))
+    assert "there are no times of copies" in caplog.text
+    assert_round_trip(store, primary)
+    store.close()
+    assert '"store queued"' in path.read_text()
+    assert '"store in"' not in path.read_text()
+
+
+@emulated
+@each_pool
+def test_a_tier_that_is_refused_at_the_last_moment_gives_everything_back(primary, pool, monkeypatch, tmp_path):
+    from async_tier import block_store
+
+    torch.cuda.init()
+    free_before = torch.cuda.mem_get_info()[0]
+
+    def refuse(*_):
+        raise ValueError("no trace today")
+
+    monkeypatch.setattr(block_store, "TierTrace", refuse)
+    with pytest.raises(ValueError, match="no trace today"):
+        make_store(primary, pool=pool, trace_path=str(tmp_path / "trace.json"))
+    gc.collect()
+    assert torch.cuda.mem_get_info()[0] == free_before
+    assert not registration._users
+    assert (tmp_path / "trace.json").read_text().endswith("{}]\n")
+
+
+@emulated
+@each_pool
+def test_the_end_of_one_thing_does_not_depend_on_that_of_another(primary, pool, monkeypatch, tmp_path):
+    path = tmp_path / "trace.json"
+    store = make_store(primary, pool=pool, trace_path=str(path))
+    real = store._engine.close
+
+    def close():
+        real()
+        raise RuntimeError("badly")
+
+    monkeypatch.setattr(store._engine, "close", close)
+    helpers.forget()
+    with pytest.raises(RuntimeError, match="badly"):
+        store._release()
+    assert path.read_text().endswith("{}]\n")
+    if pool == "host":
+        assert not store._arena._arena._release.alive
 
 
 def test_the_engine_says_what_it_is(primary):

@@ -19,6 +19,8 @@ from tests.helpers import job, keys, make_tier, primary_rows, until
 
 ROW_BYTES = 4096
 MS = 10**6
+# A device's clock is compared with the host's once, and this thread may not run in the middle of that.
+CLOCKS_APART_S = 0.1
 
 
 @pytest.fixture
@@ -48,11 +50,10 @@ def test_a_tier_traces_its_jobs_and_steps(path):
     legs = ["in", "out"] if "store in" in drawn.lanes else ["copy"]
     assert set(drawn.lanes) == {"steps"} | {f"{kind} {leg}" for kind in ("store", "load") for leg in ["queued", *legs]}
     assert all(len(spans) == 1 for spans in drawn.lanes.values())
-    assert 0 < drawn.duration <= took
+    assert 0 < drawn.duration <= took + CLOCKS_APART_S
     ((queued, copied),) = drawn.lanes["store queued"]
     ((copying, end),) = drawn.lanes[f"store {legs[0]}"]
-    # On a device the two clocks may be a little apart.
-    assert queued < copied <= copying + 0.001 <= end + 0.002
+    assert queued < copied <= copying + CLOCKS_APART_S <= end + 2 * CLOCKS_APART_S
     (slice_,) = [event for event in events(path, "store queued") if event["ph"] == "b"]
     assert slice_["args"] == {"job": 1, "blocks": 3, "bytes": 3 * ROW_BYTES}
     in_flight = [event["args"] for event in events(path, "bytes in flight")]

@@ -33,6 +33,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,9 +54,17 @@ _SLOT_ALIGNMENT = 256
 # Loads in flight. Bounded as well, because a full launch queue makes a call of 2 us block (vLLM #29013); at 50 GB/s
 # this is 10 ms, a scheduler step, of work.
 MAX_INFLIGHT_LOAD_BYTES = 512 << 20
+# Pieces in flight, at most: each takes some six calls, so that a small staging ring cannot make one submit cost
+# thousands of them.
+MAX_PIECES = 64
 # How long `close` waits for copies in flight, and then for the driver to unpin memory. Some 100 times what they take.
 CLOSE_TIMEOUT_S = 10.0
+# How long it waits for the driver to free device memory, which waits for the work of everybody on the device.
+FREE_TIMEOUT_S = 1.0
 _CLOSE_POLL_S = 0.0005
+# How far the clocks of host and device may be apart, and how often that is tried for.
+_CLOCK_ERROR_NS = 200_000
+_CLOCK_TRIES = 5
 
 
 class EventPool:
@@ -115,10 +124,15 @@ class DeviceClock:
     """
 
     def __init__(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
-        event.record(stream)
-        event.synchronize()
+        for _ in range(_CLOCK_TRIES):
+            before = time.monotonic_ns()
+            event.record(stream)
+            event.synchronize()
+            after = time.monotonic_ns()
+            if after - before < _CLOCK_ERROR_NS:  # else this thread was not running in between
+                break
         self._last = event
-        self._last_ns = time.monotonic_ns()
+        self._last_ns = (before + after) // 2
 
     def at(self, event: torch.cuda.Event) -> int:
         """When `event`, which is complete, was."""
@@ -178,21 +192,29 @@ class CudaJob:
 class _Piece:
     """Some bytes of a job on their way."""
 
-    __slots__ = ("bytes", "ended", "job", "joined", "slot")
+    __slots__ = ("bytes", "ended", "events", "job", "joined", "slot")
 
     def __init__(self, job: CudaJob, size: int) -> None:
         self.job = job
         self.bytes = size
         self.slot = -1
+        # All that it took from the pool.
+        self.events: list[torch.cuda.Event] = []
         # Recorded between the legs, and at the end; None until then.
         self.joined: torch.cuda.Event | None = None
         self.ended: torch.cuda.Event | None = None
+
+    def take_event(self, pool: EventPool) -> torch.cuda.Event:
+        event = pool.take()
+        self.events.append(event)
+        return event
 
 
 class CudaStream:
     """One direction of a CudaEngine: a CUDA stream a leg, and the pieces on them.
 
-    ring: the staging between two legs, None for one leg. limit: bytes in flight, at most (but one piece always goes).
+    ring: the staging between two legs, None for one leg. limit: bytes in flight, at most (but one piece always goes);
+    never more than MAX_PIECES pieces.
     """
 
     def __init__(self, engine: CudaEngine, ring: StagingRing | None, limit: int) -> None:
@@ -200,7 +222,7 @@ class CudaStream:
         self._ring = ring
         self._limit = limit
         self._piece_bytes = MAX_PIECE_BYTES if ring is None else ring.slot_bytes
-        self.handles = [engine.driver.create_stream() for _ in range(1 if ring is None else 2)]
+        self.handles = [engine.create_stream() for _ in range(1 if ring is None else 2)]
         device = torch.device("cuda", engine.context.ordinal)
         legs = [torch.cuda.ExternalStream(handle, device=device) for handle in self.handles]
         # Where a piece begins, and where it ends.
@@ -237,8 +259,11 @@ class CudaStream:
 
     def keep_times(self) -> None:
         """See CopyStream.keep_times."""
-        with self._engine.context:
-            self._clock = DeviceClock(self._out, self._engine.events.take())
+        try:
+            with self._engine.context:
+                self._clock = DeviceClock(self._out, self._engine.events.take())
+        except Exception as error:  # a lost context shows at the next question
+            logger.warning("CUDA refused to say what time it is; there are no times of copies: %s", error)
 
     def spans(self, event: CopyEvent) -> list[tuple[str, int, int]]:
         """See CopyStream.spans. The legs are "in" and "out", or the one is "copy"."""
@@ -259,7 +284,9 @@ class CudaStream:
 
     def wait(self) -> None:
         """Block, without the GIL, until the oldest piece in flight has ended, or all that a refusal has left."""
-        self._engine.check_usable()
+        if self._engine.context.is_forked:  # of the parent's copies nothing is ever known here
+            self.abandon()
+            return
         with self._engine.context:
             try:
                 ended = self._pieces[0].ended
@@ -292,7 +319,9 @@ class CudaStream:
     # ------------------------------------------------------------------------------------------------------- details
 
     def _has_room(self) -> bool:
-        return not self._pieces or self.bytes_in_flight + self._piece_bytes <= self._limit
+        return not self._pieces or (
+            len(self._pieces) < MAX_PIECES and self.bytes_in_flight + self._piece_bytes <= self._limit
+        )
 
     def _collect(self) -> None:
         try:
@@ -347,14 +376,14 @@ class CudaStream:
                 self._in.wait_event(busy)
             staged = leg.offsets[part] + np.uint64(address)
             engine.driver.copy(staged, leg.addresses[0][part], leg.sizes[part], self.handles[0])
-            piece.joined = engine.events.take()
+            piece.joined = piece.take_event(engine.events)
             piece.joined.record(self._in)
             self._out.wait_event(piece.joined)
             leg = job.legs[1]
             part = slice(*leg.pieces[job.pieces_queued : job.pieces_queued + 2])
             staged = leg.offsets[part] + np.uint64(address)
             engine.driver.copy(leg.addresses[0][part], staged, leg.sizes[part], self.handles[1])
-        ended = engine.events.take()
+        ended = piece.take_event(engine.events)
         ended.record(self._out)
         piece.ended = ended
         if self._ring is not None:
@@ -378,7 +407,7 @@ class CudaStream:
         job.pieces_in_flight -= 1
         if piece.slot >= 0 and self._ring is not None and piece.ended is not None:
             self._ring.seen(piece.slot, piece.ended)
-        events = [event for event in (piece.joined, piece.ended) if event is not None]
+        events = piece.events
         if self._clock is not None and piece.ended is not None:
             events.remove(piece.ended)
             events.append(self._note_times(self._clock, piece))
@@ -410,6 +439,16 @@ class CudaStream:
             return ended
 
 
+class Pinned(Protocol):
+    """Host memory that an engine's copies go to and come from."""
+
+    def unpin(self) -> None:
+        """No copy is under way any more. Raises RuntimeError, of which CudaError is one, where something stays."""
+
+    def leave(self) -> None:
+        """It stays pinned, and mapped as far as that is up to us. Never blocks, and may come after `unpin`."""
+
+
 class CudaEngine:
     """A store stream and a load stream of CUDA on one device.
 
@@ -430,21 +469,38 @@ class CudaEngine:
         self.is_quiet = True
         self._closed = False
         self._range_starts: dict[int, np.ndarray | None] = {}
-        self._on_close: list[Callable[[], None]] = []
-        self._staging = 0
-        with self.context:
-            rings: list[StagingRing | None] = [None, None]
-            if staging_bytes:
-                half = staging_bytes // 2 // _SLOT_ALIGNMENT * _SLOT_ALIGNMENT
-                self._staging = self.driver.allocate(2 * half)
-                rings = [StagingRing(self._staging, half), StagingRing(self._staging + half, half)]
-            try:
+        # What `close` gives back.
+        self._pinned: list[Pinned] = []
+        self._streams: list[int] = []
+        self._memory: list[int] = []
+        try:
+            with self.context:
+                rings: list[StagingRing | None] = [None, None]
+                if staging_bytes:
+                    half = staging_bytes // 2 // _SLOT_ALIGNMENT * _SLOT_ALIGNMENT
+                    staging = self.allocate(2 * half)
+                    rings = [StagingRing(staging, half), StagingRing(staging + half, half)]
                 self.load_stream = CudaStream(self, rings[0], MAX_INFLIGHT_LOAD_BYTES)
                 self.store_stream = CudaStream(self, rings[1], max_inflight_store_bytes)
-            except BaseException:
-                if self._staging:
-                    self.driver.free(self._staging)
-                raise
+        except BaseException:
+            self._give_back(threading.Event())
+            raise
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes of device memory, which `close` frees. Raises CudaError. In the context."""
+        address = self.driver.allocate(size)
+        self._memory.append(address)
+        return address
+
+    def create_stream(self) -> int:
+        """The handle of a new stream, which `close` destroys. Raises CudaError. In the context."""
+        handle = self.driver.create_stream()
+        self._streams.append(handle)
+        return handle
+
+    def own(self, pinned: Pinned) -> None:
+        """`close` sees to it, the last given first."""
+        self._pinned.append(pinned)
 
     @property
     def is_usable(self) -> bool:
@@ -485,10 +541,6 @@ class CudaEngine:
             for stream in (self.load_stream, self.store_stream):
                 stream.abandon()
 
-    def call_on_close(self, action: Callable[[], None]) -> None:
-        """`action` is called by `close`, the last given first, when the streams are quiet."""
-        self._on_close.append(action)
-
     def close(self) -> None:
         """See CopyEngine.close. Waits for the copies in flight, CLOSE_TIMEOUT_S at most.
 
@@ -511,10 +563,10 @@ class CudaEngine:
         for stream in streams:
             stream.abandon()
         if self.is_quiet:
-            # In a thread, because unpinning has been seen to hang (pytorch/pytorch#132520).
-            self.is_quiet = _within(CLOSE_TIMEOUT_S, self._release)
-        if not self.is_quiet:
+            self._give_back_soon()
+        else:
             logger.error("The CUDA engine ends with copies that may be under way; its memory is left as it is")
+            self._leave()
 
     # ------------------------------------------------------------------------------------------------------- details
 
@@ -537,32 +589,54 @@ class CudaEngine:
                 return False
             time.sleep(_CLOSE_POLL_S)
 
-    def _release(self) -> None:
-        with self.context:
-            for action in reversed(self._on_close):
-                action()
-            for handle in (*self.load_stream.handles, *self.store_stream.handles):
-                self.driver.destroy_stream(handle)
-            if self._staging:
-                self.driver.free(self._staging)
-        self.context.release()
-
-
-def _within(seconds: float, action: Callable[[], None]) -> bool:
-    """Whether `action` ended well within that time; it goes on in a thread if not."""
-    ended: list[bool] = []
-
-    def run() -> None:
+    def _give_back_soon(self) -> None:
+        """`_give_back` in a thread, because unpinning has been seen to hang (pytorch/pytorch#132520)."""
+        unpinned = threading.Event()
+        thread = threading.Thread(target=self._give_back, args=(unpinned,), name="async-tier-close", daemon=True)
         try:
-            action()
-            ended.append(True)
-        except CudaError as error:
-            logger.error("The CUDA engine could not give its memory back: %s", error)
+            thread.start()
+        except RuntimeError:  # from Python 3.12 on, when the process is ending: it gives everything back
+            self._leave()
+            return
+        if unpinned.wait(CLOSE_TIMEOUT_S):
+            thread.join(FREE_TIMEOUT_S)
+        else:
+            logger.error("CUDA does not unpin the memory of the CUDA engine, which is left as it is")
+            self._leave()
 
-    thread = threading.Thread(target=run, name="async-tier-close", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(ended)
+    def _give_back(self, unpinned: threading.Event) -> None:
+        """Give back all that can be, whatever of it is refused, and say so once. Sets `unpinned` in between."""
+        refusals: list[Exception] = []
+
+        def attempt(action: Callable[..., None], *arguments: int) -> bool:
+            try:
+                action(*arguments)
+            except RuntimeError as error:
+                refusals.append(error)
+                return False
+            return True
+
+        try:
+            with self.context:
+                for pinned in reversed(self._pinned):
+                    if not attempt(pinned.unpin):
+                        pinned.leave()
+                unpinned.set()
+                for handle in self._streams:
+                    attempt(self.driver.destroy_stream, handle)
+                for address in self._memory:
+                    attempt(self.driver.free, address)
+        except CudaError as error:  # the context cannot even be entered
+            refusals.append(error)
+            self._leave()
+            unpinned.set()
+        self.context.release()
+        if refusals:
+            logger.error("CUDA refused to take back what the engine had, in %d calls: %s", len(refusals), refusals[0])
+
+    def _leave(self) -> None:
+        for pinned in self._pinned:
+            pinned.leave()
 
 
 def _row_numbers(rows: Rows, numbers: list[int]) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import mmap
+import threading
+from collections.abc import Iterable
 
 from async_tier.arena import Rows
 from async_tier.streams.cuda_driver import ALREADY_REGISTERED, CudaError, DeviceContext, Driver
@@ -14,12 +16,22 @@ logger = logging.getLogger(__name__)
 # Registering 512 GiB at once was seen to fail (vLLM #51080).
 MAX_RANGE_BYTES = 64 << 30
 
+Range = tuple[int, int]  # address of the first byte, address after the last one
+
+# What registrations of this process have pinned, with the number of them that use it: two tiers may be on one primary.
+_users: dict[Range, int] = {}
+# What was not given back. The driver knows pages, not addresses: if others are mapped there by now, it says "already
+# registered", and copies go to the old ones.
+_left: set[Range] = set()
+# Held over the driver's calls as well: a range that somebody is about to unpin must not look pinned to anybody else.
+_lock = threading.Lock()
+
 
 class Registration:
     """The pinning of `rows`, in ranges of at most `largest` bytes that start at rows and on pages.
 
-    `register_next` pins one range after the other; `close` unpins those that are ours. What somebody else has
-    registered already is as good, and not ours to unpin.
+    `register_next` pins one range after the other; `unpin` unpins those that nobody else here uses. What somebody else
+    in the process has registered already is as good, and not ours to unpin.
     """
 
     def __init__(self, driver: Driver, context: DeviceContext, rows: Rows, largest: int = MAX_RANGE_BYTES) -> None:
@@ -29,7 +41,7 @@ class Registration:
         self.range_starts = range_starts(rows, largest, mmap.PAGESIZE)
         self._end = rows.address + (rows.count - 1) * rows.stride + rows.row_bytes
         self._done = 0
-        self._ours: list[int] = []
+        self._used: list[Range] = []
 
     @property
     def is_complete(self) -> bool:
@@ -37,38 +49,82 @@ class Registration:
 
     @property
     def rows_ready(self) -> int:
-        """Rows from the first on that are pinned."""
-        if self.is_complete:
+        """Rows from the first on that are pinned. For any thread."""
+        done = self._done  # once: another thread counts it up
+        if done == len(self.range_starts):
             return self._rows.count
-        return (self.range_starts[self._done] - self._rows.address) // self._rows.stride
+        return (self.range_starts[done] - self._rows.address) // self._rows.stride
 
     def register_all(self) -> None:
-        """Pin all ranges, or none: raises CudaError."""
+        """Pin all ranges, or none: raises as `register_next` does."""
         try:
             while not self.is_complete:
                 self.register_next()
-        except CudaError:
-            self.close()
+        except BaseException:
+            self.give_up()
             raise
 
     def register_next(self) -> None:
-        """Pin the next range. Raises CudaError if the driver refuses."""
+        """Pin the next range.
+
+        Raises CudaError if the driver refuses, RuntimeError where it goes by what was pinned and never given back.
+        """
         start = self.range_starts[self._done]
         end = self.range_starts[self._done + 1] if self._done + 1 < len(self.range_starts) else self._end
-        with self._context:
+        with self._context, _lock:
             try:
                 self._driver.register(start, end - start)
             except CudaError as error:
                 # The code says "part or all": copies to the rest would block, as all copies to pageable memory do.
                 if error.code != ALREADY_REGISTERED or not all(map(self._driver.is_pinned, (start, end - 1))):
                     raise
+                if _overlapping(_left, start, end):
+                    raise RuntimeError("a tier that ended badly has left memory pinned at these addresses") from error
+                used = _overlapping(_users, start, end)
             else:
-                self._ours.append(start)
+                _left.difference_update(_overlapping(_left, start, end))
+                used = [(start, end)]
+            for each in used:
+                _users[each] = _users.get(each, 0) + 1
+            self._used.extend(used)
         self._done += 1
 
-    def close(self) -> None:
-        """Unpin what is ours. No copy may be under way. Raises CudaError if the driver refuses. Idempotent."""
-        with self._context:
-            while self._ours:
-                self._driver.unregister(self._ours[-1])
-                self._ours.pop()
+    def unpin(self) -> None:
+        """Unpin what only this one uses. No copy may be under way. Idempotent.
+
+        Raises CudaError if the driver refuses some of it: all the rest is unpinned.
+        """
+        refusal: CudaError | None = None
+        kept = []
+        with self._context, _lock:
+            for each in self._used:
+                if _users[each] == 1:
+                    try:
+                        self._driver.unregister(each[0])
+                    except CudaError as error:
+                        refusal = refusal or error
+                        kept.append(each)
+                        continue
+                    del _users[each]
+                else:
+                    _users[each] -= 1
+            self._used = kept
+        if refusal is not None:
+            raise refusal
+
+    def give_up(self) -> bool:
+        """Whether all is unpinned; what is not is left."""
+        try:
+            self.unpin()
+        except CudaError as error:
+            logger.error("CUDA refused to unpin memory, which is left as it is: %s", error)
+            self.leave()
+        return not self._used
+
+    def leave(self) -> None:
+        """It stays pinned for good, because copies may be under way, or the driver has refused to unpin it."""
+        _left.update(self._used)  # without the lock, which a call that hangs may hold
+
+
+def _overlapping(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
+    return [each for each in ranges if each[0] < end and start < each[1]]
