@@ -1,7 +1,8 @@
 """What the benchmarks share: the machine they ran on, medians with their spread, results as JSON, and pictures.
 
 A benchmark writes `build/bench/NAME.json`: {"machine", "about", "results", "summary"}. `about` says what was warmed up
-and measured, `results` is what the picture shows, and `summary` has one Figure a key of `make bench`'s table.
+and measured, `results` is what the picture shows, and `summary` has one Figure a key of `make bench`'s table. The last
+line that it prints is one of JSON, {key: ratio}.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -88,6 +89,20 @@ class Spread:
     def __str__(self) -> str:
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 
+    def times(self, factor: float) -> Spread:
+        """In another unit."""
+        return Spread(self.median * factor, self.low * factor, self.high * factor)
+
+    def cells(self) -> str:
+        """For a table, under QUARTILES."""
+        return "".join(
+            f"{value:>9.0f}" if value >= 1000 else f"{value:>9.4g}" for value in (self.low, self.median, self.high)
+        )
+
+
+# The heads of a Spread's cells.
+QUARTILES = f"{'p25':>9}{'p50':>9}{'p75':>9}"
+
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
@@ -151,7 +166,7 @@ class Run:
         print(f"[{self.name} {time.perf_counter() - self._started:5.0f} s] {text}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        """Write the JSON and print the table."""
+        """Write the JSON; print the table, and last the keys and their ratios as one line of JSON."""
         seconds = time.perf_counter() - self._started
         (everybody, ours), (everybody_before, ours_before) = busy_seconds(), self._busy
         about = machine()
@@ -169,6 +184,7 @@ class Run:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
         print(table(self.figures))
         print(f"{seconds:.0f} s; written to {self.output}")
+        print(json.dumps({figure.key: figure.ratio for figure in self.figures}))
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -192,6 +208,14 @@ def figure(path: Path, **options: Any) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=130)
     pyplot.close(drawn)
+
+
+def plot_spreads(axes: Any, spreads: Mapping[int, Spread], style: str, color: str, label: str) -> None:
+    """The medians by what the keys say, with the quartiles as a band around them."""
+    places = list(spreads)
+    axes.plot(places, [each.median for each in spreads.values()], style, color=color, label=label)
+    low, high = [each.low for each in spreads.values()], [each.high for each in spreads.values()]
+    axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _stop(signum: int, frame: object) -> None:

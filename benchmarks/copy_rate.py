@@ -1,7 +1,8 @@
 """How fast the tier copies, next to one large memmove and to vLLM's fs tier on tmpfs.
 
-Against the size of rows, the blocks of a job, the number of copy threads, and with the scheduler's thread idle or busy
-in Python. Every load is checked to bring back what was stored.
+Against the size of rows, the blocks of a job, the number of copy threads (every power of two up to the cores), and with
+the scheduler's thread idle or busy in Python. Every load is checked to bring back what was stored. Rates are medians,
+and ratios are those of medians of the same run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from async_tier.config import format_size
 from benchmarks import tiers
-from benchmarks.common import Figure, Run, Spread, arguments, figure
+from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
 KIB, MIB = 1 << 10, 1 << 20
 GB = 1e-9
@@ -31,10 +32,18 @@ MOVED = 512 * MIB
 REPETITIONS = 5
 # The tier's default. As many passes touch every row of it, so that no measurement pays for page faults.
 TIER_TO_PRIMARY = 2
-# Rows from here on are to come near memmove: smaller ones are in the table.
+# Goals are for rows from here on: smaller ones are in the table and the picture.
 LARGE_ROW_BYTES = 64 * KIB
 THREAD_VS_MEMMOVE, STORE_VS_FS, LOAD_VS_FS = 0.9, 2.5, 1.6
-CORES = len(os.sched_getaffinity(0))
+# The most that the tier takes.
+MOST_THREADS = 64
+# Every power of two up to the cores.
+THREADS = [1 << power for power in range(min(len(os.sched_getaffinity(0)), MOST_THREADS).bit_length())]
+
+
+def ours(threads: int) -> str:
+    """What our tier with so many copy threads is called."""
+    return f"ours, {threads} thread{'s' * (threads > 1)}"
 
 
 class RowSize:
@@ -50,10 +59,7 @@ class RowSize:
         self._draw = np.random.default_rng(row_bytes)
         capacity = TIER_TO_PRIMARY * blocks
         self.tiers: dict[str, Any] = {
-            f"ours, {threads} thread{'s' * (threads > 1)}": tiers.ours(
-                stack, self.primary, capacity, copy_threads=threads
-            )
-            for threads in sorted({1, CORES})
+            ours(threads): tiers.ours(stack, self.primary, capacity, copy_threads=threads) for threads in THREADS
         }
         self._fs = tiers.FileSystem(stack, self.primary) if with_fs else None
         if self._fs is not None:
@@ -111,7 +117,7 @@ class Rates:
 
 def measure_row_size(row_bytes: int, moved: int, repetitions: int) -> dict[str, Spread]:
     with ExitStack() as stack:
-        size = RowSize(stack, row_bytes, moved, with_fs=row_bytes >= LARGE_ROW_BYTES)
+        size = RowSize(stack, row_bytes, moved, with_fs=True)
         size.warm_up()
         rates = Rates()
         for repetition in range(repetitions):
@@ -130,7 +136,7 @@ def measure_default(moved: int, repetitions: int) -> tuple[dict[int, dict[str, S
         idle = Rates()
         for _ in range(repetitions):
             for blocks, rates in by_blocks.items():
-                rates.add("ours, 1 thread", size.store_and_load("ours, 1 thread", blocks))
+                rates.add(ours(1), size.store_and_load(ours(1), blocks))
             for name in size.tiers:
                 idle.add(f"{name}, scheduler busy", size.store_and_load(name))
                 idle.add(f"{name}, scheduler idle", size.store_and_load(name, busy=False))
@@ -140,30 +146,30 @@ def measure_default(moved: int, repetitions: int) -> tuple[dict[int, dict[str, S
 def figures(by_row: dict[int, dict[str, Spread]]) -> list[Figure]:
     """The worst of the rows of at least LARGE_ROW_BYTES, for each goal."""
 
-    def ratio(row_bytes: int, ours: str, theirs: str) -> float:
-        return by_row[row_bytes][ours].median / by_row[row_bytes][theirs].median
+    def ratio(row_bytes: int, measured: str, other: str) -> float:
+        return by_row[row_bytes][measured].median / by_row[row_bytes][other].median
 
     large = [row_bytes for row_bytes in by_row if row_bytes >= LARGE_ROW_BYTES]
     found = []
-    threads = f"ours, {CORES} thread{'s' * (CORES > 1)}"
-    for key, ours, kinds, theirs, goal in (
-        ("thread_vs_memmove", "ours, 1 thread", ("store", "load"), "memmove", THREAD_VS_MEMMOVE),
-        ("store_vs_fs", threads, ("store",), "fs: store", STORE_VS_FS),
-        ("load_vs_fs", threads, ("load",), "fs: load", LOAD_VS_FS),
+    most = ours(THREADS[-1])
+    for key, name, kinds, other, goal in (
+        ("thread_vs_memmove", ours(1), ("store", "load"), "memmove", THREAD_VS_MEMMOVE),
+        ("store_vs_fs", most, ("store",), "fs: store", STORE_VS_FS),
+        ("load_vs_fs", most, ("load",), "fs: load", LOAD_VS_FS),
     ):
         worst, row_bytes, kind = min(
-            (ratio(size, f"{ours}: {kind}", theirs), size, kind) for size in large for kind in kinds
+            (ratio(size, f"{name}: {kind}", other), size, kind) for size in large for kind in kinds
         )
         spreads = by_row[row_bytes]
         found.append(
             Figure(
                 key=f"copy_rate.{key}",
-                what=f"{kind} of rows of {format_size(row_bytes)}, the worst size; {ours} (limit: memmove)",
+                what=f"{kind} of rows of {format_size(row_bytes)}, the worst size; {name} (limit: memmove)",
                 unit="GB/s",
                 ratio=worst,
                 goal=goal,
                 goal_is=">=",
-                ours=spreads[f"{ours}: {kind}"].median,
+                ours=spreads[f"{name}: {kind}"].median,
                 fs=spreads[f"fs: {kind}"].median,
                 limit=spreads["memmove"].median,
             )
@@ -194,43 +200,59 @@ def main() -> int:
         "gb_s_by_scheduler": _plain(idle),
     }
     run.figures = figures(by_row)
-    print(f"{'GB/s, rows of':24}" + "".join(f"{format_size(size):>12}" for size in by_row))
-    for name in by_row[DEFAULT_ROW_BYTES]:
-        rates = (f"{spreads[name].median:12.2f}" if name in spreads else f"{'-':>12}" for spreads in by_row.values())
-        print(f"{name:24}" + "".join(rates))
-    for name, spread in idle.items():
-        print(f"{name:40}{spread.median:8.2f}")
+    print(rate_table(by_row, by_blocks, idle))
     draw(run, by_row, by_blocks)
     run.finish()
     return 0
 
 
+def rate_table(
+    by_row: dict[int, dict[str, Spread]], by_blocks: dict[int, dict[str, Spread]], idle: dict[str, Spread]
+) -> str:
+    """All rates; of the sizes of rows also the ratios to memmove and to the fs tier."""
+    lines = [f"{'rows of':>8}  {'GB/s':22}{QUARTILES}{'/memmove':>10}{'/fs':>8}"]
+    for row_bytes, spreads in by_row.items():
+        memmove = spreads["memmove"].median
+        for name, spread in spreads.items():
+            line = f"{format_size(row_bytes):>8}  {name:22}{spread.cells()}{spread.median / memmove:10.3f}"
+            who, _, kind = name.partition(": ")
+            if who.startswith("ours"):
+                line += f"{spread.median / spreads[f'fs: {kind}'].median:8.2f}"
+            lines.append(line)
+    lines.append(f"{'blocks':>8}  {f'a job, of {format_size(DEFAULT_ROW_BYTES)}':22}{QUARTILES}")
+    for blocks, spreads in by_blocks.items():
+        lines += [f"{blocks:>8}  {name:22}{spread.cells()}" for name, spread in spreads.items()]
+    lines.append(f"{'scheduler busy or idle':42}{QUARTILES}")
+    lines += [f"{name:42}{spread.cells()}" for name, spread in idle.items()]
+    return "\n".join(lines)
+
+
 def draw(run: Run, by_row: dict[int, dict[str, Spread]], by_blocks: dict[int, dict[str, Spread]]) -> None:
-    styles = {"ours, 1 thread": "#4c72b0", f"ours, {CORES} threads": "#55a868", "fs": "#dd8452"}
-    with figure(run.picture, ncols=2, figsize=(11, 4.2), sharey=True) as (_, (left, right)):
+    shades = ("#4c72b0", "#55a868", "#8172b3", "#937860", "#da8bc3", "#64b5cd", "#ccb974")
+    styles = {**{ours(threads): shades[at] for at, threads in enumerate(THREADS)}, "fs": "#dd8452"}
+    with figure(run.picture, ncols=2, figsize=(11, 4.6), sharey=True) as (_, (left, right)):
         for name, color in styles.items():
             for kind, style in (("store", "o-"), ("load", "s--")):
-                points = [
-                    (size, each[f"{name}: {kind}"].median) for size, each in by_row.items() if f"{name}: {kind}" in each
-                ]
-                if points:
-                    left.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind}")
+                points = {size: each[f"{name}: {kind}"] for size, each in by_row.items()}
+                plot_spreads(left, points, style, color, f"{name}, {kind}")
         sizes = list(by_row)
-        left.plot(sizes, [by_row[size]["memmove"].median for size in sizes], "k:", label="one large memmove")
+        plot_spreads(left, {size: by_row[size]["memmove"] for size in sizes}, ":", "black", "one large memmove")
         left.set_xlabel("bytes a row")
         left.set_xscale("log", base=2)
         left.set_xticks(sizes, [format_size(size) for size in sizes], rotation=30)
-        left.set_ylabel("GB/s")
+        left.set_ylabel("GB/s: median, quartiles as a band")
         left.set_title("Copy rate, scheduler busy in Python")
         left.legend(fontsize="small", ncols=2, loc="upper left")
         for kind, style in (("store", "o-"), ("load", "s--")):
-            rates = [by_blocks[blocks][f"ours, 1 thread: {kind}"].median for blocks in by_blocks]
-            right.plot(list(by_blocks), rates, style, color="#4c72b0", label=f"ours, 1 thread, {kind}")
+            rates = {blocks: each[f"{ours(1)}: {kind}"] for blocks, each in by_blocks.items()}
+            plot_spreads(right, rates, style, styles[ours(1)], f"{ours(1)}, {kind}")
         right.set_xscale("log", base=2)
+        right.set_xticks(list(by_blocks), [str(blocks) for blocks in by_blocks])
         right.set_xlabel(f"blocks a job, of {format_size(DEFAULT_ROW_BYTES)}")
         right.set_title("Blocks a job")
         right.legend(fontsize="small")
-        left.set_ylim(0, 1.3 * left.get_ylim()[1])  # room for the legend
+        # Room for the legend, a line of it for two tiers and kinds.
+        left.set_ylim(0, (1.15 + 0.08 * len(styles)) * left.get_ylim()[1])
         for axes in (left, right):
             axes.grid(alpha=0.3)
 

@@ -2,15 +2,22 @@
 
 A prompt whose blocks lie in the tier waits for a load of 16 blocks. The stores queued ahead of it are those of other
 requests, and nobody waits for them.
+
+Queued are the bytes of stores that are submitted and not yet reported, by a poll immediately before the load is
+submitted; a job counts whole until it is reported. A sample with less than 2 GiB then, or with no store left when the
+load's end is seen, is refused and counted. A tier on which too few samples are left is not measured, and the table says
+why; if that tier is ours, the benchmark fails. The same rule holds for vLLM's fs tier.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +29,18 @@ KIB, MIB = 1 << 10, 1 << 20
 ROW_BYTES = 256 * KIB
 LOAD_BLOCKS = 16
 QUEUED_BYTES = 2 << 30
-# Loads that are measured in one go, while the queue of stores is kept full.
-SAMPLES = 300
-# But no longer than this on a tier on which each takes a second, and no fewer than these.
-LOADED_S, FEWEST_SAMPLES = 45.0, 20
+# Loads that are measured, if a tier's fit in LOADED_S: with what else there is to do, three minutes for both tiers.
+SAMPLES, LOADED_S = 300, 110.0
+# Of fewer than these there are no quartiles and no 99th percentile.
+FEWEST_FOR_QUARTILES, FEWEST_FOR_P99 = 20, 100
+# With --quick.
+QUICK_SAMPLES, QUICK_LOADED_S, QUICK_QUEUED_BYTES = 100, 15.0, 256 * MIB
+# Jobs beyond those asked for that are queued before the poll that counts: some end before it.
+SPARE_JOBS = 8
+# A tier on which the queue is not full by then ends stores as fast as they are submitted.
+FILL_S = 5.0
+# Of loads behind stores: how often the blocks that the fs tier wrote are removed, because tmpfs is memory.
+REMOVE_EVERY = 4
 # Idle samples before the measured ones.
 WARM_UPS = 20
 # The stored blocks that loads ask for.
@@ -37,6 +52,10 @@ P99_VS_IDLE = 2.0
 COPY_THREADS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))
 
 
+class NotFilled(Exception):
+    """The queue of stores could not be filled."""
+
+
 class Contender:
     """A tier, what is queued on it, and the loads that are measured."""
 
@@ -45,10 +64,10 @@ class Contender:
         self.fs = fs
         self._jobs = tiers.Jobs()
         self._draw = random.Random(1)
-        self._queued_jobs = queued_bytes // ROW_BYTES // tiers.JOB_BLOCKS
-        self._in_flight: set[int] = set()
-        self._ended: set[int] = set()
-        self.least_queued = queued_bytes
+        self._queued_bytes = queued_bytes
+        # Not yet reported: stores, and loads that have ended but are not yet taken note of.
+        self._stores: set[int] = set()
+        self._ended_loads: set[int] = set()
         self.store(warm_up_blocks)
         self._kept = [tiers.block_keys(LOAD_BLOCKS) for _ in range(KEPT_JOBS)]
         for keys in self._kept:
@@ -56,71 +75,148 @@ class Contender:
         if fs is not None:
             fs.keep_blocks()
 
-    def latency(self, loaded: bool) -> float:
-        """Seconds from a load's submission until its end is seen; `loaded`: behind a full queue of stores."""
-        if loaded:
-            self._fill(self._queued_jobs)
-        if self.fs is None:  # as vLLM does before a load; so that the stores do not evict what is asked for
-            context = tiers.request("asks")
-            for keys in self._kept:
-                for key in keys:
-                    self.tier.lookup(key, context)
-        targets = np.arange(SOURCE_ROWS, SOURCE_ROWS + LOAD_BLOCKS, dtype=np.int32)
-        job = self._jobs.load(self._draw.choice(self._kept), targets)
-        self.tier.on_new_request(job.req_context)
-        started = time.perf_counter()
-        self.tier.submit_load(job)
-        while job.job_id not in self._ended:
-            self._collect()
-        took = time.perf_counter() - started
-        self._ended.clear()
-        self.tier.on_request_finished(job.req_context)
-        tiers.end_step(self.tier)
-        if loaded:
-            still_queued = len(self._in_flight) * tiers.JOB_BLOCKS * ROW_BYTES
-            self.least_queued = min(self.least_queued, still_queued)
-        return took
+    @property
+    def queued(self) -> int:
+        """Bytes of stores that are submitted and not reported."""
+        return len(self._stores) * tiers.JOB_BLOCKS * ROW_BYTES
+
+    def idle_load(self) -> float:
+        """Seconds from a load's submission until its end is seen."""
+        self._look_up()
+        return self._load()[0]
+
+    def load_behind_stores(self) -> tuple[float, int, int]:
+        """(seconds, bytes queued at the load's submission, bytes queued when its end was seen).
+
+        Raises NotFilled, in words, if the queue cannot be filled.
+        """
+        self._look_up()
+        self._fill(self._queued_bytes)
+        return self._load()
 
     def store(self, blocks: int) -> None:
         """Store that many blocks, and wait."""
         for _ in range(blocks // tiers.JOB_BLOCKS):
-            self._fill(1)
+            self._submit_store()
             self.drain()
 
     def drain(self) -> None:
-        while self._in_flight:
+        while self._stores:
             self._collect()
         if self.fs is not None:
             self.fs.remove_blocks()
 
-    def _fill(self, jobs: int) -> None:
-        """Store until that many jobs are in flight."""
-        while len(self._in_flight) < jobs:
-            job = self._jobs.store(tiers.block_keys(tiers.JOB_BLOCKS), self._rows(tiers.JOB_BLOCKS))
-            self._in_flight.add(job.job_id)
-            self.tier.submit_store(job)
+    def _look_up(self) -> None:
+        """As vLLM does before a load. Until the step has ended, stores do not evict what was hit."""
+        if self.fs is None:  # which never evicts, and looks for files in its own time
+            context = tiers.request("asks")
+            for keys in self._kept:
+                for key in keys:
+                    self.tier.lookup(key, context)
+
+    def _load(self) -> tuple[float, int, int]:
+        targets = np.arange(SOURCE_ROWS, SOURCE_ROWS + LOAD_BLOCKS, dtype=np.int32)
+        job = self._jobs.load(self._draw.choice(self._kept), targets)
+        self.tier.on_new_request(job.req_context)
+        self._collect()
+        queued = self.queued
+        started = time.perf_counter()
+        self.tier.submit_load(job)
+        while job.job_id not in self._ended_loads:
+            self._collect()
+        took = time.perf_counter() - started
+        self._ended_loads.clear()
+        self.tier.on_request_finished(job.req_context)
+        tiers.end_step(self.tier)
+        return took, queued, self.queued
+
+    def _fill(self, size: int) -> None:
+        """Store until that many bytes are queued, and a little more."""
+        deadline = time.monotonic() + FILL_S
+        size += SPARE_JOBS * tiers.JOB_BLOCKS * ROW_BYTES
+        most = 0
+        while self.queued < size:
+            self._submit_store()
+            if self.queued >= size:
+                self._collect()
+            most = max(most, self.queued)
+            if time.monotonic() > deadline:
+                raise NotFilled(f"stores end as they are submitted, {most / MIB:.0f} MiB were the most queued")
+
+    def _submit_store(self) -> None:
+        job = self._jobs.store(tiers.block_keys(tiers.JOB_BLOCKS), self._rows(tiers.JOB_BLOCKS))
+        self._stores.add(job.job_id)
+        self.tier.submit_store(job)
 
     def _collect(self) -> None:
         for result in self.tier.get_finished_jobs():
             if not result.success:
                 raise RuntimeError(f"job {result.job_id} of {type(self.tier).__name__} failed")
-            if result.job_id in self._in_flight:
-                self._in_flight.remove(result.job_id)
+            if result.job_id in self._stores:
+                self._stores.remove(result.job_id)
             else:
-                self._ended.add(result.job_id)
+                self._ended_loads.add(result.job_id)
 
     def _rows(self, count: int) -> np.ndarray:
         return np.array(self._draw.sample(range(SOURCE_ROWS), count), dtype=np.int32)
 
 
-def measure(run: Run, samples: int, queued_bytes: int) -> dict[str, dict[str, list[float]]]:
-    """Latencies in seconds: by tier, "idle" and "loaded"."""
-    latencies: dict[str, dict[str, list[float]]] = {}
+@dataclass
+class Latencies:
+    """Of one tier, in seconds; and what was queued while they were taken, in bytes.
+
+    least_at_submission, least_at_end: of the samples that count. too_short, ended: samples refused, because less was
+    queued than asked for at the load's submission, or nothing any more at its end. not_measured: why there are too
+    few samples behind stores, None if there are enough.
+    """
+
+    idle: list[float]
+    loaded: list[float] = field(default_factory=list)
+    least_at_submission: float = math.inf
+    least_at_end: float = math.inf
+    too_short: int = 0
+    ended: int = 0
+    not_measured: str | None = None
+
+
+def measure_behind_stores(
+    contender: Contender, found: Latencies, samples: int, queued_bytes: int, seconds: float
+) -> None:
+    """Take `samples` that count, or as many as there are seconds for."""
+    deadline = time.monotonic() + seconds
+    tried, not_filled = 0, ""
+    try:
+        contender.load_behind_stores()  # to warm up
+        while len(found.loaded) < samples and time.monotonic() < deadline:
+            took, at_submission, at_end = contender.load_behind_stores()
+            tried += 1
+            if at_submission < queued_bytes:
+                found.too_short += 1
+            elif not at_end:
+                found.ended += 1
+            else:
+                found.loaded.append(took)
+                found.least_at_submission = min(at_submission, found.least_at_submission)
+                found.least_at_end = min(at_end, found.least_at_end)
+            if contender.fs is not None and tried % REMOVE_EVERY == 0:
+                contender.fs.remove_blocks()
+    except NotFilled as error:
+        not_filled = f"; then {error}"
+    if len(found.loaded) < FEWEST_FOR_QUARTILES:
+        found.not_measured = (
+            f"of {tried} loads in {seconds:.0f} s, {found.too_short} had less than {queued_bytes / MIB:.0f} MiB queued "
+            f"before them and {found.ended} nothing at their end; {FEWEST_FOR_QUARTILES} have to be left{not_filled}"
+        )
+
+
+def measure(run: Run, samples: int, queued_bytes: int, seconds: float) -> dict[str, Latencies]:
+    """Latencies by tier."""
+    found: dict[str, Latencies] = {}
     primary = np.ones((SOURCE_ROWS + TARGET_ROWS, ROW_BYTES), dtype=np.uint8)
     for name in ("ours", "fs"):
         with ExitStack() as stack:
             # Room for what is queued and kept, and a little more.
-            blocks = 5 * queued_bytes // ROW_BYTES // 4 + KEPT_JOBS * LOAD_BLOCKS
+            blocks = 5 * queued_bytes // ROW_BYTES // 4 + (KEPT_JOBS * LOAD_BLOCKS) + SPARE_JOBS * tiers.JOB_BLOCKS
             if name == "ours":
                 tier = tiers.ours(stack, primary, blocks, copy_threads=COPY_THREADS)
                 # Every row once: the first touch of memory is slow, most of all on a virtual machine.
@@ -130,80 +226,123 @@ def measure(run: Run, samples: int, queued_bytes: int) -> dict[str, dict[str, li
                 contender = Contender(fs.tier, fs, queued_bytes)
             run.progress(f"{name}: {samples} loads on an idle tier")
             for _ in range(WARM_UPS):
-                contender.latency(loaded=False)
-            idle = [contender.latency(loaded=False) for _ in range(samples)]
+                contender.idle_load()
+            found[name] = Latencies([contender.idle_load() for _ in range(samples)])
             run.progress(f"{name}: {samples} loads behind {queued_bytes / MIB:.0f} MiB of stores")
-            contender.latency(loaded=True)
-            contender.least_queued = queued_bytes
-            loaded: list[float] = []
-            deadline = time.monotonic() + LOADED_S
-            while len(loaded) < samples and (time.monotonic() < deadline or len(loaded) < FEWEST_SAMPLES):
-                loaded.append(contender.latency(loaded=True))
-                if contender.fs is not None and len(loaded) % 4 == 0:
-                    contender.fs.remove_blocks()  # tmpfs is memory
+            measure_behind_stores(contender, found[name], samples, queued_bytes, seconds)
             contender.drain()
-            latencies[name] = {"idle": idle, "loaded": loaded}
-            run.results.setdefault("least_queued_mib", {})[name] = contender.least_queued / MIB
-            run.results.setdefault("samples", {})[name] = len(loaded)
-    return latencies
+    return found
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float | None]:
+    """Quartiles and the 99th percentile; None where there are too few samples for it."""
+    fewest = {25: FEWEST_FOR_QUARTILES, 50: FEWEST_FOR_QUARTILES, 75: FEWEST_FOR_QUARTILES, 99: FEWEST_FOR_P99}
+    return {
+        f"p{which}": float(np.percentile(seconds, which)) * 1e3 if len(seconds) >= least else None
+        for which, least in fewest.items()
+    }
+
+
+def latency_table(found: dict[str, Latencies]) -> str:
+    """What was measured, a line a tier and state."""
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    head = f"load of {LOAD_BLOCKS} blocks, ms"
+    lines = [
+        f"{head:24}" + "".join(f"{each:>9}" for each in ("p25", "p50", "p75", "p99", "samples", "refused")),
+    ]
+    lines[0] += f"{'least MiB queued before':>25}{'at its end':>12}"
+    for name, each in found.items():
+        cells = "".join(f"{cell(value):>9}" for value in milliseconds(each.idle).values())
+        lines.append(f"{name + ', idle':24}{cells}{len(each.idle):9}")
+        line = f"{name + ', behind stores':24}"
+        if each.not_measured is None:
+            line += "".join(f"{cell(value):>9}" for value in milliseconds(each.loaded).values())
+            line += f"{len(each.loaded):9}{each.too_short + each.ended:9}"
+            line += f"{each.least_at_submission / MIB:25.0f}{each.least_at_end / MIB:12.0f}"
+        else:
+            line += f" not measured: {each.not_measured}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def main() -> int:
     options = arguments(__doc__).parse_args()
-    samples, queued = (20, 64 * MIB) if options.quick else (SAMPLES, QUEUED_BYTES)
+    samples, queued, seconds = SAMPLES, QUEUED_BYTES, LOADED_S
+    if options.quick:
+        samples, queued, seconds = QUICK_SAMPLES, QUICK_QUEUED_BYTES, QUICK_LOADED_S
     run = Run(
         "head_of_line",
         f"Loads of {LOAD_BLOCKS} blocks of {ROW_BYTES // KIB} KiB, {samples} on an idle tier after {WARM_UPS} to warm "
-        f"up, then {samples} with {queued / MIB:.0f} MiB of stores queued before each (what fits {LOADED_S:.0f} s). "
+        f"up, then {samples}, or what fits {seconds:.0f} s, with {queued / MIB:.0f} MiB of stores queued before each. "
         f"{COPY_THREADS} copy thread(s). Latency: from submit_load until get_finished_jobs has reported it, polled "
         "without a pause.",
         options.output,
     )
-    latencies = measure(run, samples, queued)
-    p99 = {name: {kind: percentile(each, 99) for kind, each in both.items()} for name, both in latencies.items()}
-    run.results["milliseconds"] = {
+    found = measure(run, samples, queued, seconds)
+    print(latency_table(found))
+    run.results["by_tier"] = {
         name: {
-            kind: {
-                "p50": percentile(each, 50) * 1e3,
-                "p99": p99[name][kind] * 1e3,
-                "quartiles": [percentile(each, 25) * 1e3, percentile(each, 75) * 1e3],
-            }
-            for kind, each in both.items()
+            "idle_ms": milliseconds(each.idle),
+            "behind_stores_ms": milliseconds(each.loaded),
+            "samples": {"idle": len(each.idle), "behind_stores": len(each.loaded)},
+            "refused": {"less_queued_at_submission": each.too_short, "nothing_queued_at_end": each.ended},
+            "least_bytes_queued": {"at_submission": each.least_at_submission, "at_end": each.least_at_end}
+            if each.loaded
+            else None,
+            "not_measured": each.not_measured,
         }
-        for name, both in latencies.items()
+        for name, each in found.items()
     }
+    loaded, idle = milliseconds(found["ours"].loaded)["p99"], milliseconds(found["ours"].idle)["p99"]
+    if loaded is None or idle is None:
+        reason = found["ours"].not_measured or f"{len(found['ours'].loaded)} samples, and {FEWEST_FOR_P99} are needed"
+        print(f"{run.name}: no 99th percentile of ours behind stores: {reason}", file=sys.stderr)
+        return 1
     run.figures.append(
         Figure(
             key="head_of_line.p99_vs_idle",
-            what="p99 of a 16-block load behind 2 GiB of stores / on an idle tier (limit: idle)",
+            what=f"p99 of a {LOAD_BLOCKS}-block load behind {queued / MIB:.0f} MiB of stores / on an idle tier "
+            "(limit: idle)",
             unit="ms",
-            ratio=p99["ours"]["loaded"] / p99["ours"]["idle"],
+            ratio=loaded / idle,
             goal=P99_VS_IDLE,
             goal_is="<=",
-            ours=p99["ours"]["loaded"] * 1e3,
-            fs=p99["fs"]["loaded"] * 1e3,
-            limit=p99["ours"]["idle"] * 1e3,
+            ours=loaded,
+            fs=milliseconds(found["fs"].loaded)["p99"],
+            limit=idle,
         )
     )
-    with figure(run.picture, figsize=(8, 4.5)) as (_, axes):
-        for name, color in (("ours", "#4c72b0"), ("fs", "#dd8452")):
-            for kind, style in (("idle", "--"), ("loaded", "-")):
-                values = np.sort(latencies[name][kind]) * 1e3
-                share = np.arange(1, len(values) + 1) / len(values)
-                label = f"{name}, {'idle' if kind == 'idle' else f'behind {queued / MIB:.0f} MiB of stores'}"
-                axes.plot(values, share, style, color=color, label=label)
-        axes.set_xscale("log")
-        axes.set_xlabel("latency of a load of 16 blocks, ms")
-        axes.set_ylabel("share of loads")
-        axes.set_title("A load behind queued stores")
-        axes.grid(alpha=0.3)
-        axes.legend()
+    draw(run, found, queued)
     run.finish()
     return 0
 
 
-def percentile(values: list[float], which: float) -> float:
-    return float(np.percentile(values, which))
+def draw(run: Run, found: dict[str, Latencies], queued: int) -> None:
+    with figure(run.picture, figsize=(8, 4.8)) as (drawn, axes):
+        for name, color in (("ours", "#4c72b0"), ("fs", "#dd8452")):
+            each = found[name]
+            behind = f"{name}, behind {queued / MIB:.0f} MiB of stores"
+            for seconds, style, label in ((each.idle, "--", f"{name}, idle"), (each.loaded, "-", behind)):
+                if each.not_measured is not None and seconds is each.loaded:
+                    axes.plot([], [], style, color=color, label=f"{behind}: not measured")
+                    continue
+                values = np.sort(seconds) * 1e3
+                share = np.arange(1, len(values) + 1) / len(values)
+                axes.plot(values, share, style, color=color, label=f"{label} ({len(values)})")
+        for share, text in ((0.5, "p50"), (0.99, "p99")):
+            axes.axhline(share, color="#8c8c8c", linestyle=":", linewidth=0.8)
+            axes.annotate(
+                text, (1, share), xycoords=("axes fraction", "data"), xytext=(3, -3), textcoords="offset points"
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(f"latency of a load of {LOAD_BLOCKS} blocks, ms")
+        axes.set_ylabel("share of loads")
+        axes.set_title("A load behind queued stores")
+        axes.grid(alpha=0.3)
+        drawn.legend(loc="outside lower center", ncols=2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the tier takes from the scheduler's thread: submit, poll, lookup, end of step.
 
 Against blocks a job, jobs in flight and blocks held, next to vLLM's fs tier, to its example tier, which moves no data,
-and to a bare dict. Nothing here waits for copies: what is timed are the calls.
+and to a bare dict. Nothing here waits for copies: what is timed are the calls. Times are medians with their quartiles,
+and ratios are those of medians of the same run.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import gc
 import logging
 import os
 import random
-import statistics
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,7 +29,7 @@ from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.index import BlockIndex
 from benchmarks import tiers
-from benchmarks.common import Figure, Run, Spread, arguments, figure
+from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
 US, NS = 1e6, 1e9  # from seconds
 # A page: what O_DIRECT, which the fs tier prefers, can write.
@@ -38,11 +39,16 @@ SMALL_ROW_BYTES = 64
 HELD_BLOCKS = 10_000
 SUBMIT_JOBS = 300
 BLOCKS_A_JOB = (1, 4, 16, 32, 128, 512, 1024)
+KINDS = ("store", "load")
 # Submissions of each of those: so many blocks in all, and no fewer than this.
 SWEEP_BLOCKS, SWEEP_JOBS = 4096, 12
-IN_FLIGHT = (1, 10, 100, 1000)
+IN_FLIGHT = (0, 1, 10, 100, 1000)
 POLLS = 1000
+# Between two polls of a tier that has a job: long enough that most jobs have ended at the first.
+POLL_PAUSE_S = 500e-6
 LOOKUP_BLOCKS, LOOKUP_STEPS, LOOKUP_REQUESTS, LOOKUPS_A_REQUEST = 100_000, 30, 32, 128
+# For the fs tier's thread to have looked for a step's files.
+FS_LOOKUPS_S = 30.0
 FEW_BLOCKS, MANY_BLOCKS = 10_000, 10_000_000
 BETWEEN = (100_000, 1_000_000)
 GROWTH_REPETITIONS, GROWTH_JOBS, GROWTH_LOOKUPS = 7, 200, 16_384
@@ -53,127 +59,185 @@ SUBMIT_VS_FS, GROWTH_VS_DICT, BYTES_A_BLOCK = 0.6, 1.3, 300
 # ---------------------------------------------------------------------------------------------------------- submissions
 
 
-def measure_submissions(run: Run, repetitions: int) -> dict[str, float]:
-    """Microseconds (median) of a submission of 32 blocks, the tiers in turns, all caches warm or cold alike."""
+def measure_submissions(run: Run, repetitions: int) -> dict[str, Spread]:
+    """Microseconds of a submission of 32 blocks, the tiers in turns, all caches warm or cold alike."""
     jobs = tiers.Jobs()
     primary = np.ones((tiers.JOB_BLOCKS, SUBMIT_ROW_BYTES), dtype=np.uint8)
     rows = np.arange(tiers.JOB_BLOCKS, dtype=np.int32)
-    times: dict[str, list[float]] = {}
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         room = HELD_BLOCKS + repetitions * tiers.JOB_BLOCKS
         compared = {
             "ours": tiers.ours(stack, primary, room),
-            "ours, evicting": tiers.ours(stack, primary, HELD_BLOCKS),
-            "ours, tracing": tiers.ours(stack, primary, room, trace_path=f"{folder}/trace.json"),
+            "evicting, ours": tiers.ours(stack, primary, HELD_BLOCKS),
+            "tracing, ours": tiers.ours(stack, primary, room, trace_path=f"{folder}/trace.json"),
             "fs": tiers.FileSystem(stack, primary).tier,
             "example": tiers.example(stack, primary),
         }
+        times: dict[str, list[float]] = {f"{kind}, {name}": [] for kind in KINDS for name in compared}
         for keys in tiers.groups(tiers.block_keys(HELD_BLOCKS)):
             for name, tier in compared.items():
-                if name.startswith("ours"):
+                if name.endswith("ours"):
                     tiers.submit_alone(tier, jobs.store(keys, rows[: len(keys)]))
         order, draw = list(compared.items()), random.Random(1)
         for keys in tiers.groups(tiers.block_keys(repetitions * tiers.JOB_BLOCKS)):
             draw.shuffle(order)  # whoever follows the fs tier's threads finds the caches cold
             for name, tier in order:
-                times.setdefault(f"store, {name}", []).append(tiers.submit_alone(tier, jobs.store(keys, rows)))
-                times.setdefault(f"load, {name}", []).append(tiers.submit_alone(tier, jobs.load(keys, rows)))
-    spreads = {name: Spread.of([value * US for value in each]) for name, each in times.items()}
+                times[f"store, {name}"].append(tiers.submit_alone(tier, jobs.store(keys, rows)))
+                times[f"load, {name}"].append(tiers.submit_alone(tier, jobs.load(keys, rows)))
+    spreads = {name: microseconds(each) for name, each in times.items()}
     run.results["submission_of_32_us"] = {name: asdict(spread) for name, spread in spreads.items()}
-    return {name: spread.median for name, spread in spreads.items()}
+    return spreads
 
 
-def measure_blocks_a_job(run: Run) -> dict[str, dict[int, float]]:
-    """Microseconds (median) of a submit_store with room, by tier and blocks a job."""
+def measure_blocks_a_job(run: Run) -> dict[str, dict[int, Spread]]:
+    """Microseconds, by tier and kind and then blocks a job: "submit" a job, with room, and the "poll" that ends it."""
     jobs = tiers.Jobs()
-    most = max(BLOCKS_A_JOB)
-    primary = np.ones((most, SUBMIT_ROW_BYTES), dtype=np.uint8)
-    found: dict[str, dict[int, float]] = {"ours": {}, "fs": {}, "example": {}}
+    measures = {"submit": tiers.submit_alone, "poll": ending_poll}
+    primary = np.ones((max(BLOCKS_A_JOB), SUBMIT_ROW_BYTES), dtype=np.uint8)
+    found: dict[str, dict[int, Spread]] = {}
     with ExitStack() as stack:
         fs = tiers.FileSystem(stack, primary)
-        # Room for every block of the sweep.
-        room = sum(max(SWEEP_BLOCKS, SWEEP_JOBS * blocks) for blocks in BLOCKS_A_JOB)
+        # Room for every block of the sweep: half of the jobs show a submission, half a poll.
+        room = 2 * sum(max(SWEEP_BLOCKS, SWEEP_JOBS * blocks) for blocks in BLOCKS_A_JOB)
         compared = {"ours": tiers.ours(stack, primary, room), "fs": fs.tier, "example": tiers.example(stack, primary)}
         for blocks in BLOCKS_A_JOB:
             run.progress(f"jobs of {blocks} blocks")
             rows = np.arange(blocks, dtype=np.int32)
-            times: dict[str, list[float]] = {name: [] for name in compared}
+            times: dict[str, list[float]] = {
+                f"{what} {kind}, {name}": [] for what in measures for kind in KINDS for name in compared
+            }
             order, draw = list(compared.items()), random.Random(1)
             for _ in range(min(SUBMIT_JOBS, max(SWEEP_JOBS, SWEEP_BLOCKS // blocks))):
-                keys = tiers.block_keys(blocks)
-                draw.shuffle(order)
-                for name, tier in order:
-                    times[name].append(tiers.submit_alone(tier, jobs.store(keys, rows)))
+                for what, measure in measures.items():
+                    keys = tiers.block_keys(blocks)
+                    draw.shuffle(order)
+                    for name, tier in order:
+                        both = (jobs.store(keys, rows), jobs.load(keys, rows))
+                        for kind, job in zip(KINDS, both, strict=True):
+                            times[f"{what} {kind}, {name}"].append(measure(tier, job))
             for name, each in times.items():
-                found[name][blocks] = statistics.median(each) * US
+                found.setdefault(name, {})[blocks] = microseconds(each)
             fs.remove_blocks()
-    run.results["submit_store_us_by_blocks"] = found
+    run.results["us_by_blocks_a_job"] = {
+        name: {blocks: asdict(spread) for blocks, spread in by_blocks.items()} for name, by_blocks in found.items()
+    }
     return found
+
+
+def ending_poll(tier: Any, job: Any) -> float:
+    """Seconds of the poll that reports a job's end, on a tier that has no other."""
+    tier.on_new_request(job.req_context)
+    tiers.submit(tier, job)
+    ended = 0
+    while not ended:
+        time.sleep(POLL_PAUSE_S)
+        started = time.perf_counter()
+        ended = tiers.collect(tier)
+        took = time.perf_counter() - started
+    tier.on_request_finished(job.req_context)
+    return took
+
+
+def microseconds(seconds: Sequence[float]) -> Spread:
+    return Spread.of([each * US for each in seconds])
 
 
 # -------------------------------------------------------------------------------------------------- polls and lookups
 
 
-def measure_polls(run: Run) -> None:
-    """get_finished_jobs with jobs in flight and none done."""
+def measure_polls(run: Run) -> dict[str, Spread]:
+    """Microseconds of a poll that finds nothing, with jobs in flight; of the fs tier, which nothing holds, none."""
     jobs = tiers.Jobs()
     primary = np.ones((1, SMALL_ROW_BYTES), dtype=np.uint8)
     row = np.zeros(1, dtype=np.int32)
     found = {}
     for in_flight in IN_FLIGHT:
         with ExitStack() as stack:
-            tier = tiers.ours(stack, primary, in_flight)
+            tier = tiers.ours(stack, primary, max(IN_FLIGHT))
             stream = tier._store._store_stream
             stream.hold()
             for key in tiers.block_keys(in_flight):
                 tier.submit_store(jobs.store([key], row))
-            times = [tiers.timed(tier.get_finished_jobs) * US for _ in range(POLLS)]
+            found[f"{in_flight} in flight, ours"] = microseconds(
+                [tiers.timed(tiers.collect, tier) for _ in range(POLLS)]
+            )
             if tier.statistics().jobs_in_flight != in_flight:
                 raise RuntimeError("a job ended while the stream was held")
             stream.release()
             tiers.wait(tier, in_flight)
-        found[in_flight] = asdict(Spread.of(times))
-    run.results["get_finished_jobs_us_by_jobs_in_flight"] = found
+    with ExitStack() as stack:
+        fs = tiers.FileSystem(stack, primary).tier
+        found["0 in flight, fs"] = microseconds([tiers.timed(tiers.collect, fs) for _ in range(POLLS)])
+    run.results["poll_us"] = {name: asdict(spread) for name, spread in found.items()}
+    return found
 
 
-def measure_lookups(run: Run) -> None:
-    """lookup of random keys by requests that know their positions, and what it leaves to the end of the step."""
+def measure_lookups(run: Run) -> dict[str, Spread]:
+    """Microseconds of a lookup of random keys by requests that know their positions, and of its part in the step's end.
+
+    Beside it a dict, and the fs tier, whose thread looks for files after the end of the step: asked first, it answers
+    RETRY, and asked again what the thread has found, here that there is none.
+    """
     jobs = tiers.Jobs()
     size = 1000
     primary = np.ones((size, SMALL_ROW_BYTES), dtype=np.uint8)
     rows = np.arange(size, dtype=np.int32)
     keys = tiers.block_keys(LOOKUP_BLOCKS)
+    table = {key: LookupResult.HIT for key in keys}
     draw = random.Random(LOOKUP_BLOCKS)
-    asked_a_step = LOOKUP_REQUESTS * LOOKUPS_A_REQUEST
-    hits, misses, ends = [], [], []
+    times: dict[str, list[float]] = {}
+
+    def note(what: str, call: Callable[..., object], *arguments: object) -> None:
+        times.setdefault(what, []).append(tiers.timed(call, *arguments) / (LOOKUP_REQUESTS * LOOKUPS_A_REQUEST))
+
     with ExitStack() as stack:
         tier = tiers.ours(stack, primary, LOOKUP_BLOCKS)
+        fs = tiers.FileSystem(stack, primary).tier
         for some in tiers.groups(keys, size):
             tiers.submit_alone(tier, jobs.store(some, rows))
         for step in range(LOOKUP_STEPS):
-            known = tiers.groups(draw.sample(keys, asked_a_step), LOOKUPS_A_REQUEST)
-            unknown = tiers.groups(tiers.block_keys(asked_a_step), LOOKUPS_A_REQUEST)
+            known = tiers.groups(draw.sample(keys, LOOKUP_REQUESTS * LOOKUPS_A_REQUEST), LOOKUPS_A_REQUEST)
+            unknown = tiers.groups(tiers.block_keys(LOOKUP_REQUESTS * LOOKUPS_A_REQUEST), LOOKUPS_A_REQUEST)
             contexts = [tiers.request(f"asks {step}.{number}", some) for number, some in enumerate(known)]
             for context in contexts:
                 tier.on_new_request(context)
-            hits.append(tiers.timed(_look_up, tier, known, contexts, LookupResult.HIT) / asked_a_step * US)
-            ends.append(tiers.timed(tiers.end_step, tier) / asked_a_step * US)
-            misses.append(tiers.timed(_look_up, tier, unknown, contexts, LookupResult.MISS) / asked_a_step * US)
+            note("hit, ours", _look_up, tier.lookup, known, contexts, LookupResult.HIT)
+            note("end of step, ours", tiers.end_step, tier)
+            note("miss, ours", _look_up, tier.lookup, unknown, contexts, LookupResult.MISS)
+            note("hit, dict", _look_up, lambda key, _: table.get(key), known, contexts, LookupResult.HIT)
+            note("miss, dict", _look_up, lambda key, _: table.get(key), unknown, contexts, None)
+            note("first asked, fs", _look_up, fs.lookup, unknown, contexts, LookupResult.RETRY)
+            note("end of step, fs", tiers.end_step, fs)
+            _wait_for_files(fs, unknown[-1][-1], contexts[-1])
+            note("miss, fs", _look_up, fs.lookup, unknown, contexts, LookupResult.MISS)
             for context in contexts:
                 tier.on_request_finished(context)
-    run.results["lookup_us"] = {
-        "hit": asdict(Spread.of(hits)),
-        "miss": asdict(Spread.of(misses)),
-        "end of step, a hit": asdict(Spread.of(ends)),
-        "blocks_held": LOOKUP_BLOCKS,
-    }
+                fs.on_request_finished(context)
+    found = {name: microseconds(each) for name, each in times.items()}
+    run.results["lookup_us"] = {name: asdict(spread) for name, spread in found.items()}
+    return found
 
 
-def _look_up(tier: Any, asked: Sequence[Sequence[bytes]], contexts: Sequence[Any], expected: LookupResult) -> None:
+def _look_up(
+    lookup: Callable[[bytes, Any], object],
+    asked: Sequence[Sequence[bytes]],
+    contexts: Sequence[Any],
+    expected: LookupResult | None,
+) -> None:
     for keys, context in zip(asked, contexts, strict=True):
         for key in keys:
-            if tier.lookup(key, context) is not expected:
+            if lookup(key, context) is not expected:
                 raise RuntimeError(f"a lookup did not answer {expected}")
+
+
+def _wait_for_files(fs: Any, last: bytes, context: Any) -> None:
+    """Until the fs tier's thread has looked for the last key of a step."""
+    deadline = time.monotonic() + FS_LOOKUPS_S
+    while fs.lookup(last, context) is LookupResult.RETRY:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the fs tier has not looked for a file in {FS_LOOKUPS_S:.0f} s")
+        time.sleep(POLL_PAUSE_S)
+        tiers.end_step(fs)
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks held
@@ -255,9 +319,9 @@ class Growing:
         fresh = tiers.groups(tiers.block_keys(GROWTH_JOBS * tiers.JOB_BLOCKS))
         self._note("store, dict", GROWTH_JOBS, lambda: self._dict_stores(fresh))
 
-    def median(self, what: str) -> float:
+    def spread(self, what: str) -> Spread:
         """Nanoseconds an operation."""
-        return statistics.median(self.times[what]) * NS
+        return Spread.of([each * NS for each in self.times[what]])
 
     def _note(self, what: str, operations: int, call: Callable[[], None]) -> None:
         self.times.setdefault(what, []).append(tiers.timed(call) / operations)
@@ -285,9 +349,9 @@ class Growing:
             oldest.append(keys)
 
 
-def measure_growth(run: Run, sizes: Sequence[int]) -> dict[int, dict[str, float]]:
+def measure_growth(run: Run, sizes: Sequence[int]) -> dict[int, dict[str, Spread]]:
     """Nanoseconds of an operation, by blocks held."""
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[str, Spread]] = {}
     for blocks in sizes:
         run.progress(f"{blocks:,} blocks held")
         growing = Growing(blocks)
@@ -296,11 +360,13 @@ def measure_growth(run: Run, sizes: Sequence[int]) -> dict[int, dict[str, float]
         for ask in (growing.look_up, growing.turn_over):
             for _ in range(GROWTH_REPETITIONS):
                 ask()
-        found[blocks] = {what: growing.median(what) for what in growing.times}
+        found[blocks] = {what: growing.spread(what) for what in growing.times}
         del growing
         gc.unfreeze()
         gc.collect()
-    run.results["ns_by_blocks_held"] = found
+    run.results["ns_by_blocks_held"] = {
+        blocks: {what: asdict(spread) for what, spread in each.items()} for blocks, each in found.items()
+    }
     return found
 
 
@@ -343,11 +409,11 @@ def main() -> int:
     submissions = measure_submissions(run, jobs)
     by_blocks = measure_blocks_a_job(run)
     run.progress("polls and lookups")
-    measure_polls(run)
-    measure_lookups(run)
+    polls = measure_polls(run)
+    lookups = measure_lookups(run)
     held = measure_growth(run, sizes)
     few, many = held[sizes[0]], held[sizes[-1]]
-    growth = {name: many[name] / few[name] for name in few}
+    growth = {name: many[name].median / few[name].median for name in few}
     run.results["growth"] = growth
     worse = max(("lookup", "store"), key=lambda what: growth[f"{what}, ours"] / growth[f"{what}, dict"])
     run.figures = [
@@ -355,12 +421,12 @@ def main() -> int:
             key="scheduler_cost.submit_vs_fs",
             what="submit_store of 32 blocks, with room",
             unit="us",
-            ratio=submissions["store, ours"] / submissions["store, fs"],
+            ratio=submissions["store, ours"].median / submissions["store, fs"].median,
             goal=SUBMIT_VS_FS,
             goal_is="<=",
-            ours=submissions["store, ours"],
-            fs=submissions["store, fs"],
-            example=submissions["store, example"],
+            ours=submissions["store, ours"].median,
+            fs=submissions["store, fs"].median,
+            example=submissions["store, example"].median,
         ),
         Figure(
             key="scheduler_cost.growth",
@@ -382,35 +448,85 @@ def main() -> int:
             ours=memory,
         ),
     ]
-    for name, value in submissions.items():
-        print(f"submit_{name:24} {value:8.1f} us")
+    print(cost_table(submissions, by_blocks, polls, lookups, held))
     draw(run, by_blocks, held)
     run.finish()
     return 0
 
 
-def draw(run: Run, by_blocks: dict[str, dict[int, float]], held: dict[int, dict[str, float]]) -> None:
-    with figure(run.picture, ncols=2, figsize=(11, 4)) as (_, (left, right)):
-        for name, color in (("ours", "#4c72b0"), ("fs", "#dd8452"), ("example", "#8c8c8c")):
-            left.plot(list(by_blocks[name]), list(by_blocks[name].values()), "o-", color=color, label=name)
-        left.set_xscale("log")
-        left.set_yscale("log")
-        left.set_xlabel("blocks a job")
-        left.set_ylabel("submit_store, us")
-        left.set_title("What a store takes from the scheduler")
-        left.legend()
+def cost_table(
+    submissions: dict[str, Spread],
+    by_blocks: dict[str, dict[int, Spread]],
+    polls: dict[str, Spread],
+    lookups: dict[str, Spread],
+    held: dict[int, dict[str, Spread]],
+) -> str:
+    """Everything that was measured."""
+    sweep, growth = {}, {}
+    for name, each in by_blocks.items():
+        what, _, whose = name.rpartition(", ")
+        sweep |= {f"{what}, {blocks}, {whose}": spread for blocks, spread in each.items()}
+    for blocks, found in held.items():
+        for name, spread in found.items():
+            what, _, whose = name.rpartition(", ")
+            growth[f"{what}, {blocks:,} held, {whose}"] = spread
+    return "\n".join(
+        [
+            *beside("jobs of 32 blocks, us", submissions, ("fs", "example")),
+            *beside("jobs by their blocks, us", sweep, ("fs", "example")),
+            *beside("polls that find nothing, us", polls, ("fs",)),
+            *beside(f"lookups, {LOOKUP_BLOCKS:,} held, us", lookups, ("fs", "dict")),
+            *beside("stores are of 32 blocks, ns", growth, ("dict",)),
+        ]
+    )
+
+
+def beside(head: str, spreads: dict[str, Spread], others: Sequence[str]) -> list[str]:
+    """Lines of a table: spreads called "WHAT, WHOSE", ours beside others', and the ratio to the first of those."""
+    rows: dict[str, dict[str, Spread]] = {}
+    for name, spread in spreads.items():
+        what, _, whose = name.rpartition(", ")
+        rows.setdefault(what, {})[whose] = spread
+    width = len(QUARTILES)
+    lines = [
+        f"{'':28}" + "".join(f"{whose:>{width}}" for whose in ("ours", *others)),
+        f"{head:28}" + QUARTILES * (1 + len(others)) + f"{'/' + others[0]:>8}",
+    ]
+    for what, found in rows.items():
+        line = f"{what:28}"
+        line += "".join(found[whose].cells() if whose in found else " " * width for whose in ("ours", *others))
+        if "ours" in found and others[0] in found:
+            line += f"{found['ours'].median / found[others[0]].median:8.3f}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def draw(run: Run, by_blocks: dict[str, dict[int, Spread]], held: dict[int, dict[str, Spread]]) -> None:
+    with figure(run.picture, ncols=3, figsize=(15, 4.4)) as (_, (left, middle, right)):
+        for axes, what in ((left, "submit"), (middle, "poll")):
+            for name, color in (("ours", "#4c72b0"), ("fs", "#dd8452"), ("example", "#8c8c8c")):
+                for kind, style in (("store", "o-"), ("load", "s--")):
+                    plot_spreads(axes, by_blocks[f"{what} {kind}, {name}"], style, color, f"{name}, {kind}")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("blocks a job")
+            axes.legend(fontsize="small")
+        left.set_ylabel("us: median, quartiles as a band")
+        left.set_title("Submission")
+        middle.set_ylabel("us")
+        middle.set_title("The poll that ends a job")
         sizes = list(held)
         for what, color in (("lookup", "#4c72b0"), ("store", "#55a868")):
             for whose, style in (("ours", "o-"), ("dict", "o:")):
-                first = held[sizes[0]][f"{what}, {whose}"]
-                values = [held[size][f"{what}, {whose}"] / first for size in sizes]
-                right.plot(sizes, values, style, color=color, label=f"{what}, {whose}")
+                first = held[sizes[0]][f"{what}, {whose}"].median
+                spreads = {size: held[size][f"{what}, {whose}"].times(1 / first) for size in sizes}
+                plot_spreads(right, spreads, style, color, f"{what}, {whose}")
         right.set_xscale("log")
         right.set_xlabel("blocks held")
         right.set_ylabel(f"time, relative to {sizes[0]:,} blocks")
         right.set_title("Growth with the blocks held")
         right.legend()
-        for axes in (left, right):
+        for axes in (left, middle, right):
             axes.grid(alpha=0.3)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
+import re
+import signal
 
 import pytest
 
@@ -16,6 +19,22 @@ def write(path, *lines: str):
     return path
 
 
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """Runs the program in this process, returns its report, and takes back what a Run does to a process."""
+    at_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def run(*options: str):
+        output = tmp_path / "replay.json"
+        monkeypatch.setattr("sys.argv", ["replay", "--output", str(output), *options])
+        assert replay.main() == 0
+        return json.loads(output.read_text())
+
+    yield run
+    signal.signal(signal.SIGTERM, at_sigterm)
+    gc.unfreeze()
+
+
 def test_a_trace_in_mooncakes_format_is_read(tmp_path):
     line = {"timestamp": 0, "input_length": 700, "output_length": 3, "hash_ids": [0, 1]}
     path = write(tmp_path / "trace.jsonl", json.dumps(line), "", json.dumps({"hash_ids": [0, 5, 6]}), "not read")
@@ -23,12 +42,64 @@ def test_a_trace_in_mooncakes_format_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", "{}", '{"hash_ids": 3}', '{"hash_ids": [1, "2"]}', '{"hash_ids": [true]}']
+    ("line", "what"),
+    [
+        (b"{", "not JSON"),
+        (b'\xef\xbb\xbf{"hash_ids": [1]}', "not JSON"),
+        (b'{"hash_ids": [1], "input_length": NaN}', "NaN is not JSON"),
+        (b'{"hash_ids": [-Infinity]}', "-Infinity is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"hash_ids": [1e999]}', "1e999 is too large for a number"),
+        (b'{"hash_ids": [1], "timestamp": 1e999}', "1e999 is too large for a number"),
+        (b'{"hash_ids": [' + b"9" * 641 + b"]}", "an integer of 641 digits, and 640 is the most"),
+        (b'{"hash_ids": [' + b"9" * 5000 + b"]}", "an integer of 5000 digits, and 640 is the most"),
+        (b'{"hash_ids": [1], "tenant": "\xe9\xff"}', "not UTF-8"),
+        ('{"hash_ids": [1]}'.encode("utf-16-le") + b"\xff", "not UTF-8"),
+        (b"[1]", "not a JSON object with 'hash_ids'"),
+        (b"null", "not a JSON object with 'hash_ids'"),
+        (b'"hash_ids"', "not a JSON object with 'hash_ids'"),
+        (b"{}", "not a JSON object with 'hash_ids'"),
+        (b'{"hash_ids": 3}', "'hash_ids' must be a list of integers from 0 on"),
+        (b'{"hash_ids": [1, "2"]}', "'hash_ids' must be a list of integers from 0 on"),
+        (b'{"hash_ids": [true]}', "'hash_ids' must be a list of integers from 0 on"),
+        (b'{"hash_ids": [1.0]}', "'hash_ids' must be a list of integers from 0 on"),
+        (b'{"hash_ids": [1e3]}', "'hash_ids' must be a list of integers from 0 on"),
+        (b'{"hash_ids": [1, -2]}', "'hash_ids' must be a list of integers from 0 on"),
+    ],
+    ids=lambda value: value[:40].decode(errors="replace") if isinstance(value, bytes) else "",
 )
-def test_a_line_that_is_none_is_refused_by_file_and_line(tmp_path, line):
-    path = write(tmp_path / "trace.jsonl", '{"hash_ids": [1]}', line)
-    with pytest.raises(ValueError, match=r"trace.jsonl, line 2: (not a JSON object|'hash_ids' must be a list)"):
+def test_a_line_that_is_none_is_refused_in_one_sentence_with_file_and_line(tmp_path, line, what):
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b'{"hash_ids": [1]}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line 2: {re.escape(what)}$"):
         replay.read_trace(path, most=10)
+
+
+def test_a_refused_trace_ends_the_program_without_a_traceback(program, tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b'{"hash_ids": [1]}\n\xff\n')
+    with pytest.raises(SystemExit):
+        program("--trace", str(path))
+    assert capsys.readouterr().err.endswith(f"error: {path}, line 2: not UTF-8\n")
+
+
+def test_ids_may_be_of_any_size(tmp_path):
+    ids = [0, 1 << 63, (1 << 64) - 1, 1 << 64, (1 << 256) + 1]
+    path = write(tmp_path / "trace.jsonl", json.dumps({"hash_ids": ids}), json.dumps({"hash_ids": ids}))
+    requests = replay.read_trace(path, most=2)
+    assert requests == [ids, ids]
+    hits = replay.replay(requests, 2 * len(ids), len(ids))
+    assert hits.primary + hits.tier == len(ids) == replay.infinite_hits(requests)
+
+
+def test_ids_that_agree_in_their_last_64_bits_are_different_blocks():
+    hits = replay.replay([[1], [1 + (1 << 64)], [1 + (1 << 256)]], 4, 4)
+    assert hits.primary + hits.tier == 0
+
+
+def test_a_block_that_a_request_names_twice_is_asked_for_once(tmp_path):
+    path = write(tmp_path / "trace.jsonl", '{"hash_ids": [4, 5, 4]}')
+    assert replay.read_trace(path, most=1) == [[4, 5]]
 
 
 @pytest.mark.parametrize("lines", [[""], ['{"hash_ids": []}']])
@@ -65,6 +136,70 @@ def test_nothing_beats_the_optimum_and_it_can_be_had(seed):
     capacity = draw.randint(1, 3)
     requests = [accesses[:4], accesses[4:]]
     assert replay.optimal_hits(requests, capacity) == best(accesses, capacity)
+
+
+def test_a_plain_lru_cache_hits_prefixes_only():
+    assert replay.lru_hits([[1, 2, 3], [1, 2, 3]], capacity=3) == 3
+    assert replay.lru_hits([[1, 2, 3], [4], [1, 2, 3]], capacity=3) == 0  # 1 is gone, so 2 and 3 are of no use
+    assert replay.lru_hits([[1, 2], [3], [1, 4], [1, 2]], capacity=3) == 2
+    assert replay.lru_hits([[1, 2, 3], [1, 2, 3]], capacity=2) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plain_lru_cache_never_beats_the_optimum(seed):
+    requests = replay.synthetic_trace(80, seed)
+    for capacity in (3, 30, 300):
+        assert replay.lru_hits(requests, capacity) <= replay.optimal_hits(requests, capacity)
+
+
+def test_the_primary_alone_hits_only_what_it_has_itself():
+    requests = replay.synthetic_trace(120)
+    primary = 2 * max(map(len, requests))
+    hits = replay.replay(requests, primary, 0)
+    assert hits.tier == 0
+    assert 0 < hits.primary <= replay.optimal_hits(requests, primary)
+
+
+def test_the_capacities_depend_on_the_number_of_blocks_alone():
+    assert replay.capacities(640) == {"1/64": 10, "1/32": 20, "1/16": 40, "1/8": 80, "1/4": 160, "1/2": 320}
+
+
+def pairs(path, count: int):
+    """A trace of `count` pairs of blocks, each asked for again after 20 others, for a primary of 4 blocks."""
+    order = [pair for at in range(0, count, 20) for _ in range(2) for pair in range(at, min(at + 20, count))]
+    return write(path, *(json.dumps({"hash_ids": [2 * pair, 2 * pair + 1]}) for pair in order))
+
+
+def test_the_figure_is_the_mean_over_all_capacities(program, tmp_path, capsys):
+    report = program("--trace", str(pairs(tmp_path / "trace.jsonl", 400)))
+    points = report["results"]["by_capacity"]
+    assert len({point["ours_to_optimum"] for point in points}) > 1  # or any of them would do
+    assert [point["share"] for point in points] == list(replay.capacities(1))
+    ratio = sum(point["ours"] / point["optimum"] for point in points) / len(points)
+    assert report["summary"]["replay.hit_ratio_vs_optimal"]["ratio"] == pytest.approx(ratio)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {"replay.hit_ratio_vs_optimal": pytest.approx(ratio)}
+    for point in points:
+        assert any(line.split()[:2] == [point["share"], str(point["blocks"])] for line in lines)
+
+
+def test_a_trace_too_small_for_every_capacity_has_a_table_and_no_figure(program, tmp_path, capsys):
+    report = program("--trace", str(pairs(tmp_path / "trace.jsonl", 100)))
+    assert report["summary"] == {}
+    assert len(report["results"]["by_capacity"]) < len(replay.DIVISORS)
+    out = capsys.readouterr().out
+    assert "not measured: not more than the primary" in out
+    assert "No figure" in out
+
+
+@pytest.mark.parametrize(
+    ("requests", "why"), [([[1, 2], [3]], "no block of .* is asked for twice"), ([[1, 2], [1, 2]], "too few")]
+)
+def test_a_trace_of_which_nothing_can_be_said_is_refused(program, tmp_path, capsys, requests, why):
+    path = write(tmp_path / "trace.jsonl", *(json.dumps({"hash_ids": ids}) for ids in requests))
+    with pytest.raises(SystemExit):
+        program("--trace", str(path))
+    assert re.search(why, capsys.readouterr().err)
 
 
 def test_with_room_for_all_the_tier_hits_what_an_infinite_cache_does():
