@@ -68,7 +68,7 @@ class TierConfig:
     bytes_to_use: capacity in bytes; None is twice the primary tier.
     engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" where this process uses a GPU.
     pool: where the tier's rows lie: "host", or "cuda:N" for memory of that device.
-    copy_threads: of the host engine, native threads that copy, 1 to 64.
+    copy_threads: of the host engine, native threads that copy, 1 to 64; None is `streams.host.default_threads`.
     staging_bytes: of the cuda engine with pool "host", device memory that copies pass through, half a direction.
     max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
         that many.
@@ -80,7 +80,7 @@ class TierConfig:
     bytes_to_use: int | None = None
     engine: str = "auto"
     pool: str = "host"
-    copy_threads: int = 2
+    copy_threads: int | None = None
     staging_bytes: int = 64 << 20
     max_inflight_store_bytes: int = 256 << 20
     keep_on_reset: bool = False
@@ -101,7 +101,7 @@ class TierConfig:
         for key in ("bytes_to_use", "staging_bytes", "max_inflight_store_bytes"):
             if key in values and not (key == "bytes_to_use" and values[key] is None):
                 values[key] = parse_size(key, values[key])
-        if "copy_threads" in values:
+        if values.get("copy_threads") is not None:
             values["copy_threads"] = parse_threads("copy_threads", values["copy_threads"])
         config = cls(**values)
         config._check()

@@ -9,7 +9,7 @@ from typing import Protocol
 from async_tier.arena import Arena, Rows
 from async_tier.config import TierConfig
 from async_tier.streams.base import CopyEngine
-from async_tier.streams.host import HostEngine
+from async_tier.streams.host import HostEngine, default_threads
 from async_tier.streams.registration import Registration
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyE
             logger.warning(
                 "CUDA cannot be used for the tier's copies, so copy threads and host memory are used instead: %s", error
             )
-    engine = HostEngine(config.copy_threads)
+    engine = HostEngine(default_threads() if config.copy_threads is None else config.copy_threads)
     try:
         return engine, Arena(capacity, primary.row_bytes)
     except BaseException:

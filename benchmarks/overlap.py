@@ -1,38 +1,40 @@
 """How much of copying is hidden under compute, and what it takes from whoever computes.
 
 A fixed compute loop alone, copies alone, both together. Overlap efficiency is (compute + copies - both) / min(compute,
-copies): 1 if the shorter of the two costs nothing, 0 if they run one after the other.
+copies): 1 if the shorter of the two costs nothing, 0 if they run one after the other. The products' thread also makes
+the calls to the tier, which are part of what is lost. Blocks and products of two sizes each; the figure is the worst
+of the four.
 
-Two loops: matrix products that fit a core's caches (a model's forward passes; torch on one thread, one copy thread, so
-that two cores suffice), and pure Python that submits and polls as vLLM's scheduler does.
+Two loops: matrix products (a model's forward passes; torch on one thread, one copy thread, so that two cores suffice),
+and pure Python that submits and polls as vLLM's scheduler does.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 
-from async_tier.manager import AsyncSecondaryTierManager
 from benchmarks import tiers
-from benchmarks.common import Figure, Run, Spread, arguments, figure
+from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure
 
-MIB = 1 << 20
-# A block of 16 tokens of an 8B model (Llama 3.1, bfloat16): 128 KiB a token.
-ROW_BYTES = 2 * MIB
-PRIMARY_ROWS = 512
-# 256 x 256 of float32: three of them are 768 KiB, which a core's second-level cache holds. What computes from main
-# memory, or from a cache that cores share, competes for it with whatever copies; that is another question.
-MATRIX = 256
+KIB, MIB = 1 << 10, 1 << 20
+# Blocks of 16 tokens: of an 8B model (Llama 3.1, bfloat16: 128 KiB a token), and of one eight times smaller.
+BLOCK_BYTES = (256 * KIB, 2 * MIB)
+# Of what is copied from and to, and half of the tier: a set of blocks is used again only when it is out of the caches.
+PRIMARY_BYTES = 1 << 30
+# n x n of float32, three at a time: some 1 MiB, for a core's own caches, and 3 MiB, for one that cores share.
+MATRICES = (256, 512)
 # Of one measurement.
 COMPUTE_S = 0.5
 REPETITIONS = 9
 WARM_UPS = 2
-# 256 MiB: what is copied during several products, between which jobs are submitted and polled.
 JOBS_IN_FLIGHT = 4
 # A step of the scheduler: this much Python, and in it one store and one load of 32 blocks.
 STEP_S = 0.010
@@ -41,60 +43,79 @@ EFFICIENCY, SLOWDOWN = 0.9, 0.03
 
 
 class Copies:
-    """Jobs of stores and loads over one primary, submitted one by one."""
+    """Jobs of stores and loads over one primary, made in advance and submitted one by one."""
 
-    def __init__(self, tier: AsyncSecondaryTierManager) -> None:
-        self.tier = tier
+    def __init__(self, stack: ExitStack, block_bytes: int) -> None:
+        self._count = PRIMARY_BYTES // block_bytes
+        primary = np.ones((self._count, block_bytes), dtype=np.uint8)
+        self.tier = tiers.ours(stack, primary, 2 * self._count, copy_threads=1)
         self._make = tiers.Jobs()
         self._draw = np.random.default_rng(1)
-        self._kept = tiers.groups(tiers.block_keys(PRIMARY_ROWS // 2))
+        self._kept = tiers.groups(tiers.block_keys(self._count // 2))
         for keys in self._kept:
-            tiers.submit_alone(tier, self._make.store(keys, self._rows()))
+            tiers.submit_alone(self.tier, self._make.store(keys, self._rows()))
+        self._made = 0
+        self._jobs: deque[Any] = deque()
         self.in_flight = 0
-        self.submitted = 0
 
-    def submit(self) -> None:
-        """The next job: a store, a load, a store, ..."""
-        if self.submitted % 2:
-            keys = self._kept[self.submitted // 2 % len(self._kept)]
-            context = tiers.request("asks", keys)
-            for key in keys:
-                self.tier.lookup(key, context)
-            job = self._make.load(keys, self._rows())
-        else:
-            job = self._make.store(tiers.block_keys(tiers.JOB_BLOCKS), self._rows())
-        self.tier.on_new_request(job.req_context)
-        tiers.submit(self.tier, job)
-        self.tier.on_request_finished(job.req_context)
-        self.in_flight += 1
-        self.submitted += 1
+    def prepare(self, jobs: int) -> None:
+        """Make the next jobs: a store, a load, a store, ... What vLLM does for them is not ours to measure."""
+        for number in range(self._made, self._made + jobs):
+            if number % 2:
+                keys = self._kept[number // 2 % len(self._kept)]
+                self._jobs.append(self._make.load(keys, self._rows()))
+            else:
+                self._jobs.append(self._make.store(tiers.block_keys(tiers.JOB_BLOCKS), self._rows()))
+        self._made += jobs
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all jobs that were made have ended."""
+        return not (self._jobs or self.in_flight)
+
+    def submit(self, most: int) -> None:
+        """Submit jobs until `most` are in flight or none is left."""
+        while self._jobs and self.in_flight < most:
+            job = self._jobs.popleft()
+            self.tier.on_new_request(job.req_context)
+            if job.is_promotion:
+                for key in job.keys:
+                    self.tier.lookup(key, job.req_context)
+            tiers.submit(self.tier, job)
+            self.tier.on_request_finished(job.req_context)
+            self.in_flight += 1
 
     def poll(self) -> None:
         self.in_flight -= tiers.collect(self.tier)
         tiers.end_step(self.tier)
 
     def wait(self) -> None:
-        """Until all has been copied, without taking a core."""
+        """Until all that was submitted has been copied, without taking a core."""
         self.tier._store.drain()
         self.poll()
 
     def _rows(self) -> np.ndarray:
-        return self._draw.choice(PRIMARY_ROWS, tiers.JOB_BLOCKS, replace=False).astype(np.int32)
+        return self._draw.choice(self._count, tiers.JOB_BLOCKS, replace=False).astype(np.int32)
 
 
 class MatrixProducts:
     """Compute of a fixed amount, and copies of a fixed amount, that take about as long when alone."""
 
-    def __init__(self, copies: Copies) -> None:
+    def __init__(self, copies: Copies, size: int) -> None:
         self._copies = copies
         torch.set_num_threads(1)
-        self._left = torch.rand(MATRIX, MATRIX)
-        self._right = torch.rand(MATRIX, MATRIX)
-        self._out = torch.empty(MATRIX, MATRIX)
+        self._left = torch.rand(size, size)
+        self._right = torch.rand(size, size)
+        self._out = torch.empty(size, size)
         self.products, self.jobs = 100, 4 * JOBS_IN_FLIGHT
         # The first ones build what they need, and touch memory for the first time.
         self.products = round(100 * COMPUTE_S / min(self.compute() for _ in range(5)))
         self.jobs = round(self.jobs * COMPUTE_S / min(self.copy() for _ in range(5)))
+
+    def measure(self) -> dict[str, float]:
+        """Seconds of both together, of the products beside copies, and of each alone."""
+        both, beside = self.both()
+        return {"compute": self.compute(), "copy": self.copy(), "both": both, "compute beside copies": beside}
 
     def compute(self) -> float:
         """Seconds of the products alone."""
@@ -105,29 +126,32 @@ class MatrixProducts:
 
     def copy(self) -> float:
         """Seconds of the copies alone."""
-        copies, started = self._copies, time.perf_counter()
-        first = copies.submitted
-        while copies.submitted - first < self.jobs or copies.in_flight:
-            while copies.submitted - first < self.jobs and copies.in_flight < JOBS_IN_FLIGHT:
-                copies.submit()
-            copies.poll()
+        self._copies.prepare(self.jobs)
+        started = time.perf_counter()
+        self._finish()
         return time.perf_counter() - started
 
     def both(self) -> tuple[float, float]:
         """Seconds of both together, and until the products were done: jobs are submitted and polled between them."""
-        copies, started = self._copies, time.perf_counter()
-        first = copies.submitted
+        copies = self._copies
+        copies.prepare(self.jobs)
+        started = time.perf_counter()
         for _ in range(self.products):
             torch.mm(self._left, self._right, out=self._out)
             copies.poll()
-            while copies.submitted - first < self.jobs and copies.in_flight < JOBS_IN_FLIGHT:
-                copies.submit()
+            copies.submit(JOBS_IN_FLIGHT)
         computed = time.perf_counter() - started
-        while copies.submitted - first < self.jobs or copies.in_flight:
-            while copies.submitted - first < self.jobs and copies.in_flight < JOBS_IN_FLIGHT:
-                copies.submit()
-            copies.poll()
+        self._finish()
         return time.perf_counter() - started, computed
+
+    def _finish(self) -> None:
+        while not self._copies.is_over:
+            self._copies.submit(JOBS_IN_FLIGHT)
+            self._copies.poll()
+
+
+def efficiency(compute: float, copy: float, both: float) -> float:
+    return (compute + copy - both) / min(compute, copy)
 
 
 class SchedulerLoop:
@@ -135,29 +159,89 @@ class SchedulerLoop:
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
-        rounds, took = 100_000, 0.0
+        rounds = 100_000
         took = min(tiers.timed(tiers.busy, rounds) for _ in range(5))
         self.rounds = round(rounds * STEP_S / took)
 
-    def measure(self) -> tuple[float, float, float]:
-        """Seconds of STEPS steps without copies, of as many with them, and of the calls to the tier in those.
+    def measure(self) -> list[tuple[float, float, float]]:
+        """By turn: seconds of some steps without copies, of as many with them, and of the calls to the tier in those.
 
-        A few of the ones, a few of the others: a processor's clock changes by more than what is measured.
+        In short turns, of which neighbours are compared: a processor's clock changes by more than what is measured.
         """
-        alone = with_copies = calls = 0.0
+        turns = []
         for _ in range(STEPS // STEPS_IN_TURN):
-            alone += tiers.timed(lambda: [tiers.busy(self.rounds) for _ in range(STEPS_IN_TURN)])
-            started = time.perf_counter()
+            alone = tiers.timed(lambda: [tiers.busy(self.rounds) for _ in range(STEPS_IN_TURN)])
+            self._copies.prepare(2 * STEPS_IN_TURN)
+            calls, started = 0.0, time.perf_counter()
             for _ in range(STEPS_IN_TURN):
                 entered = time.perf_counter()
                 self._copies.poll()
-                self._copies.submit()
-                self._copies.submit()
+                self._copies.submit(self._copies.in_flight + 2)
                 calls += time.perf_counter() - entered
                 tiers.busy(self.rounds)
-            with_copies += time.perf_counter() - started
+            turns.append((alone, time.perf_counter() - started, calls))
             self._copies.wait()
-        return alone, with_copies, calls
+        return turns
+
+
+def measure_products(run: Run, repetitions: int) -> dict[str, dict[str, Any]]:
+    """By what is computed and copied: seconds of each, and the efficiency of each repetition."""
+    found = {}
+    for block_bytes in BLOCK_BYTES:
+        with ExitStack() as stack:
+            copies = Copies(stack, block_bytes)
+            for size in MATRICES:
+                name = f"blocks of {block_bytes // KIB} KiB, {size} x {size}"
+                products = MatrixProducts(copies, size)
+                run.progress(f"{name}: {products.products} products, {products.jobs} jobs")
+                rounds = [products.measure() for _ in range(WARM_UPS + repetitions)][WARM_UPS:]
+                seconds = {what: Spread.of([each[what] for each in rounds]) for what in rounds[0]}
+                found[name] = {
+                    "seconds": {what: asdict(spread) for what, spread in seconds.items()},
+                    "bytes_copied": products.jobs * tiers.JOB_BLOCKS * block_bytes,
+                    "efficiency": asdict(
+                        Spread.of([efficiency(each["compute"], each["copy"], each["both"]) for each in rounds])
+                    ),
+                    "compute_slowed_by": asdict(
+                        Spread.of([each["compute beside copies"] / each["compute"] - 1 for each in rounds])
+                    ),
+                }
+    run.results["products"] = found
+    return found
+
+
+def measure_scheduler(run: Run, repetitions: int) -> dict[str, Any]:
+    run.progress("scheduler steps")
+    with ExitStack() as stack:
+        scheduler = SchedulerLoop(Copies(stack, max(BLOCK_BYTES)))
+        turns = [turn for _ in range(WARM_UPS + repetitions) for turn in scheduler.measure()]
+    turns = turns[WARM_UPS * STEPS // STEPS_IN_TURN :]
+    found = {
+        "slowdown": asdict(Spread.of([together / alone - 1 for alone, together, _ in turns])),
+        "slowdown_without_calls": asdict(
+            Spread.of([(together - calls) / alone - 1 for alone, together, calls in turns])
+        ),
+        "ms_a_step": asdict(Spread.of([alone / STEPS_IN_TURN * 1e3 for alone, _, _ in turns])),
+        "ms_a_step_with_copies": asdict(Spread.of([together / STEPS_IN_TURN * 1e3 for _, together, _ in turns])),
+        "ms_of_calls_a_step": asdict(Spread.of([calls / STEPS_IN_TURN * 1e3 for _, _, calls in turns])),
+    }
+    run.results["scheduler"] = found
+    return found
+
+
+def report(products: dict[str, dict[str, Any]], scheduler: dict[str, Any]) -> None:
+    def line(name: str, spread: dict[str, float]) -> None:
+        print(f"{name:44}{Spread(**spread).cells()}")
+
+    print(f"{'efficiency':44}{QUARTILES}")
+    for name, found in products.items():
+        line(f"  {name}", found["efficiency"])
+    print("products slowed by")
+    for name, found in products.items():
+        line(f"  {name}", found["compute_slowed_by"])
+    print("the scheduler")
+    for name, spread in scheduler.items():
+        line(f"  {name.replace('_', ' ')}", spread)
 
 
 def main() -> int:
@@ -165,90 +249,82 @@ def main() -> int:
     repetitions = 3 if options.quick else REPETITIONS
     run = Run(
         "overlap",
-        f"{WARM_UPS} rounds to warm up, then {repetitions} of each in turns. Rows of {ROW_BYTES // MIB} MiB, jobs of "
-        f"{tiers.JOB_BLOCKS} blocks, half stores and half loads, one copy thread. Products of {MATRIX} x {MATRIX} "
-        f"float32 on one thread; scheduler steps of {STEP_S * 1e3:.0f} ms of Python with a store and a load each.",
+        f"{WARM_UPS} rounds to warm up, then {repetitions}. Jobs of {tiers.JOB_BLOCKS} blocks, half stores and half "
+        f"loads, one copy thread. Products of float32 on one thread. Scheduler: steps of {STEP_S * 1e3:.0f} ms of "
+        f"Python, {STEPS_IN_TURN} without a tier, {STEPS_IN_TURN} with a store and a load of "
+        f"{max(BLOCK_BYTES) // MIB} MiB blocks each, and so on, {STEPS} of each a round.",
         options.output,
     )
-    seconds: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        primary = np.ones((PRIMARY_ROWS, ROW_BYTES), dtype=np.uint8)
-        copies = Copies(tiers.ours(stack, primary, 2 * PRIMARY_ROWS, copy_threads=1))
-        products, scheduler = MatrixProducts(copies), SchedulerLoop(copies)
-        run.progress(f"{products.products} products, {products.jobs} jobs; steps of {scheduler.rounds} rounds")
-        for repetition in range(WARM_UPS + repetitions):
-            both, computed = products.both()
-            alone, steps, calls = scheduler.measure()
-            found = {
-                "compute": products.compute(),
-                "copy": products.copy(),
-                "both": both,
-                "compute beside copies": computed,
-                "steps": alone,
-                "steps with copies": steps,
-                "calls to the tier": calls,
-            }
-            if repetition >= WARM_UPS:
-                for name, took in found.items():
-                    seconds.setdefault(name, []).append(took)
-            run.progress(f"round {repetition + 1} of {WARM_UPS + repetitions}")
-    median = {name: Spread.of(each).median for name, each in seconds.items()}
-    efficiency = (median["compute"] + median["copy"] - median["both"]) / min(median["compute"], median["copy"])
-    slowdown = median["steps with copies"] / median["steps"] - 1
-    run.results = {
-        "seconds": {name: asdict(Spread.of(each)) for name, each in seconds.items()},
-        "bytes_copied": products.jobs * tiers.JOB_BLOCKS * ROW_BYTES,
-        "compute_slowed_by": median["compute beside copies"] / median["compute"] - 1,
-        "scheduler_slowdown": slowdown,
-        "scheduler_slowdown_without_calls": (median["steps with copies"] - median["calls to the tier"])
-        / median["steps"]
-        - 1,
-    }
+    products, scheduler = measure_products(run, repetitions), measure_scheduler(run, repetitions)
+    worst = min(products, key=lambda name: products[name]["efficiency"]["median"])
+    seconds = {what: spread["median"] for what, spread in products[worst]["seconds"].items()}
     run.figures = [
         Figure(
             key="overlap.efficiency",
-            what="(compute + copies - both) / min(compute, copies) (ours: both, limit: the longer one)",
+            what=f"(compute + copies - both) / min(compute, copies), {worst} (ours: both, limit: the longer one)",
             unit="s",
-            ratio=efficiency,
+            ratio=products[worst]["efficiency"]["median"],
             goal=EFFICIENCY,
             goal_is=">=",
-            ours=median["both"],
-            limit=max(median["compute"], median["copy"]),
+            ours=seconds["both"],
+            limit=max(seconds["compute"], seconds["copy"]),
         ),
         Figure(
             key="overlap.scheduler_slowdown",
             what="scheduler steps with a store and a load of 32 blocks each / without, less 1 (limit: without)",
-            unit="s",
-            ratio=slowdown,
+            unit="ms",
+            ratio=scheduler["slowdown"]["median"],
             goal=SLOWDOWN,
             goal_is="<=",
-            ours=median["steps with copies"],
-            limit=median["steps"],
+            ours=scheduler["ms_a_step_with_copies"]["median"],
+            limit=scheduler["ms_a_step"]["median"],
         ),
     ]
-    draw(run, median)
+    report(products, scheduler)
+    draw(run, products, scheduler)
     run.finish()
     return 0
 
 
-def draw(run: Run, median: dict[str, float]) -> None:
-    with figure(run.picture, ncols=2, figsize=(10, 4)) as (_, (left, right)):
-        left.barh("one after the other", median["compute"], color="#4c72b0", label="compute")
-        left.barh("one after the other", median["copy"], left=median["compute"], color="#dd8452", label="copies")
-        left.barh("together", median["both"], color="#55a868", label="both")
-        left.barh("compute alone", median["compute"], color="#4c72b0")
-        left.barh("copies alone", median["copy"], color="#dd8452")
-        left.set_title(f"Matrix products: overlap efficiency {run.figures[0].ratio:.2f}")
+def draw(run: Run, products: dict[str, dict[str, Any]], scheduler: dict[str, Any]) -> None:
+    with figure(run.picture, ncols=2, figsize=(11, 4)) as (_, (left, right)):
+        for at, found in enumerate(products.values()):
+            seconds = {what: spread["median"] for what, spread in found["seconds"].items()}
+            shown = {"label": "compute alone"}, {"label": "copies alone"}, {"label": "both together"}
+            left.barh(at + 0.2, seconds["compute"], 0.36, color="#4c72b0", **(shown[0] if not at else {}))
+            left.barh(
+                at + 0.2, seconds["copy"], 0.36, seconds["compute"], color="#dd8452", **(shown[1] if not at else {})
+            )
+            left.barh(at - 0.2, seconds["both"], 0.36, color="#55a868", **(shown[2] if not at else {}))
+            left.annotate(
+                f"efficiency {found['efficiency']['median']:.2f}",
+                (seconds["both"], at - 0.2),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+            )
+        left.set_yticks(range(len(products)), [name.replace(", ", "\n") for name in products])
+        left.set_title("Matrix products and copies")
         left.set_xlabel("seconds")
-        left.legend(loc="lower right", fontsize="small")
-        right.barh("without a tier", median["steps"], color="#4c72b0", label="steps")
-        calls = median["calls to the tier"]
-        right.barh("with copies", median["steps with copies"] - calls, color="#4c72b0")
-        right.barh(
-            "with copies", calls, left=median["steps with copies"] - calls, color="#c44e52", label="calls to the tier"
+        left.legend(fontsize="small", loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.15))
+        step, together, calls = (
+            scheduler[name] for name in ("ms_a_step", "ms_a_step_with_copies", "ms_of_calls_a_step")
         )
-        right.set_title(f"Scheduler in Python: slowed by {run.figures[1].ratio:.1%}")
-        right.set_xlabel(f"seconds for {STEPS} steps")
+        for name, spread, of_calls in (("without a tier", step, 0.0), ("with copies", together, calls["median"])):
+            errors = [[spread["median"] - spread["low"]], [spread["high"] - spread["median"]]]
+            right.barh(name, spread["median"] - of_calls, 0.5, color="#4c72b0")
+            right.barh(
+                name,
+                of_calls,
+                0.5,
+                spread["median"] - of_calls,
+                xerr=errors,
+                color="#c44e52",
+                label="calls to the tier" if of_calls else None,
+            )
+        right.set_title(f"A scheduler in Python: slowed by {scheduler['slowdown']['median']:.1%}")
+        right.set_xlabel("ms a step (median, quartiles)")
         right.legend(loc="lower right", fontsize="small")
 
 

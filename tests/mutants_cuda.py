@@ -70,6 +70,7 @@ MUTANTS_CUDA = [
     Mutant("no unpinning beside pinning", "cuda_arena.py", "        if self._pinner.is_alive():", "        if False:", CUDA),
     Mutant("the streams of an engine that cannot be had are destroyed", _CUDA, "            self._give_back(threading.Event())\n            raise", "            raise", CUDA),
     Mutant("the context is given back", _CUDA, "        self.context.release()\n", "", CUDA),
+    Mutant("a wait without a context ends", _CUDA, "        except CudaError as error:  # as in `advance`", "        except OSError as error:  # as in `advance`", CUDA),
     Mutant("drain in a forked child returns", _CUDA, "            self.abandon()\n            return", "            return", CUDA),
     Mutant("clocks that cannot be compared are no error", _CUDA, "        except Exception as error:  # a lost context shows", "        except OSError as error:  # a lost context shows", (*CUDA, "test_trace.py")),
     Mutant("a tier refused at the last moment ends", "block_store.py", "        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)\n        self._trace: TierTrace | None = None\n", "        self._trace: TierTrace | None = None\n        self._release = self.close\n", (*CUDA, "test_trace.py")),

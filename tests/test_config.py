@@ -106,7 +106,7 @@ def test_without_options_there_are_defaults():
         "bytes_to_use": None,
         "engine": "auto",
         "pool": "host",
-        "copy_threads": 2,
+        "copy_threads": None,
         "staging_bytes": 64 << 20,
         "max_inflight_store_bytes": 256 << 20,
         "keep_on_reset": False,
@@ -129,6 +129,7 @@ def test_without_options_there_are_defaults():
         ({"staging_bytes": "64KiB"}, {"staging_bytes": 64 << 10}),
         ({"max_inflight_store_bytes": 1}, {"max_inflight_store_bytes": 1}),
         ({"copy_threads": 64}, {"copy_threads": 64}),
+        ({"copy_threads": None}, {"copy_threads": None}),
         ({"keep_on_reset": True}, {"keep_on_reset": True}),
         ({"locality": "LOCAL"}, {"locality": "LOCAL"}),
         ({"locality": "REMOTE"}, {"locality": "REMOTE"}),
@@ -167,7 +168,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
             ("bytes_to_use", value, "bytes_to_use must be an integer")
             for value in (0, True, -1, "abc", "5 XB", 1.5, [1])
         ),
-        *(("copy_threads", value, "copy_threads must be an integer") for value in (0, 65, True, None, "2", 2.0)),
+        *(("copy_threads", value, "copy_threads must be an integer") for value in (0, 65, True, "2", 2.0)),
         *(
             ("engine", value, "engine must be one of 'auto', 'cuda', 'host'")
             for value in ("gpu", "HOST", "", None, 1, [])

@@ -1107,6 +1107,28 @@ def test_a_context_that_cannot_be_made_current_is_lost(primary, pool, monkeypatc
 
 
 @emulated
+@each_pool
+def test_drain_ends_when_the_context_cannot_be_made_current(primary, pool, monkeypatch):
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    refusal = cuda_driver.CudaError("cuCtxPushCurrent", 709, "CUDA_ERROR_CONTEXT_IS_DESTROYED", "destroyed")
+    real = cuda_driver.Driver.push_context
+    pushed = []
+
+    def push(driver, context):
+        pushed.append(context)
+        if len(pushed) == 2:  # of the wait, after a question that went well
+            raise refusal
+        real(driver, context)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_driver.Driver, "push_context", push)
+        assert returns(lambda: store.drain() or True)
+    assert [(end.job_id, end.success) for end in store.poll()] == [(1, False)]
+
+
+@emulated
 def test_the_manager_survives_a_lost_context(primary, emulator, caplog):
     tier = make_tier(primary, blocks=8, engine="cuda", staging_bytes="64KiB")
     helpers.store(tier, 1, keys(0), [0])

@@ -8,6 +8,7 @@ import torch
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
+from async_tier.streams import host
 from tests.helpers import primary_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_engine.py has what is there with a GPU")
@@ -17,6 +18,19 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_eng
 def test_copy_threads_copy(options):
     store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse(options))
     assert store.statistics().engine == "host"
+    store.close()
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (3, 2), (64, 2)])
+def test_a_core_is_left_to_the_scheduler(monkeypatch, cpus, threads):
+    monkeypatch.setattr(host, "_allowed_cpus", lambda: set(range(cpus)))
+    assert host.default_threads() == threads
+
+
+@pytest.mark.parametrize("options", [{}, {"copy_threads": 3}])
+def test_the_engine_has_as_many_copy_threads_as_the_configuration_says(options):
+    store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse({"engine": "host", **options}))
+    assert len(store._engine.thread_ids) == options.get("copy_threads", host.default_threads())
     store.close()
 
 

@@ -287,16 +287,19 @@ class CudaStream:
         if self._engine.context.is_forked:  # of the parent's copies nothing is ever known here
             self.abandon()
             return
-        with self._engine.context:
-            try:
-                ended = self._pieces[0].ended
-                if self._stalled or ended is None:
-                    self._in.synchronize()
-                    self._out.synchronize()
-                else:
-                    ended.synchronize()
-            except Exception as error:
-                self._refused("wait for copies", error)
+        try:
+            with self._engine.context:
+                try:
+                    ended = self._pieces[0].ended
+                    if self._stalled or ended is None:
+                        self._in.synchronize()
+                        self._out.synchronize()
+                    else:
+                        ended.synchronize()
+                except Exception as error:
+                    self._refused("wait for copies", error)
+        except CudaError as error:  # as in `advance`
+            self._engine.lose(error)
 
     def is_idle(self) -> bool:
         """Whether nothing is on the CUDA streams. Raises CudaError where the context is lost."""
