@@ -103,13 +103,15 @@ class BlockIndex:
     def fill(self, rows: Iterable[int]) -> None:
         """The store that filled `rows` has ended well: READY, unless the key was dropped meanwhile."""
         state, pins = self._state, self._pins
+        filling, ready, filled = FILLING, READY, 0  # local names: a job has many rows, and they are looked up for each
         for row in rows:
-            if state[row] == FILLING:
-                state[row] = READY
-                self.filling -= 1
             pins[row] -= 1
-            if state[row] == ORPHAN and not pins[row]:
+            if state[row] == filling:
+                state[row] = ready
+                filled += 1
+            elif not pins[row]:  # orphaned
                 self._give_back(row)
+        self.filling -= filled
 
     def pin_ready(self, keys: Sequence[bytes]) -> list[int]:
         """The rows of `keys` in order, pinned once each; -1 for a key that is not READY."""

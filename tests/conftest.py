@@ -42,6 +42,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those that start a process which imports everything take seconds: last, so that what fails fails soon.
+    items.sort(key=lambda item: item.get_closest_marker("starts_process") is not None)
     if CUDA == "real":
         for item in items:
             if item.get_closest_marker("emulated"):

@@ -698,6 +698,7 @@ def test_where_torch_cannot_start_copy_threads_copy(primary, function, monkeypat
 
 
 @emulated
+@pytest.mark.starts_process
 def test_another_device_than_the_current_one():
     script = """
 from tests import cuda_emulator
@@ -763,6 +764,7 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
 
 
 @emulated
+@pytest.mark.starts_process
 def test_importing_and_parsing_call_nothing_of_cuda():
     script = """
 from tests import cuda_emulator
@@ -1113,15 +1115,19 @@ def test_drain_ends_when_the_context_cannot_be_made_current(primary, pool, monke
     store._engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     refusal = cuda_driver.CudaError("cuCtxPushCurrent", 709, "CUDA_ERROR_CONTEXT_IS_DESTROYED", "destroyed")
-    real = cuda_driver.Driver.push_context
-    pushed = []
+    real_push, real_wait = cuda_driver.Driver.push_context, cuda.CudaStream.wait
+    waits = []
 
     def push(driver, context):
-        pushed.append(context)
-        if len(pushed) == 2:  # of the wait, after a question that went well
+        if waits:
             raise refusal
-        real(driver, context)
+        real_push(driver, context)
 
+    def wait(stream):
+        waits.append(stream)
+        real_wait(stream)
+
+    monkeypatch.setattr(cuda.CudaStream, "wait", wait)
     with monkeypatch.context() as patched:
         patched.setattr(cuda_driver.Driver, "push_context", push)
         assert returns(lambda: store.drain() or True)
