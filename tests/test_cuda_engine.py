@@ -480,21 +480,26 @@ def test_tiers_on_one_primary_unpin_it_with_the_last_of_them(primary, pool, emul
 
 @emulated
 def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, caplog):
-    # By now the addresses may be those of other memory, and copies would go to what was pinned.
     store = make_store(primary)
-    store._engine.store_stream.hold()
+    stream = store._engine.store_stream
+    stream.hold()
     store.submit_store(1, names(2), [0, 1])
     store.close()
     assert not store._engine.is_quiet
+    stream.release()
+    until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
+    # Other memory at the same addresses: copies would go to the pages that were pinned.
+    helpers.map_anew(primary)
+    primary[:] = primary_rows(128, ROW_BYTES, seed=3)
     later = make_store(primary)
     assert later.statistics().engine == "host"
     assert "a tier that ended badly has left memory pinned" in caplog.text
     assert_round_trip(later, primary)
-    store._engine.store_stream.release()
     helpers.free_primaries()  # unpins it: what is pinned now is what is there
     helpers.remember(later, primary)
     again = make_store(primary)
     assert again.statistics().engine == "cuda"
+    assert_round_trip(again, primary)
     assert not registration._left & set(registration._users)
 
 

@@ -12,7 +12,9 @@ import ctypes
 import enum
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _BUILD = Path(__file__).parents[2] / "build" / "cuda_emulator"
 _LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libnvidia-ml.so.1")
@@ -75,12 +77,14 @@ class Emulator:
 
     def __init__(self, driver: ctypes.CDLL) -> None:
         """Not to be called: see `load`."""
-        self._call = {}
+        self._call: dict[str, Callable[..., Any]] = {}
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(driver, f"cudaemu_{name}")
             function.restype = result
             function.argtypes = arguments
             self._call[name] = function
+        # There the emulator's lock may be held for ever, by a thread of the parent's.
+        os.register_at_fork(after_in_child=lambda: self._call.update(dict.fromkeys(_SIGNATURES, _refuse)))
 
     # ---------------------------------------------------------------------------------------------------------- time
 
@@ -213,6 +217,10 @@ class Emulator:
     def _on_stream(self, name: str, stream: int, *arguments: float) -> None:
         if self._call[name](stream, *arguments):
             raise _no_stream(stream)
+
+
+def _refuse(*_: object) -> None:
+    raise RuntimeError("the emulator's controls are not for forked children")
 
 
 def _no_stream(stream: int) -> ValueError:

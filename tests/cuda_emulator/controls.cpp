@@ -70,6 +70,7 @@ extern "C" {
 
 // Called by the generated stubs.
 int cudaemu_refuse(const char *name) {
+    if (is_forked()) return NOT_INITIALIZED;
     refuse(name);
     return NOT_SUPPORTED;
 }

@@ -20,6 +20,12 @@ static_assert(sizeof(BatchAttributes) == sizeof(CUmemcpyAttributes));
 #define ENTER(name)              \
     ENTER_WITHOUT_CONTEXT(name); \
     if (!has_context()) return CUDA_ERROR_INVALID_CONTEXT
+// For functions that go on working after an error, and that nobody counts.
+#define ENTER_UNCOUNTED \
+    if (!is_initialized()) return CUDA_ERROR_NOT_INITIALIZED
+// For functions that do not even need cuInit.
+#define ENTER_UNINITIALIZED \
+    if (is_forked()) return CUDA_ERROR_NOT_INITIALIZED
 
 namespace cuda_emulator {
 
@@ -113,10 +119,6 @@ static int device_of(CUcontext context) {  // below zero: no context of ours
 
 static bool is_device(int device) { return device >= 0 && device < device_count(); }
 
-// How often each device's primary context was retained.
-static std::mutex retained_mutex;
-static std::map<int, int> retained;
-
 static CUresult create(CUstream *stream, unsigned flags, int priority) {
     StreamHandle created{};
     int error = create_stream(flags, priority, &created);
@@ -151,21 +153,25 @@ EXPORT cuDeviceGet(CUdevice *device, int ordinal) {
 }
 
 EXPORT cuDeviceGetName(char *name, int size, CUdevice) {
+    ENTER_UNCOUNTED;
     snprintf(name, static_cast<size_t>(size), "Emulated CUDA device");
     return CUDA_SUCCESS;
 }
 
 EXPORT cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
+    ENTER_UNCOUNTED;
     memset(uuid, 0xE0 + device, sizeof *uuid);
     return CUDA_SUCCESS;
 }
 
 EXPORT cuDeviceTotalMem_v2(size_t *bytes, CUdevice) {
+    ENTER_UNCOUNTED;
     *bytes = total_memory();
     return CUDA_SUCCESS;
 }
 
 EXPORT cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
+    ENTER_UNCOUNTED;
     *value = device_attribute(attribute);
     return CUDA_SUCCESS;
 }
@@ -173,47 +179,46 @@ EXPORT cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) 
 EXPORT cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     ENTER_WITHOUT_CONTEXT("primary_context_retain");
     if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
-    std::lock_guard<std::mutex> lock(retained_mutex);
-    retained[device]++;
+    retain_context(device);
     *context = context_of(device);
     return CUDA_SUCCESS;
 }
 
-// The last release would destroy a real context; here everything stays.
 EXPORT cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     ENTER_WITHOUT_CONTEXT("primary_context_release");
-    std::lock_guard<std::mutex> lock(retained_mutex);
-    if (!retained[device]) return CUDA_ERROR_INVALID_CONTEXT;
-    retained[device]--;
-    return CUDA_SUCCESS;
+    if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
+    return result(release_context(device));
 }
 
-EXPORT cuDevicePrimaryCtxGetState(CUdevice, unsigned *flags, int *active) {
+EXPORT cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
+    ENTER_UNCOUNTED;
+    if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
     if (flags) *flags = 0;
-    if (active) *active = is_initialized();
+    if (active) *active = is_context_active(device);
     return CUDA_SUCCESS;
 }
 
 EXPORT cuCtxGetCurrent(CUcontext *context) {
+    ENTER_UNCOUNTED;
     *context = has_context() ? context_of(current_device()) : nullptr;
     return CUDA_SUCCESS;
 }
 
 // Replaces the top of the thread's stack; null takes it away.
 EXPORT cuCtxSetCurrent(CUcontext context) {
-    if (!is_initialized()) return CUDA_ERROR_NOT_INITIALIZED;
+    ENTER_UNCOUNTED;
     if (!context) clear_context();
     else if (set_device(device_of(context))) return CUDA_ERROR_INVALID_CONTEXT;
     return CUDA_SUCCESS;
 }
 
 EXPORT cuCtxPushCurrent_v2(CUcontext context) {
-    if (!is_initialized()) return CUDA_ERROR_NOT_INITIALIZED;
+    ENTER_UNCOUNTED;
     return result(push_context(device_of(context)));
 }
 
 EXPORT cuCtxPopCurrent_v2(CUcontext *context) {
-    if (!is_initialized()) return CUDA_ERROR_NOT_INITIALIZED;
+    ENTER_UNCOUNTED;
     int device;
     if (int error = pop_context(&device)) return result(error);
     if (context) *context = context_of(device);
@@ -302,37 +307,63 @@ EXPORT cuMemHostGetDevicePointer_v2(CUdeviceptr *device_pointer, void *address, 
     return CUDA_SUCCESS;
 }
 
-EXPORT cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
-    ENTER_WITHOUT_CONTEXT("pointer_get_attribute");
+// How many bytes an attribute's value has; 0: not emulated.
+static size_t width_of(CUpointer_attribute attribute) {
+    switch (attribute) {
+        case CU_POINTER_ATTRIBUTE_CONTEXT:
+        case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+        case CU_POINTER_ATTRIBUTE_HOST_POINTER:
+        case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+        case CU_POINTER_ATTRIBUTE_RANGE_SIZE: return 8;
+        case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+        case CU_POINTER_ATTRIBUTE_IS_MANAGED: return 4;
+        default: return 0;
+    }
+}
+
+static CUresult get_attribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+    size_t width = width_of(attribute);
+    if (!width) {
+        refuse("this attribute of a pointer");
+        return CUDA_ERROR_NOT_SUPPORTED;
+    }
     void *base;
     size_t bytes;
     int device = 0;
     bool on_device = find_allocation(pointer(address), &base, &bytes, &device);
     if (!on_device && !find_pinned(pointer(address), &base, &bytes)) return CUDA_ERROR_INVALID_VALUE;
+    uint64_t answer = 0;
     switch (attribute) {
-        case CU_POINTER_ATTRIBUTE_CONTEXT: *static_cast<CUcontext *>(value) = context_of(device); break;
-        case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-            *static_cast<unsigned *>(value) = on_device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
-            break;
-        case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *static_cast<CUdeviceptr *>(value) = address; break;
+        case CU_POINTER_ATTRIBUTE_CONTEXT: answer = reinterpret_cast<uintptr_t>(context_of(device)); break;
+        case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: answer = on_device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST; break;
+        case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: answer = address; break;
         case CU_POINTER_ATTRIBUTE_HOST_POINTER:
             if (on_device) return CUDA_ERROR_INVALID_VALUE;
-            *static_cast<CUdeviceptr *>(value) = address;
+            answer = address;
             break;
-        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int *>(value) = device; break;
-        case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *static_cast<void **>(value) = base; break;
-        case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *static_cast<size_t *>(value) = bytes; break;
-        case CU_POINTER_ATTRIBUTE_IS_MANAGED: *static_cast<unsigned *>(value) = 0; break;
-        default: refuse("this attribute of cuPointerGetAttribute"); return CUDA_ERROR_NOT_SUPPORTED;
+        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: answer = static_cast<uint64_t>(device); break;
+        case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: answer = reinterpret_cast<uintptr_t>(base); break;
+        case CU_POINTER_ATTRIBUTE_RANGE_SIZE: answer = bytes; break;
+        default: break;  // IS_MANAGED
     }
+    memcpy(value, &answer, width);
     return CUDA_SUCCESS;
+}
+
+EXPORT cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+    ENTER_WITHOUT_CONTEXT("pointer_get_attribute");
+    return get_attribute(value, attribute, address);
 }
 
 // Unlike the one above it succeeds for any address, and answers zero for what there is not.
 EXPORT cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void **values, CUdeviceptr address) {
     ENTER_WITHOUT_CONTEXT("pointer_get_attributes");
-    for (unsigned i = 0; i < count; i++)
-        if (cuPointerGetAttribute(values[i], attributes[i], address)) memset(values[i], 0, sizeof(unsigned));
+    for (unsigned i = 0; i < count; i++) {
+        CUresult error = get_attribute(values[i], attributes[i], address);
+        if (error == CUDA_ERROR_NOT_SUPPORTED) return error;
+        if (error) memset(values[i], 0, width_of(attributes[i]));
+    }
     return CUDA_SUCCESS;
 }
 
@@ -456,6 +487,7 @@ EXPORT cuStreamGetCtx(CUstream stream, CUcontext *context) {
 }
 
 EXPORT cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) {
+    ENTER_UNCOUNTED;
     *status = CU_STREAM_CAPTURE_STATUS_NONE;
     return CUDA_SUCCESS;
 }
@@ -519,13 +551,18 @@ EXPORT cuGetErrorName(CUresult code, const char **name) {
 
 // torch registers one as soon as it starts. There is never anything to log.
 EXPORT cuLogsRegisterCallback(CUlogsCallback, void *, CUlogsCallbackHandle *registered) {
+    ENTER_UNINITIALIZED;
     if (registered) *registered = nullptr;
     return CUDA_SUCCESS;
 }
 
-EXPORT cuLogsUnregisterCallback(CUlogsCallbackHandle) { return CUDA_SUCCESS; }
+EXPORT cuLogsUnregisterCallback(CUlogsCallbackHandle) {
+    ENTER_UNINITIALIZED;
+    return CUDA_SUCCESS;
+}
 
 EXPORT cuGetExportTable(const void **table, const CUuuid *) {
+    ENTER_UNINITIALIZED;
     if (table) *table = nullptr;
     return CUDA_ERROR_NOT_FOUND;
 }
@@ -553,6 +590,7 @@ static void *function_of_version(const std::string &name, int version) {
 
 EXPORT cuGetProcAddress_v2(const char *name, void **function, int version, cuuint64_t,
                            CUdriverProcAddressQueryResult *status) {
+    ENTER_UNINITIALIZED;
     *function = function_of_version(name, version);
     if (status)
         *status = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;

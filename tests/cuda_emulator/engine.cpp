@@ -77,7 +77,7 @@ State::State()
 }
 
 int initialize() {
-    if (state.forked) return NOT_INITIALIZED;
+    if (is_forked()) return NOT_INITIALIZED;
     if (state.initialized) return SUCCESS;
     Lock lock(state.mutex);
     if (state.initialized) return SUCCESS;
@@ -104,13 +104,15 @@ int initialize() {
     return SUCCESS;
 }
 
-bool is_initialized() { return state.initialized; }
+bool is_forked() { return state.forked; }
+
+bool is_initialized() { return state.initialized && !is_forked(); }
 
 int device_count() { return state.device_count; }
 
 int begin(const char *api) {
     // Before the lock: in a forked child it may be held for ever, by a thread that is not there.
-    if (state.forked || !state.initialized) return NOT_INITIALIZED;
+    if (!is_initialized()) return NOT_INITIALIZED;
     Lock lock(state.mutex);
     if (in_host_function) {
         add_violation(lock, "%s called in a host function", api);
@@ -122,6 +124,7 @@ int begin(const char *api) {
 }
 
 int sticky_error() {
+    if (is_forked()) return NOT_INITIALIZED;
     Lock lock(state.mutex);
     return state.sticky;
 }
@@ -154,6 +157,30 @@ int pop_context(int *device) {
 
 void clear_context() {
     if (!context_stack.empty()) context_stack.pop_back();
+}
+
+void use_context() {
+    if (context_stack.empty()) context_stack.push_back(0);
+    Lock lock(state.mutex);
+    state.devices[context_stack.back()].context_kept = true;
+}
+
+void retain_context(int device) {
+    Lock lock(state.mutex);
+    state.devices[device].context_retains++;
+}
+
+// The last release would destroy a real context; here everything stays.
+int release_context(int device) {
+    Lock lock(state.mutex);
+    if (!state.devices[device].context_retains) return INVALID_CONTEXT;
+    state.devices[device].context_retains--;
+    return SUCCESS;
+}
+
+bool is_context_active(int device) {
+    Lock lock(state.mutex);
+    return state.devices[device].context_kept || state.devices[device].context_retains > 0;
 }
 
 // ------------------------------------------------------------------------------------------------------- copy engines
@@ -225,6 +252,8 @@ int poison(const Copy &copy) {
 }
 
 int perform(const Copy &copy) {
+    if (copy.destination_replaced) return SUCCESS;
+    if (copy.source_replaced) return poison(copy);  // what the old pages hold is not known any more
     char *destination = copy.destination;
     const char *source = copy.staged ? copy.stage.data() : copy.source;
     if (char *device = shadow(destination)) destination = device;
@@ -239,6 +268,17 @@ int perform(const Copy &copy) {
         fprintf(stderr, "[cuda emulator] a copy of %zu bytes from %p to %p touched host memory that is not mapped\n",
                 copy.bytes, static_cast<const void *>(copy.source), static_cast<void *>(copy.destination));
     return error;
+}
+
+// Whether the host memory of some copy was mapped anew under its registration; notes it in each that it is true of.
+bool find_replaced(const Lock &lock, Operation &operation) {
+    bool any = false;
+    for (Copy &copy : operation.copies) {
+        copy.destination_replaced = is_mapped_anew(lock, copy.destination, copy.bytes);
+        copy.source_replaced = !copy.staged && is_mapped_anew(lock, copy.source, copy.bytes);
+        any |= copy.destination_replaced || copy.source_replaced;
+    }
+    return any;
 }
 
 double duration_us(const Lock &, const Stream &stream, const Operation &operation) {
@@ -260,15 +300,19 @@ int run(Lock &lock, Stream &stream, Operation &operation) {
     uint64_t resets = state.resets;
     // The entries of a batch have no order among them.
     std::shuffle(operation.copies.begin(), operation.copies.end(), state.random);
+    find_replaced(lock, operation);
     lock.unlock();
 
     if (poisoned)
-        for (const Copy &copy : operation.copies) poison(copy);
+        for (const Copy &copy : operation.copies)
+            if (!copy.destination_replaced) poison(copy);
     lock.lock();
     if (us > 0)
         state.hurry.wait_for(lock, std::chrono::duration<double, std::micro>(us),
                              [&] { return state.resets != resets; });
     int error = operation.injected;  // not sooner: a reset may have taken it back
+    if (find_replaced(lock, operation))
+        add_violation(lock, "a copy of %zu bytes with registered host memory that was mapped anew", operation.bytes);
     lock.unlock();
     for (const Copy &copy : operation.copies) {
         if (error) break;
@@ -538,6 +582,7 @@ int submit_copies(const std::vector<CopyRequest> &requests, Kind required, Strea
         if (state.sticky) return state.sticky;
     }
     for (Copy &copy : operation.copies) {
+        if (is_mapped_anew(lock, copy.source, copy.bytes)) copy.staged = false;  // seen to when it runs
         if (!copy.staged) continue;
         copy.stage.resize(copy.bytes);
         const char *device = shadow(copy.source);

@@ -68,7 +68,8 @@ constexpr int DRIVER_VERSION = 13000;
 // a host function, after a sticky error, by injection).
 int begin(const char *api);
 int initialize();
-bool is_initialized();
+bool is_initialized();  // false in a forked child as well
+bool is_forked();
 
 struct ErrorText {
     int code;
@@ -90,6 +91,10 @@ int set_device(int device);
 int push_context(int device);
 int pop_context(int *device);
 void clear_context();
+void use_context();  // as the runtime does by itself: the first device's where none is current, and kept for good
+void retain_context(int device);
+int release_context(int device);
+bool is_context_active(int device);
 
 // Memory.
 int allocate(size_t bytes, void **pointer);
@@ -159,6 +164,8 @@ struct Copy {
     Kind kind;
     bool staged = false;  // whether the source was read when the copy was submitted
     std::vector<char> stage;
+    bool source_replaced = false;  // see is_mapped_anew
+    bool destination_replaced = false;
 };
 
 struct Operation {
@@ -218,11 +225,14 @@ struct Device {
     std::map<size_t, size_t> allocated;  // offset: bytes
     bool engine_busy[ENGINES] = {};
     std::shared_ptr<Stream> legacy_stream;
+    int context_retains = 0;
+    bool context_kept = false;  // the runtime has retained it, and never releases it
 };
 
 struct Pinned {
     size_t bytes;
-    bool ours;  // allocated by us, not registered
+    bool ours;    // allocated by us, not registered
+    bool marked;  // see is_mapped_anew
 };
 
 struct CopyCount {
@@ -272,6 +282,9 @@ void wake_workers(const Lock &);
 
 bool is_device_pointer(const void *pointer);
 bool is_pinned(const Lock &, const void *pointer, size_t bytes);
+// Whether a range was registered and something else has been mapped there since: the driver still copies from and to
+// the pages that it pinned, which nobody sees any more.
+bool is_mapped_anew(const Lock &, const void *pointer, size_t bytes);
 bool is_allocated(const Lock &, const void *device_pointer, size_t bytes);
 // Copies between host addresses (of which shadows are some): ILLEGAL_ADDRESS, not a crash, where nothing is mapped.
 int move_host(char *destination, const char *source, size_t bytes);

@@ -51,7 +51,7 @@ std::map<uintptr_t, Pinned>::iterator pinned_around(const Lock &, uintptr_t addr
     return address < found->first + found->second.bytes ? found : state.pinned.end();
 }
 
-// Real registrations pin whole pages, so two of them that share a page overlap.
+// Registrations pin whole pages, so two of them that share a page overlap.
 bool overlaps_pinned(const Lock &, uintptr_t address, size_t bytes) {
     uintptr_t begin = address / PAGE * PAGE;
     uintptr_t end = round_up(address + bytes, PAGE);
@@ -59,7 +59,7 @@ bool overlaps_pinned(const Lock &, uintptr_t address, size_t bytes) {
     if (next != state.pinned.end() && next->first < end) return true;
     if (next == state.pinned.begin()) return false;
     auto before = std::prev(next);
-    return round_up(before->first + before->second.bytes, PAGE) > begin;
+    return before->first + before->second.bytes > begin;
 }
 
 // Whether every page of a range is mapped, and writable unless it need not be.
@@ -79,6 +79,18 @@ bool is_mapped(uintptr_t address, size_t bytes, bool read_only_is_enough) {
     }
     fclose(maps);
     return reached >= end;
+}
+
+// EBUSY: locked into memory; 0: not locked; ENOMEM: nothing is mapped. The call does nothing but tell.
+int mapping_at(uintptr_t address) {
+    return msync(reinterpret_cast<void *>(address / PAGE * PAGE), PAGE, MS_INVALIDATE) ? errno : 0;
+}
+
+// A mapping is marked by locking it into memory, on a page's first use: what is mapped there later is not locked. There
+// is no mark, and nothing is noticed, where a process may lock no more, or where pages are always locked (huge ones).
+bool mark(uintptr_t address, size_t bytes) {
+    return !mlock2(reinterpret_cast<void *>(address), bytes, MLOCK_ONFAULT) && mapping_at(address) == EBUSY &&
+           mapping_at(address + bytes - 1) == EBUSY;
 }
 
 // A range is about to vanish under copies that still have to read or write it.
@@ -195,13 +207,21 @@ bool find_pinned(const void *pointer, void **base, size_t *bytes) {
     return true;
 }
 
+bool is_mapped_anew(const Lock &lock, const void *pointer, size_t bytes) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+    auto found = pinned_around(lock, address);
+    if (found == state.pinned.end() || !found->second.marked) return false;
+    uintptr_t end = std::min(address + bytes, found->first + found->second.bytes);
+    return !mapping_at(address) || !mapping_at(end - 1);
+}
+
 int register_host(void *pointer, size_t bytes, unsigned flags) {
     uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
     if (!address || !bytes || address + bytes < address || is_device_pointer(pointer)) return INVALID_VALUE;
     if (!is_mapped(address, bytes, flags & HOST_REGISTER_READ_ONLY)) return INVALID_VALUE;
     Lock lock(state.mutex);
     if (overlaps_pinned(lock, address, bytes)) return ALREADY_REGISTERED;
-    state.pinned[address] = {bytes, false};
+    state.pinned[address] = {bytes, false, mark(address, bytes)};
     return SUCCESS;
 }
 
@@ -211,6 +231,7 @@ int unregister_host(void *pointer) {
     auto found = state.pinned.find(reinterpret_cast<uintptr_t>(pointer));
     if (found == state.pinned.end() || found->second.ours) return NOT_REGISTERED;
     check_not_in_flight(lock, found->first, found->second.bytes, "host unregister");
+    if (found->second.marked) munlock(pointer, found->second.bytes);
     state.pinned.erase(found);
     return SUCCESS;
 }
@@ -221,7 +242,7 @@ int allocate_host(size_t bytes, void **pointer) {
     void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return OUT_OF_MEMORY;
     Lock lock(state.mutex);
-    state.pinned[reinterpret_cast<uintptr_t>(memory)] = {bytes, true};
+    state.pinned[reinterpret_cast<uintptr_t>(memory)] = {bytes, true, false};
     *pointer = memory;
     return SUCCESS;
 }

@@ -22,6 +22,7 @@ static constexpr int ROUNDS = 400;
 static constexpr int ROUNDS_OF_A_STREAM = 50;
 static constexpr int ROUNDS_OF_A_HOLD = 20;
 static constexpr size_t BYTES = 64 << 10;
+static constexpr size_t PAGE = 4096;
 static constexpr size_t PIECES = 16;
 static constexpr double JITTER_US = 20;
 
@@ -42,7 +43,13 @@ static void exchange(CUcontext context, unsigned seed) {
     CUdeviceptr device;
     CHECK(cuMemAlloc(&device, BYTES));
     char *host;
-    CHECK(cuMemHostAlloc(reinterpret_cast<void **>(&host), BYTES, 0));
+    bool is_registered = seed % 2;  // else allocated by the driver
+    if (is_registered) {
+        host = static_cast<char *>(aligned_alloc(PAGE, BYTES));
+        CHECK(cuMemHostRegister(host, BYTES, 0));
+    } else {
+        CHECK(cuMemHostAlloc(reinterpret_cast<void **>(&host), BYTES, 0));
+    }
     CUevent event;
     CHECK(cuEventCreate(&event, CU_EVENT_DISABLE_TIMING));
 
@@ -87,7 +94,12 @@ static void exchange(CUcontext context, unsigned seed) {
         CHECK(cuStreamDestroy(stream));
     }
     CHECK(cuEventDestroy(event));
-    CHECK(cuMemFreeHost(host));
+    if (is_registered) {
+        CHECK(cuMemHostUnregister(host));
+        free(host);
+    } else {
+        CHECK(cuMemFreeHost(host));
+    }
     CHECK(cuMemFree(device));
     CHECK(cuCtxPopCurrent(nullptr));
 }

@@ -19,6 +19,12 @@ static_assert(sizeof(BatchAttributes) == sizeof(cudaMemcpyAttributes));
 // The first line of an API function. `name` is what count() and inject() know the call by.
 #define ENTER(name) \
     if (int error = enter(name)) return result(error)
+// For what asks about devices, and sets no context up.
+#define ENTER_WITHOUT_CONTEXT(name) \
+    if (int error = enter_without_context(name)) return result(error)
+// For functions that go on working after an error, and that nobody counts.
+#define ENTER_UNCOUNTED \
+    if (is_forked()) return result(NOT_INITIALIZED)
 
 extern "C" int cuGetProcAddress_v2(const char *, void **, int, unsigned long long, int *);
 
@@ -29,9 +35,14 @@ static cudaError_t result(int code) {
     return static_cast<cudaError_t>(code);
 }
 
+static int enter_without_context(const char *api) {
+    if (int error = initialize()) return error;
+    return begin(api);
+}
+
 static int enter(const char *api) {
     if (int error = initialize()) return error;
-    if (!has_context()) set_device(0);
+    use_context();
     return begin(api);
 }
 
@@ -40,6 +51,7 @@ static EventHandle handle(cudaEvent_t event) { return EventHandle{reinterpret_ca
 
 // Called by the generated stubs.
 extern "C" __attribute__((visibility("default"))) int cudaemu_runtime_refuse(const char *name) {
+    if (is_forked()) return result(NOT_INITIALIZED);
     refuse(name);
     return result(NOT_SUPPORTED);
 }
@@ -79,20 +91,22 @@ EXPORT cudaRuntimeGetVersion(int *version) {
 }
 
 EXPORT cudaGetDeviceCount(int *count) {
-    ENTER("device_get_count");
+    ENTER_WITHOUT_CONTEXT("device_get_count");
     *count = device_count();
     return cudaSuccess;
 }
 
 EXPORT cudaGetDevice(int *device) {
-    ENTER("get_device");
+    ENTER_WITHOUT_CONTEXT("get_device");
     *device = current_device();
     return cudaSuccess;
 }
 
 EXPORT cudaSetDevice(int device) {
-    ENTER("set_device");
-    return result(set_device(device));
+    ENTER_WITHOUT_CONTEXT("set_device");
+    if (int error = set_device(device)) return result(error);
+    use_context();
+    return cudaSuccess;
 }
 
 EXPORT cudaDeviceSynchronize(void) {
@@ -101,30 +115,37 @@ EXPORT cudaDeviceSynchronize(void) {
 }
 
 EXPORT cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    ENTER_UNCOUNTED;
     *value = device_attribute(attribute);
     return cudaSuccess;
 }
 
 EXPORT cudaDeviceGetStreamPriorityRange(int *lowest, int *highest) {
+    ENTER_UNCOUNTED;
     if (lowest) *lowest = LOWEST_PRIORITY;
     if (highest) *highest = HIGHEST_PRIORITY;
     return cudaSuccess;
 }
 
 EXPORT cudaDeviceGetPCIBusId(char *id, int size, int device) {
+    ENTER_UNCOUNTED;
     snprintf(id, static_cast<size_t>(size), "0000:%02X:00.0", device + 1);
     return cudaSuccess;
 }
 
 EXPORT cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+    ENTER_UNCOUNTED;
     *can = device != peer;
     return cudaSuccess;
 }
 
-EXPORT cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
+EXPORT cudaDeviceEnablePeerAccess(int, unsigned) {
+    ENTER_UNCOUNTED;
+    return cudaSuccess;
+}
 
 EXPORT cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
-    ENTER("get_device_properties");
+    ENTER_WITHOUT_CONTEXT("get_device_properties");
     if (device < 0 || device >= device_count()) return result(INVALID_DEVICE);
     auto attribute = [](cudaDeviceAttr which) { return device_attribute(which); };
     cudaDeviceProp &p = *properties;
@@ -161,7 +182,7 @@ EXPORT cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
 
 EXPORT cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
                                         cudaDriverEntryPointQueryResult *status) {
-    ENTER("get_driver_entry_point");
+    ENTER_WITHOUT_CONTEXT("get_driver_entry_point");
     int found = 0;
     cuGetProcAddress_v2(name, function, static_cast<int>(version), flags, &found);
     if (status) *status = static_cast<cudaDriverEntryPointQueryResult>(found);
@@ -173,9 +194,15 @@ EXPORT cudaGetDriverEntryPoint(const char *name, void **function, unsigned long 
     return cudaGetDriverEntryPointByVersion(name, function, CUDART_VERSION, flags, status);
 }
 
-EXPORT cudaProfilerStart(void) { return cudaSuccess; }
+EXPORT cudaProfilerStart(void) {
+    ENTER_UNCOUNTED;
+    return cudaSuccess;
+}
 
-EXPORT cudaProfilerStop(void) { return cudaSuccess; }
+EXPORT cudaProfilerStop(void) {
+    ENTER_UNCOUNTED;
+    return cudaSuccess;
+}
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
@@ -375,6 +402,7 @@ EXPORT cudaStreamGetFlags(cudaStream_t stream, unsigned *flags) {
 }
 
 EXPORT cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus *status) {
+    ENTER_UNCOUNTED;
     *status = cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
@@ -382,6 +410,7 @@ EXPORT cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus *status) {
 EXPORT cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus *status, unsigned long long *id,
                                 cudaGraph_t *graph, const cudaGraphNode_t **, const cudaGraphEdgeData **,
                                 size_t *dependencies) {
+    ENTER_UNCOUNTED;
     *status = cudaStreamCaptureStatusNone;
     if (id) *id = 0;
     if (graph) *graph = nullptr;
@@ -389,7 +418,10 @@ EXPORT cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus *status, u
     return cudaSuccess;
 }
 
-EXPORT cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
+EXPORT cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) {
+    ENTER_UNCOUNTED;
+    return cudaSuccess;
+}
 
 static cudaError_t create(cudaEvent_t *event, unsigned flags) {
     ENTER("event_create");
@@ -541,6 +573,7 @@ EXPORT_AS(char) __cudaInitModule(void **) { return 0; }
 
 EXPORT_AS(void) __cudaRegisterFunction(void **, const char *function, char *, const char *name, int, uint3 *, uint3 *,
                                        dim3 *, dim3 *, int *) {
+    if (is_forked()) return;  // the lock may be held for ever
     std::lock_guard<std::mutex> lock(kernels().mutex);
     kernels().by_function[function] = {name};
 }
@@ -548,6 +581,7 @@ EXPORT_AS(void) __cudaRegisterFunction(void **, const char *function, char *, co
 EXPORT_AS(void) __cudaRegisterVar(void **, char *, char *, const char *, int, size_t, int, int) {}
 
 EXPORT __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
+    ENTER_UNCOUNTED;
     *kernel = reinterpret_cast<cudaKernel_t>(find_kernel(function));
     return cudaSuccess;
 }
@@ -569,6 +603,7 @@ EXPORT __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared_bytes,
 }
 
 EXPORT cudaLaunchKernel(const void *function, dim3, dim3, void **arguments, size_t, cudaStream_t stream) {
+    ENTER_UNCOUNTED;
     return launch(find_kernel(function), arguments, stream);
 }
 
@@ -577,10 +612,12 @@ EXPORT __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void **arguments, siz
 }
 
 EXPORT cudaLaunchKernelExC(const cudaLaunchConfig_t *configuration, const void *function, void **arguments) {
+    ENTER_UNCOUNTED;
     return launch(find_kernel(function), arguments, configuration->stream);
 }
 
 EXPORT cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
+    ENTER_UNCOUNTED;
     constexpr int COMPUTE_CAPABILITY = 90;
     *attributes = {};
     attributes->maxThreadsPerBlock = device_attribute(cudaDevAttrMaxThreadsPerBlock);
@@ -588,14 +625,19 @@ EXPORT cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
     return cudaSuccess;
 }
 
-EXPORT cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
+EXPORT cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) {
+    ENTER_UNCOUNTED;
+    return cudaSuccess;
+}
 
 EXPORT cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *, int, size_t) {
+    ENTER_UNCOUNTED;
     *blocks = 1;
     return cudaSuccess;
 }
 
 EXPORT cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *, int, size_t, unsigned) {
+    ENTER_UNCOUNTED;
     *blocks = 1;
     return cudaSuccess;
 }

@@ -48,6 +48,7 @@ BLOCKING, NON_BLOCKING = 0, 1
 DISABLE_TIMING = 2
 ORDER_STREAM, ORDER_DURING_API_CALL, ORDER_ANY = 1, 2, 3
 LEGACY_STREAM = 0
+LEGACY_STREAM_BY_NAME = 1
 COPY_DEVICE_TO_HOST, COPY_DEFAULT = 2, 4
 
 
@@ -186,11 +187,14 @@ libc.mmap.restype = ctypes.c_void_p
 READABLE, WRITABLE = 1, 2
 
 
-def map_pages(count: int, protection: int = READABLE | WRITABLE) -> int:
-    """The address of pages of host memory that nothing else lies on."""
-    anonymous = 0x22
+PRIVATE, SHARED, FIXED, ANONYMOUS = 0x2, 0x1, 0x10, 0x20
+
+
+def map_pages(count: int, protection: int = READABLE | WRITABLE, flags: int = PRIVATE, at: int | None = None) -> int:
+    """The address of pages of host memory that nothing else lies on; `at`: instead of what is mapped there."""
     size = ctypes.c_size_t(count * mmap.PAGESIZE)
-    address: int = libc.mmap(None, size, protection, anonymous, -1, ctypes.c_long(0))
+    flags |= ANONYMOUS | (FIXED if at else 0)
+    address: int = libc.mmap(ctypes.c_void_p(at), size, protection, flags, -1, ctypes.c_long(0))
     return address
 
 
@@ -497,6 +501,30 @@ def test_registrations_share_no_page(pages: int) -> None:
     assert runtime.cudaHostUnregister(pages + page) == 0
 
 
+@pytest.mark.parametrize(
+    ("there", "tried"),
+    [
+        ((0.0, 0.25), (0.5, 0.25)),
+        ((0.5, 0.25), (0.0, 0.25)),
+        ((0.5, 0.75), (1.5, 0.25)),
+        ((1.5, 0.25), (0.5, 0.75)),
+    ],
+)
+def test_registrations_that_share_a_page_but_no_byte_collide(
+    pages: int, there: tuple[float, float], tried: tuple[float, float]
+) -> None:
+    """F5. Both are (start, length) in pages."""
+
+    def register(start: float, length: float) -> int:
+        return runtime.cudaHostRegister(pages + int(start * mmap.PAGESIZE), int(length * mmap.PAGESIZE), 0)
+
+    assert register(*there) == 0
+    assert register(*tried) == ALREADY_REGISTERED
+    assert runtime.cudaHostUnregister(pages + int(there[0] * mmap.PAGESIZE)) == 0
+    assert register(*tried) == 0
+    assert runtime.cudaHostUnregister(pages + int(tried[0] * mmap.PAGESIZE)) == 0
+
+
 def test_only_mapped_and_writable_memory_can_be_registered() -> None:
     read_only = 8
     address = map_pages(1, READABLE)
@@ -568,6 +596,33 @@ def test_unregistering_under_a_copy_is_a_violation(emulator: Emulator, stream: t
     assert emulator.violations() == 0
 
 
+def test_unregistering_what_a_copy_writes_is_a_violation(
+    emulator: Emulator, stream: torch.cuda.Stream, memory: int
+) -> None:
+    there = on_device()
+    emulator.hold(stream.cuda_stream)
+    runtime.cudaMemcpyAsync(memory + mmap.PAGESIZE, there.data_ptr(), 1, COPY_DEFAULT, stream.cuda_stream)
+    assert runtime.cudaHostUnregister(memory) == 0
+    assert emulator.violations() == 1
+    emulator.reset()
+
+
+def test_unregistering_before_and_after_a_copy_is_no_violation(
+    emulator: Emulator, stream: torch.cuda.Stream, pages: int
+) -> None:
+    there, page = on_device(), mmap.PAGESIZE
+    for address in (pages, pages + page, pages + 2 * page):
+        assert runtime.cudaHostRegister(address, page, 0) == 0
+    emulator.hold(stream.cuda_stream)
+    runtime.cudaMemcpyAsync(there.data_ptr(), pages + page, page, COPY_DEFAULT, stream.cuda_stream)
+    for address in (pages, pages + 2 * page):
+        assert runtime.cudaHostUnregister(address) == 0
+    emulator.release(stream.cuda_stream)
+    stream.synchronize()
+    assert runtime.cudaHostUnregister(pages + page) == 0
+    assert emulator.violations() == 0
+
+
 def test_freeing_under_a_copy_is_a_violation(
     emulator: Emulator, stream: torch.cuda.Stream, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -577,7 +632,113 @@ def test_freeing_under_a_copy_is_a_violation(
     runtime.cudaMemcpyAsync(there.data_ptr(), address, SIZE, COPY_DEFAULT, stream.cuda_stream)
     assert runtime.cudaFreeHost(address) == 0
     assert "VIOLATION: host free" in capfd.readouterr().err
+    assert emulator.violations() == 1
     emulator.reset()
+
+
+@pytest.mark.parametrize("kind", [PRIVATE, SHARED])
+class TestRegisteredMemoryThatIsMappedAnew:
+    """F36: the registration stays, with the pages that it was made for."""
+
+    @pytest.fixture
+    def anew(self, kind: int) -> Iterator[int]:
+        """The address of a page that was registered, and is another one now, full of 7."""
+        address = map_pages(1, flags=kind)
+        assert runtime.cudaHostRegister(address, mmap.PAGESIZE, 0) == 0
+        self.map_another(address, kind)
+        yield address
+        runtime.cudaHostUnregister(address)
+        unmap_pages(address, 1)
+
+    @staticmethod
+    def map_another(address: int, kind: int) -> None:
+        assert map_pages(1, flags=kind, at=address) == address
+        ctypes.memset(address, 7, mmap.PAGESIZE)
+
+    def test_it_counts_as_registered(self, anew: int, context: int) -> None:
+        memory_type, on_host = 2, 1
+        assert runtime.cudaHostRegister(anew, mmap.PAGESIZE, 0) == ALREADY_REGISTERED
+        assert made(driver.cuPointerGetAttribute, memory_type, anew) == on_host
+
+    def test_a_copy_does_not_reach_it(self, emulator: Emulator, stream: torch.cuda.Stream, anew: int) -> None:
+        there = on_device(1)
+        emulator.set_poison(True)
+        assert runtime.cudaMemcpyAsync(anew, there.data_ptr(), 4, COPY_DEFAULT, stream.cuda_stream) == 0
+        stream.synchronize()
+        assert ctypes.string_at(anew, 4) == b"\7" * 4
+        assert "mapped anew" in emulator.violation_texts()[0]
+        emulator.reset()
+
+    @pytest.mark.parametrize("order", [ORDER_STREAM, ORDER_DURING_API_CALL])
+    def test_a_copy_does_not_read_it(
+        self, emulator: Emulator, stream: torch.cuda.Stream, anew: int, order: int
+    ) -> None:
+        there = on_device(1)
+        assert batch(stream.cuda_stream, [there.data_ptr()], [anew], [4], order) == 0
+        stream.synchronize()
+        assert emulator.peek(there.data_ptr(), 4) == b"\xdb" * 4
+        assert emulator.violations() == 1
+        emulator.reset()
+
+    def test_a_copy_that_was_queued_before_does_not_reach_it(
+        self, emulator: Emulator, stream: torch.cuda.Stream, memory: int, kind: int
+    ) -> None:
+        there = on_device(1)
+        emulator.hold(stream.cuda_stream)
+        assert runtime.cudaMemcpyAsync(memory, there.data_ptr(), 4, COPY_DEFAULT, stream.cuda_stream) == 0
+        self.map_another(memory, kind)
+        emulator.release(stream.cuda_stream)
+        stream.synchronize()
+        assert ctypes.string_at(memory, 4) == b"\7" * 4
+        assert emulator.violations() == 1
+        emulator.reset()
+
+    def test_a_copy_does_not_reach_it_either_where_it_ends(
+        self, emulator: Emulator, stream: torch.cuda.Stream, memory: int, kind: int
+    ) -> None:
+        there, second = on_device(1), memory + mmap.PAGESIZE
+        self.map_another(second, kind)
+        assert (
+            runtime.cudaMemcpyAsync(memory, there.data_ptr(), 2 * mmap.PAGESIZE, COPY_DEFAULT, stream.cuda_stream) == 0
+        )
+        stream.synchronize()
+        assert ctypes.string_at(second, 4) == b"\7" * 4
+        assert emulator.violations() == 1
+        emulator.reset()
+
+    def test_it_can_be_registered_once_the_first_registration_is_gone(
+        self, emulator: Emulator, stream: torch.cuda.Stream, anew: int
+    ) -> None:
+        there = on_device(1)
+        assert runtime.cudaHostUnregister(anew) == 0
+        assert runtime.cudaHostRegister(anew, mmap.PAGESIZE, 0) == 0
+        assert runtime.cudaMemcpyAsync(anew, there.data_ptr(), 4, COPY_DEFAULT, stream.cuda_stream) == 0
+        stream.synchronize()
+        assert ctypes.string_at(anew, 4) == b"\1" * 4
+        assert emulator.violations() == 0
+
+
+def test_memory_is_locked_while_it_is_registered(pages: int) -> None:
+    def locked_kib() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmLck:")[1].split()[0])
+
+    before = locked_kib()
+    assert runtime.cudaHostRegister(pages, mmap.PAGESIZE, 0) == 0
+    assert locked_kib() == before + mmap.PAGESIZE // 1024
+    assert runtime.cudaHostUnregister(pages) == 0
+    assert locked_kib() == before
+
+
+def test_memory_beyond_a_registration_is_not_mistaken_for_it(
+    emulator: Emulator, stream: torch.cuda.Stream, memory: int
+) -> None:
+    there, size = on_device(1), 3 * mmap.PAGESIZE  # one page more than is registered
+    ctypes.memset(memory, 7, size)
+    for to, of in ((there.data_ptr(), memory), (memory, there.data_ptr())):
+        assert runtime.cudaMemcpyAsync(to, of, size, COPY_DEFAULT, stream.cuda_stream) == 0
+    assert ctypes.string_at(memory, size) == b"\7" * size
+    assert emulator.peek(there.data_ptr(), size) == b"\7" * size
+    assert emulator.violations() == 0
 
 
 # ------------------------------------------------------------------------------------------------------- device memory
@@ -596,6 +757,27 @@ def test_ranges_are_checked(stream: torch.cuda.Stream) -> None:
     assert runtime.cudaFree(address) == 0
     assert runtime.cudaMemcpyAsync(address.value, *arguments) == INVALID_VALUE
     assert runtime.cudaFree(address) == INVALID_VALUE
+
+
+def test_a_copy_from_outside_an_allocation_is_refused_at_once(
+    emulator: Emulator, context: int, stream: torch.cuda.Stream
+) -> None:
+    """F9, whatever the call and the other side."""
+    handle, host, size = stream.cuda_stream, pinned(0).data_ptr(), 100
+    kept, freed = made(driver.cuMemAlloc_v2, size), made(driver.cuMemAlloc_v2, size)
+    assert driver.cuMemFree_v2(freed) == 0
+    emulator.hold(handle)
+    for outside in (kept + size - 1, freed):
+        for to, of in ((host, outside), (outside, host), (kept, outside), (outside, kept)):
+            assert driver.cuMemcpyAsync(to, of, 2, handle) == INVALID_VALUE
+            assert runtime.cudaMemcpyAsync(to, of, 2, COPY_DEFAULT, handle) == INVALID_VALUE
+            assert batch(handle, [kept, to], [host, of], [1, 2]) == INVALID_VALUE
+        assert driver.cuMemcpyDtoHAsync_v2(host, outside, 2, handle) == INVALID_VALUE
+        assert driver.cuMemcpyHtoDAsync_v2(outside, host, 2, handle) == INVALID_VALUE
+        assert driver.cuMemsetD8Async(outside, 0, 2, handle) == INVALID_VALUE
+    assert emulator.pending(handle) == 0
+    assert emulator.sticky() == 0
+    assert driver.cuMemFree_v2(kept) == 0
 
 
 def test_a_kind_that_does_not_fit_is_refused(stream: torch.cuda.Stream) -> None:
@@ -622,15 +804,59 @@ def test_freed_memory_comes_back(emulator: Emulator) -> None:
     assert runtime.cudaMalloc(ctypes.byref(address), 1 << 40) == OUT_OF_MEMORY
 
 
-def test_poison(emulator: Emulator, stream: torch.cuda.Stream) -> None:
-    there, back = on_device(9), pinned(0)
+@pytest.mark.parametrize("kind", [Kind.H2D, Kind.D2H, Kind.D2D])
+def test_a_destination_is_poison_while_it_is_written(
+    emulator: Emulator, stream: torch.cuda.Stream, engines_are_idle: Callable[..., None], kind: Kind
+) -> None:
+    of = pinned(9) if kind == Kind.H2D else on_device(9)
+    to = pinned(1) if kind == Kind.D2H else on_device(1)
     emulator.set_poison(True)
     emulator.set_stream_delay(stream.cuda_stream, HOUR_US)
+    emulator.hold(stream.cuda_stream)
+    event = copy(to, of, stream)
+    engines_are_idle()
+    assert holds(to, 1)
+    emulator.release(stream.cuda_stream)
+    eventually(lambda: holds(to, 0xDB))
+    assert not event.query()
+    assert holds(of, 9)
+    emulator.reset()
+    assert holds(to, 9)
+
+
+def test_all_of_a_large_destination_is_poison(emulator: Emulator, context: int, stream: torch.cuda.Stream) -> None:
+    size = 5 * SIZE // 2
+    there, host = made(driver.cuMemAlloc_v2, size), torch.zeros(size, dtype=torch.uint8).pin_memory()
+    emulator.set_poison(True)
+    emulator.set_stream_delay(stream.cuda_stream, HOUR_US)
+    assert driver.cuMemcpyHtoDAsync_v2(there, host.data_ptr(), size, stream.cuda_stream) == 0
+    eventually(lambda: emulator.peek(there, size) == b"\xdb" * size)
+    emulator.reset()
+    assert emulator.peek(there, size) == bytes(size)
+    assert driver.cuMemFree_v2(there) == 0
+
+
+def test_a_destination_is_as_it_was_without_poison(
+    emulator: Emulator, stream: torch.cuda.Stream, engines_are_idle: Callable[..., None]
+) -> None:
+    there, back = on_device(9), pinned(1)
+    emulator.set_stream_delay(stream.cuda_stream, HOUR_US)
     event = copy(back, there, stream)
-    eventually(lambda: holds(back, 0xDB))
+    engines_are_idle(Kind.H2D, Kind.D2D)
+    assert holds(back, 1)
     assert not event.query()
     emulator.reset()
     assert holds(back, 9)
+
+
+def test_poison_spares_a_source_that_overlaps(emulator: Emulator, context: int, stream: torch.cuda.Stream) -> None:
+    there = made(driver.cuMemAlloc_v2, 8)
+    emulator.poke(there, b"abcdefgh")
+    emulator.set_poison(True)
+    assert driver.cuMemcpyDtoDAsync_v2(there + 1, there, 7, stream.cuda_stream) == 0
+    stream.synchronize()
+    assert emulator.peek(there, 8) == b"aabcdefg"
+    assert driver.cuMemFree_v2(there) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -704,7 +930,8 @@ def test_attributes_hold_from_their_first_entry_on(emulator: Emulator, stream: t
 
 def test_batches_that_are_refused(stream: torch.cuda.Stream) -> None:
     there, host = on_device().data_ptr(), pinned(0).data_ptr()
-    assert batch(LEGACY_STREAM, [there], [host], [1]) == INVALID_VALUE
+    for legacy in (LEGACY_STREAM, LEGACY_STREAM_BY_NAME):
+        assert batch(legacy, [there], [host], [1]) == INVALID_VALUE
     assert batch(stream.cuda_stream, [there], [host], [0]) == INVALID_VALUE
     assert batch(stream.cuda_stream, [there], [host], [1], order=0) == INVALID_VALUE
     assert batch(stream.cuda_stream, [], [], []) == INVALID_VALUE
@@ -803,6 +1030,25 @@ def test_cuda_in_a_host_function_is_refused(emulator: Emulator, stream: torch.cu
     assert thread != threading.get_ident()
     assert code == NOT_PERMITTED
     assert emulator.violations() == 1
+    emulator.reset()
+
+
+def test_each_call_in_a_host_function_is_a_violation(
+    emulator: Emulator, context: int, stream: torch.cuda.Stream
+) -> None:
+    """F28, whatever is called."""
+    calls = [
+        lambda: runtime.cudaMalloc(ctypes.byref(ctypes.c_void_p()), 1),
+        lambda: driver.cuEventQuery(None),
+        lambda: driver.cuMemHostUnregister(None),
+    ]
+    codes: list[int] = []
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: codes.extend(call() for call in calls))
+    assert driver.cuLaunchHostFunc(stream.cuda_stream, function, None) == 0
+    stream.synchronize()
+    assert codes == [NOT_PERMITTED] * len(calls)
+    assert emulator.violations() == len(calls)
+    assert all("host function" in text for text in emulator.violation_texts())
     emulator.reset()
 
 
@@ -997,12 +1243,50 @@ def test_what_the_driver_knows_of_pointers(context: int, memory: int) -> None:
     assert driver.cuMemFree_v2(there) == 0
 
 
-def test_freeing_waits_for_the_device(emulator: Emulator, context: int, stream: torch.cuda.Stream) -> None:
-    there = made(driver.cuMemAlloc_v2, 100)
+@pytest.mark.parametrize(
+    ("attribute", "width"),
+    [(1, 8), (2, 4), (3, 8), (4, 8), (8, 4), (9, 4), (11, 8), (12, 8)],
+    ids=["context", "type", "device pointer", "host pointer", "is managed", "ordinal", "start", "size"],
+)
+def test_attributes_of_pageable_memory_are_zero_as_wide_as_they_are(pages: int, attribute: int, width: int) -> None:
+    """F30: every byte of a value is written, and none beside it."""
+    out = (ctypes.c_ubyte * 16)(*[0xAA] * 16)
+    kinds, values = (ctypes.c_int * 1)(attribute), (ctypes.c_void_p * 1)(ctypes.addressof(out))
+    assert driver.cuPointerGetAttributes(1, kinds, values, pages) == 0
+    assert bytes(out) == b"\0" * width + b"\xaa" * (16 - width)
+
+
+def test_attributes_that_are_not_emulated_are_refused(pages: int, capfd: pytest.CaptureFixture[str]) -> None:
+    buffer_id = 7
+    out = ctypes.c_uint64()
+    kinds, values = (ctypes.c_int * 1)(buffer_id), (ctypes.c_void_p * 1)(ctypes.addressof(out))
+    assert driver.cuPointerGetAttributes(1, kinds, values, pages) == NOT_SUPPORTED
+    assert "is not emulated" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("free", [driver.cuMemFree_v2, runtime.cudaFree], ids=["cuMemFree", "cudaFree"])
+def test_freeing_waits_for_the_device(emulator: Emulator, context: int, free: Callable[[int], int]) -> None:
+    """F11: for all streams, of which the last made is done first."""
+    there, streams = made(driver.cuMemAlloc_v2, 100), [new_stream() for _ in range(3)]
+    kinds = [(on_device(), pinned(0)), (pinned(0), on_device()), (on_device(), on_device())]
+    for number, stream in enumerate(streams):
+        emulator.set_stream_delay(stream.cuda_stream, 60_000 - number * 20_000)
+    events = [copy(to, of, stream) for (to, of), stream in zip(kinds, streams, strict=True)]
+    assert free(there) == 0
+    assert [event.query() for event in events] == [True] * len(events)
+
+
+@pytest.mark.parametrize("free", [driver.cuMemFree_v2, runtime.cudaFree], ids=["cuMemFree", "cudaFree"])
+def test_freed_memory_is_written_by_what_was_queued_before(
+    emulator: Emulator, context: int, stream: torch.cuda.Stream, free: Callable[[int], int]
+) -> None:
+    """F11: the memory is given back after the work, not before."""
+    there, back = made(driver.cuMemAlloc_v2, SIZE), pinned(0)
+    emulator.poke(there, b"\x09" * SIZE)
     emulator.set_stream_delay(stream.cuda_stream, 20_000)
-    event = copy(on_device(), pinned(0), stream)
-    assert driver.cuMemFree_v2(there) == 0
-    assert event.query()
+    assert driver.cuMemcpyDtoHAsync_v2(back.data_ptr(), there, SIZE, stream.cuda_stream) == 0
+    assert free(there) == 0
+    assert holds(back, 9)
 
 
 def test_the_legacy_stream_orders_blocking_streams(
@@ -1015,12 +1299,69 @@ def test_the_legacy_stream_orders_blocking_streams(
     for stream, event in events.items():
         assert driver.cuMemcpyHtoDAsync_v2(there.data_ptr(), host.data_ptr(), SIZE, stream) == 0
         assert driver.cuEventRecord(event, stream) == 0
-    assert driver.cuEventSynchronize(events[non_blocking]) == 0
+    eventually(lambda: driver.cuEventQuery(events[non_blocking]) == 0)
     engines_are_idle()
     assert driver.cuEventQuery(events[LEGACY_STREAM]) == NOT_READY
     emulator.release(blocking)
     assert driver.cuEventSynchronize(events[LEGACY_STREAM]) == 0
     assert driver.cuEventQuery(events[blocking]) == 0
+
+
+def test_blocking_streams_wait_for_the_legacy_stream(
+    emulator: Emulator, context: int, engines_are_idle: Callable[..., None]
+) -> None:
+    """F33, the other way round; other streams go on."""
+    blocking, non_blocking = made(driver.cuStreamCreate, BLOCKING), made(driver.cuStreamCreate, NON_BLOCKING)
+    there, host = on_device(), pinned(0)
+    events = {stream: made(driver.cuEventCreate, DISABLE_TIMING) for stream in (LEGACY_STREAM, blocking, non_blocking)}
+    emulator.hold(LEGACY_STREAM)
+    for stream, event in events.items():
+        assert driver.cuMemcpyHtoDAsync_v2(there.data_ptr(), host.data_ptr(), SIZE, stream) == 0
+        assert driver.cuEventRecord(event, stream) == 0
+    eventually(lambda: driver.cuEventQuery(events[non_blocking]) == 0)
+    engines_are_idle()
+    assert driver.cuEventQuery(events[blocking]) == NOT_READY
+    emulator.release(LEGACY_STREAM)
+    assert driver.cuEventSynchronize(events[blocking]) == 0
+    assert driver.cuEventQuery(events[LEGACY_STREAM]) == 0
+
+
+def test_the_legacy_stream_does_not_wait_for_non_blocking_streams(emulator: Emulator, context: int) -> None:
+    """F33."""
+    non_blocking, event = made(driver.cuStreamCreate, NON_BLOCKING), made(driver.cuEventCreate, DISABLE_TIMING)
+    there, host = on_device(), pinned(0)
+    emulator.hold(non_blocking)
+    for stream in (non_blocking, LEGACY_STREAM):
+        assert driver.cuMemcpyHtoDAsync_v2(there.data_ptr(), host.data_ptr(), SIZE, stream) == 0
+    assert driver.cuEventRecord(event, LEGACY_STREAM) == 0
+    eventually(lambda: driver.cuEventQuery(event) == 0)
+    assert driver.cuStreamQuery(non_blocking) == NOT_READY
+
+
+def test_elapsed_times_that_there_are_not(emulator: Emulator, context: int, stream: torch.cuda.Stream) -> None:
+    """F34."""
+    timed = [made(driver.cuEventCreate, 0) for _ in range(2)]
+    untimed, unrecorded = made(driver.cuEventCreate, DISABLE_TIMING), made(driver.cuEventCreate, 0)
+
+    def elapsed(start: int, end: int) -> list[int]:
+        out = ctypes.byref(ctypes.c_float())
+        return [driver.cuEventElapsedTime_v2(out, start, end), runtime.cudaEventElapsedTime(out, start, end)]
+
+    emulator.hold(stream.cuda_stream)
+    for event in (timed[0], untimed, timed[1]):
+        assert driver.cuEventRecord(event, stream.cuda_stream) == 0
+    first, last = timed
+    assert elapsed(first, last) == [NOT_READY] * 2
+    emulator.step(stream.cuda_stream)
+    assert driver.cuEventSynchronize(first) == 0
+    assert elapsed(first, last) == [NOT_READY] * 2
+    assert elapsed(last, first) == [NOT_READY] * 2
+    emulator.release(stream.cuda_stream)
+    assert driver.cuEventSynchronize(last) == 0
+    assert elapsed(first, last) == [0] * 2
+    for other in (untimed, unrecorded, 0):
+        assert elapsed(first, other) == [INVALID_HANDLE] * 2
+        assert elapsed(other, last) == [INVALID_HANDLE] * 2
 
 
 def test_errors_have_names() -> None:
@@ -1119,6 +1460,129 @@ if (child := os.fork()) == 0:
     os._exit(answers != (3, 3, 3))
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert runtime.cudaDeviceSynchronize() == 0
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_function_refuses_in_a_forked_child_without_waiting() -> None:
+    """F29, while another thread of the parent holds the emulator's lock: it says a violation into a pipe that is full.
+
+    Each is called without arguments that it could use, so that it has to refuse before anything else.
+    """
+    done = run(r"""
+import re, signal, subprocess, threading, time
+from tests.cuda_emulator import _BUILD
+emulator, driver, runtime = both()
+PATIENCE_S = 10
+WORK_ANYWHERE = re.compile(r"cu(da)?(GetError(Name|String)|(Driver|Runtime)GetVersion)")
+functions = []
+for library in driver, runtime:
+    symbols = subprocess.check_output(["nm", "-D", "--defined-only", _BUILD / library._name], text=True)
+    names = {line.split()[-1].partition("@")[0] for line in symbols.splitlines()}
+    names = sorted(name for name in names if re.match(r"cu(da)?[A-Z]", name) and not WORK_ANYWHERE.fullmatch(name))
+    functions += [getattr(library, name) for name in names]
+
+device = ctypes.c_void_p()
+assert runtime.cudaMalloc(ctypes.byref(device), ctypes.c_size_t(8)) == 0
+host = ctypes.create_string_buffer(1 << 16)
+assert runtime.cudaHostRegister(host, ctypes.c_size_t(1 << 16), 0) == 0
+emulator.hold(0)
+assert runtime.cudaMemcpyAsync(device, host, ctypes.c_size_t(8), 4, None) == 0
+
+error_output = os.dup(2)
+full, end = os.pipe()
+os.set_blocking(end, False)
+try:
+    while True:
+        os.write(end, b"x" * 4096)
+except BlockingIOError:
+    os.set_blocking(end, True)
+os.dup2(end, 2)
+thread = threading.Thread(target=lambda: runtime.cudaHostUnregister(host))
+thread.start()
+deadline = time.monotonic() + PATIENCE_S
+while True:  # until it is in write(2, ...)
+    with open(f"/proc/self/task/{thread.native_id}/syscall") as file:
+        if file.read().split()[1:2] == ["0x2"]:
+            break
+    assert time.monotonic() < deadline
+
+if (child := os.fork()) == 0:
+    os.dup2(error_output, 2)
+    wrong = []
+    for function in functions:
+        signal.alarm(PATIENCE_S)  # ends the process
+        print(function.__name__, file=sys.stderr)
+        if (code := function(*[None] * 10)) != 3:
+            wrong.append((function.__name__, code))
+    try:
+        emulator.violations()
+    except RuntimeError:
+        print("so far", wrong, len(functions) > 200, flush=True)
+    os._exit(0)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+os.dup2(error_output, 2)
+os.close(end)
+os.read(full, 1 << 20)
+thread.join()
+assert emulator.violations() == 1
+sys.exit(code)
+""")
+    assert done.stdout == "so far [] True\n", done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_primary_context_is_active_while_somebody_retains_it() -> None:
+    done = run(
+        """
+emulator, driver, runtime = both()
+def active(device):
+    flags, is_active = ctypes.c_uint(7), ctypes.c_int(7)
+    code = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(is_active))
+    assert code or flags.value == 0
+    return code or bool(is_active.value)
+def both_active():
+    return active(0), active(1)
+retain = lambda: driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+release = lambda: driver.cuDevicePrimaryCtxRelease_v2(0)
+
+assert active(0) == 3
+assert driver.cuInit(0) == 0
+assert both_active() == (False, False)
+assert release() == 201
+assert retain() == retain() == 0
+assert both_active() == (True, False)
+assert release() == 0
+assert both_active() == (True, False)
+assert release() == 0
+assert both_active() == (False, False)
+assert release() == 201
+assert active(2) == driver.cuDevicePrimaryCtxRelease_v2(2) == 101
+
+# Asking the runtime about devices makes no context; all else does, and nobody takes it back.
+assert runtime.cudaGetDeviceCount(ctypes.byref(ctypes.c_int())) == 0
+assert runtime.cudaGetDevice(ctypes.byref(ctypes.c_int())) == 0
+assert both_active() == (False, False)
+assert runtime.cudaSetDevice(1) == 0
+assert both_active() == (False, True)
+assert runtime.cudaSetDevice(0) == 0
+assert both_active() == (True, True)
+assert retain() == release() == 0
+assert release() == 201
+assert both_active() == (True, True)
+""",
+        CUDAEMU_DEVICES="2",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_call_of_the_runtime_makes_the_first_context_active() -> None:
+    done = run("""
+emulator, driver, runtime = both()
+is_active = ctypes.c_int()
+assert runtime.cudaFree(None) == 0
+assert driver.cuDevicePrimaryCtxGetState(0, None, ctypes.byref(is_active)) == 0
+assert is_active.value == 1
 """)
     assert done.returncode == 0, done.stderr
 
