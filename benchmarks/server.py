@@ -26,10 +26,18 @@ LEFT_RUNNING_TIMEOUT_S = 15
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. `url` has no path; `log` grows while it runs."""
+    """A running server. `url` has no path; `log` grows while it runs; its processes are `process_group`."""
 
     url: str
     log: Path
+    process_group: int
+
+    def pause(self) -> None:
+        """Stop its processes where they are, so that another server has the machine; between requests only."""
+        os.killpg(self.process_group, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.process_group, signal.SIGCONT)
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """(metric, tier label or "") -> value, of everything at /metrics; series of other labels are added up."""
@@ -97,7 +105,7 @@ def serve(
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         _wait_until_healthy(server, process)
         yield server
@@ -130,6 +138,8 @@ def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
 
     The last of them to go are Python's resource trackers, which remove semaphores and shared memory.
     """
+    with contextlib.suppress(ProcessLookupError):  # a paused one would not hear
+        os.killpg(process.pid, signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)
