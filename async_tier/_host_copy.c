@@ -44,8 +44,9 @@
  * 0.2 to 0.4 ms, some thousand times the cost of claiming it. */
 #define PIECE_BYTES ((size_t)2 << 20)
 #define PAGE 4096
-/* What the kernels are measured with: beyond a core's own caches, some milliseconds to copy. */
-#define CALIBRATION_BYTES ((size_t)8 << 20)
+/* What the kernels are measured with: beyond the caches that cores share, as the rows of a tier are. In those all
+ * kernels may be alike that differ by a fifth in memory (seen on an AMD EPYC with 8 MiB). A quarter of a second in all. */
+#define CALIBRATION_BYTES ((size_t)64 << 20)
 /* Bounds how long the claim of a piece of very small copies holds the lock: some microseconds. */
 #define PIECE_SEGMENTS 1024
 /* Below this a cached copy is as fast, and what it leaves in the cache is small. */
@@ -144,7 +145,7 @@ static int64_t now_ns(void) {
 
 static pthread_mutex_t calibration = PTHREAD_MUTEX_INITIALIZER;
 
-/* The fastest streaming kernel here, or the portable one. The first call takes some 20 ms; call it without the GIL. */
+/* The fastest streaming kernel here, or the portable one. The first call takes a quarter of a second; call it without the GIL. */
 static int best_kernel(void) {
     static int best = -1;
     pthread_mutex_lock(&calibration);
