@@ -97,12 +97,12 @@ class Arena:
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
         # Rows from the first on that copies may touch: all, here.
         self.ready = count
-        stop = threading.Event()
+        self._stop = threading.Event()
         self._populator = threading.Thread(
-            target=_populate, args=(address, size, stop), name="async-tier-populate", daemon=True
+            target=_populate, args=(address, size, self._stop), name="async-tier-populate", daemon=True
         )
         self._populator.start()
-        self._release = weakref.finalize(self, _release, start, length, stop, self._populator, os.getpid())
+        self._release = weakref.finalize(self, _release, start, length, self._stop, self._populator, os.getpid())
 
     def close(self) -> None:
         """Free the memory. Every copy that touches it must have ended. Idempotent."""
@@ -110,6 +110,7 @@ class Arena:
 
     def keep_for_ever(self) -> None:
         """Never free the memory, because a copy may touch it at any time; `close` does nothing any more."""
+        self._stop.set()
         self._release.detach()
 
 
@@ -117,7 +118,8 @@ def _release(start: int, length: int, stop: threading.Event, populator: threadin
     """Give the mapping back, in the process that made it: a forked child may have something else at its addresses."""
     if os.getpid() == owner:
         stop.set()
-        populator.join()
+        if populator is not threading.current_thread():  # the garbage collector runs wherever it likes
+            populator.join()
         _libc.munmap(start, length)
 
 

@@ -29,7 +29,7 @@ class PinnedArena:
     def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
-        self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES)
+        self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
         try:
@@ -62,6 +62,7 @@ class PinnedArena:
 
     def leave(self) -> None:
         """See cuda.Pinned."""
+        self._stop.set()
         self._registration.leave()
         self._arena.keep_for_ever()
 

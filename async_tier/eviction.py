@@ -134,15 +134,18 @@ class LeastRecentlyUsed(EvictionPolicy):
         run = self._run(sequence)
         rows, run_of = self._rows, self._run_of
         moved = []
+        left: dict[_Run, int] = {}
         for key in keys:
             row = rows[key]
             old = run_of[row]
             if old is not run:
-                if old is not None:
-                    old.prefix = run  # what stays there comes after what moved
-                    self._leave(old)
                 run_of[row] = run
                 moved.append(key)
+                if old is not None:
+                    left[old] = left.get(old, 0) + 1
+        for old, count in left.items():
+            old.prefix = run  # what stays there comes after what moved
+            self._leave(old, count)
         if moved:
             self._append(run, moved, order)
             run.live += len(moved)
@@ -242,9 +245,9 @@ class LeastRecentlyUsed(EvictionPolicy):
             run = run.prefix
         return chain
 
-    def _leave(self, run: _Run) -> None:
-        """A block of `run` is its no more; its entry is stale."""
-        run.live -= 1
+    def _leave(self, run: _Run, count: int = 1) -> None:
+        """So many blocks of `run` are its no more; their entries are stale."""
+        run.live -= count
         if run.live == 0:
             self._drop(run)
         elif len(run.keys) > 2 * run.live + self._STALE_SLACK:

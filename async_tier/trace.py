@@ -68,6 +68,7 @@ class TraceWriter:
         self._file.write("[\n")
         self._name("process_name", "async-tier", 0)
         self._name("thread_name", "steps", _STEPS_THREAD)
+        self._file.flush()  # a forked child must not have it to write
         self._writer = threading.Thread(target=self._write_often, name="async-tier-trace", daemon=True)
         self._writer.start()
 
@@ -86,10 +87,11 @@ class TraceWriter:
         self._add("C", name, at_ns, args=values)
 
     def close(self) -> None:
-        """Write what is left. Idempotent."""
-        if not self._file.closed:
+        """Write what is left. Idempotent. Does nothing in a forked child: the file is the parent's."""
+        if not self._file.closed and os.getpid() == self._pid:
             self._stop.set()
-            self._writer.join()
+            if self._writer is not threading.current_thread():  # the garbage collector runs wherever it likes
+                self._writer.join()
             self._write()
             with contextlib.suppress(OSError):
                 self._file.write("{}]\n")

@@ -35,7 +35,8 @@ MATRICES = (256, 512)
 COMPUTE_S = 0.5
 REPETITIONS = 9
 WARM_UPS = 2
-JOBS_IN_FLIGHT = 4
+# Copied during several products, between which jobs are submitted and polled: copies are never out of work.
+IN_FLIGHT_BYTES = 256 * MIB
 # A step of the scheduler: this much Python, and in it one store and one load of 32 blocks.
 STEP_S = 0.010
 STEPS, STEPS_IN_TURN = 50, 5
@@ -57,6 +58,7 @@ class Copies:
         self._made = 0
         self._jobs: deque[Any] = deque()
         self.in_flight = 0
+        self.most_in_flight = IN_FLIGHT_BYTES // (tiers.JOB_BLOCKS * block_bytes)
 
     def prepare(self, jobs: int) -> None:
         """Make the next jobs: a store, a load, a store, ... What vLLM does for them is not ours to measure."""
@@ -107,7 +109,7 @@ class MatrixProducts:
         self._left = torch.rand(size, size)
         self._right = torch.rand(size, size)
         self._out = torch.empty(size, size)
-        self.products, self.jobs = 100, 4 * JOBS_IN_FLIGHT
+        self.products, self.jobs = 100, 4 * copies.most_in_flight
         # The first ones build what they need, and touch memory for the first time.
         self.products = round(100 * COMPUTE_S / min(self.compute() for _ in range(5)))
         self.jobs = round(self.jobs * COMPUTE_S / min(self.copy() for _ in range(5)))
@@ -139,14 +141,14 @@ class MatrixProducts:
         for _ in range(self.products):
             torch.mm(self._left, self._right, out=self._out)
             copies.poll()
-            copies.submit(JOBS_IN_FLIGHT)
+            copies.submit(copies.most_in_flight)
         computed = time.perf_counter() - started
         self._finish()
         return time.perf_counter() - started, computed
 
     def _finish(self) -> None:
         while not self._copies.is_over:
-            self._copies.submit(JOBS_IN_FLIGHT)
+            self._copies.submit(self._copies.most_in_flight)
             self._copies.poll()
 
 

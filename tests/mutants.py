@@ -328,6 +328,12 @@ MUTANTS = [
     Mutant("trace: the clock of torch's profiler", "trace.py", "_TRIMESTER_S = 3 * 2_629_746", "_TRIMESTER_S = 3 * 2_629_743", TRACE),
     Mutant("trace: a failing trace loses no job", "block_store.py", "            except Exception as error:  # a job must not be lost for its picture", "            except OSError as error:  # a job must not be lost for its picture", TRACE),
     Mutant("trace: steps planned ahead do not overlap", "trace.py", "max(self._scheduled.popleft(), self._last_results_ns)", "self._scheduled.popleft()", TRACE),
+    Mutant("trace: the file is the parent's", "trace.py", " and os.getpid() == self._pid:", ":", TRACE),
+    Mutant("trace: no thread waits for itself", "trace.py", "            if self._writer is not threading.current_thread():  # the garbage collector runs wherever it likes\n                self._writer.join()", "            self._writer.join()", TRACE),
+    Mutant("arena: no thread waits for itself", "arena.py", "        if populator is not threading.current_thread():  # the garbage collector runs wherever it likes\n            populator.join()", "        populator.join()", MEMORY),
+    Mutant("arena: kept memory stays mapped", "arena.py", "        self._release.detach()\n", "", MEMORY),
+    Mutant("arena: kept memory is populated no further", "arena.py", "        self._stop.set()\n        self._release.detach()", "        self._release.detach()", MEMORY),
+    Mutant("a core is left to the scheduler", "streams/host.py", "len(_allowed_cpus()) - 1", "len(_allowed_cpus())", ("test_engines.py",)),
     Mutant("timeline: steps without work hide nothing", "timeline.py", " if b - a >= _SHORTEST_STEP_S)", ")", TRACE),
 ]  # fmt: skip
 

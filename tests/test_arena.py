@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import mmap
 import os
 import threading
@@ -306,6 +307,36 @@ def test_close_stops_a_population_and_waits_for_its_end(monkeypatch: pytest.Monk
     arena.close()
     assert population.stopped
     assert population.ended
+
+
+def test_the_garbage_collector_may_end_it_on_the_populating_thread(monkeypatch: pytest.MonkeyPatch):
+    made, ended = threading.Event(), threading.Event()
+
+    def populate(address: int, size: int, stop: threading.Event) -> None:
+        assert made.wait(PATIENCE_S)
+        arena.close()
+        ended.set()
+
+    monkeypatch.setattr(arena_module, "_populate", populate)
+    arena = Arena(4, HUGE_PAGE)
+    made.set()
+    assert ended.wait(PATIENCE_S)
+    assert mapping_at(arena.rows.address) is None
+
+
+def test_memory_that_is_kept_for_ever_stays_mapped_and_is_populated_no_further(monkeypatch: pytest.MonkeyPatch):
+    population = Population(monkeypatch)
+    arena = Arena(4, HUGE_PAGE)
+    release, address = arena._release, arena.rows.address
+    arena.keep_for_ever()
+    arena._populator.join(PATIENCE_S)
+    assert population.stopped
+    arena.close()
+    assert mapping_at(address) is not None
+    del arena
+    gc.collect()
+    assert mapping_at(address) is not None
+    assert not release.alive
 
 
 class Advice:

@@ -503,6 +503,64 @@ def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, 
     assert not registration._left & set(registration._users)
 
 
+@emulated
+def test_what_is_unpinned_late_may_be_used_again(primary, monkeypatch):
+    gate = threading.Event()
+    real = cuda_driver.Driver.unregister
+
+    def unregister(driver, address):
+        assert gate.wait(helpers.PATIENCE_S)
+        real(driver, address)
+
+    monkeypatch.setattr(cuda_driver.Driver, "unregister", unregister)
+    store = make_store(primary)
+    store.close()
+    gate.set()
+    until(lambda: not registration._users, "it was unpinned after all")
+    driver, context = store._engine.driver, store._engine.context
+    with context:
+        driver.register(primary.ctypes.data, primary.nbytes)  # somebody else
+        later = make_store(primary)
+        assert later.statistics().engine == "cuda"
+        later.close()
+        driver.unregister(primary.ctypes.data)
+
+
+@emulated
+def test_new_memory_that_counts_as_registered_is_not_what_was(primary, monkeypatch, caplog):
+    # Somebody's registration has outlived the memory that was at these addresses before the arena.
+    real = cuda_driver.Driver.register
+
+    stale = []
+
+    def register(driver, address, size):
+        real(driver, address, size)
+        if address != primary.ctypes.data:
+            stale.append(address)
+            real(driver, address, size)  # 712
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_driver.Driver, "register", register)
+        store = make_store(primary)
+    assert store.statistics().engine == "host"
+    assert "has left memory pinned at these addresses" in caplog.text
+    assert_round_trip(store, primary)
+    context = cuda_driver.DeviceContext(driver := cuda_driver.Driver(), 0)
+    with context:
+        (address,) = stale
+        driver.unregister(address)
+    context.release()
+
+
+@emulated
+def test_a_tier_does_not_wait_for_ever_for_anothers_pinning(primary, monkeypatch, caplog):
+    monkeypatch.setattr(registration, "LOCK_TIMEOUT_S", 0.05)
+    with registration._lock:
+        store = returns(lambda: make_store(primary))
+    assert store.statistics().engine == "host"
+    assert "does not get done with pinning" in caplog.text
+
+
 def test_rows_that_are_pinned_are_counted_while_another_thread_pins_them():
     class Pinning(registration.Registration):
         """Another thread pins the last range between two readings of `_done`."""
@@ -1322,7 +1380,7 @@ def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
     store = make_store(primary)
     rows, driver, context = store._rows, store._engine.driver, store._engine.context
     assert returns(lambda: store.close() or True)
-    assert "does not unpin the memory" in caplog.text
+    assert "has not unpinned" in caplog.text
     assert ctypes.string_at(rows.address, 1), "what is pinned stays mapped"
     gate.set()
     with context:
@@ -1330,7 +1388,52 @@ def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
 
 
 @emulated
-def test_where_no_thread_can_be_started_the_process_is_ending_and_all_is_left_to_it(primary, monkeypatch):
+def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monkeypatch):
+    store = make_store(primary)
+    stream = store._engine.store_stream
+    stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.close()
+        with pytest.raises(KeyboardInterrupt):
+            store._release()
+    stream.release()
+    until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
+    assert emulator.sticky() == 0, "they found their memory gone"
+    assert registration._left
+    store._engine.close()
+
+
+@emulated
+def test_memory_that_is_left_is_pinned_no_further(primary, emulator, monkeypatch, caplog):
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    gate = threading.Event()
+    real = registration.Registration.register_next
+
+    def register_next(self):
+        if self._is_new and self._done:
+            assert gate.wait(helpers.PATIENCE_S)
+        real(self)
+
+    monkeypatch.setattr(registration.Registration, "register_next", register_next)
+    store = make_store(primary)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    store.close()
+    gate.set()
+    store._arena._pinner.join(helpers.PATIENCE_S)
+    assert not store._arena._pinner.is_alive()
+    assert store._arena.ready <= 16
+
+
+@emulated
+def test_where_no_thread_can_be_started_the_process_is_ending_and_all_is_left_to_it(primary, monkeypatch, caplog):
     # Python 3.12 and later refuse new threads at exit.
     store = make_store(primary)
     real = threading.Thread.start
@@ -1344,6 +1447,7 @@ def test_where_no_thread_can_be_started_the_process_is_ending_and_all_is_left_to
         patched.setattr(threading.Thread, "start", start)
         store.close()
     assert store._engine.is_quiet
+    assert "left as it is until the process ends" in caplog.text
     assert store._engine.driver.is_pinned(primary.ctypes.data)
     assert ctypes.string_at(store._rows.address, 1), "what is pinned stays mapped"
     store._engine._give_back(threading.Event())

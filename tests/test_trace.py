@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -130,6 +132,41 @@ def test_what_is_given_is_written_while_the_tier_lives(path, monkeypatch):
     until(lambda: '"step"' in path.read_text(), "the step is in the file")
     writer.close()
     writer.close()
+
+
+def test_a_forked_child_leaves_the_file_to_its_parent(path):
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    child = os.fork()
+    if child == 0:
+        try:
+            writer.close()
+            writer._file.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    writer.close()
+    assert timeline.read(path).lanes["steps"] == [(0.0, pytest.approx(0.001))]
+    assert len(events(path, "step")) == 1
+
+
+def test_the_garbage_collector_may_end_it_on_its_own_thread(path, monkeypatch):
+    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
+    ended = threading.Event()
+    turns = iter(range(100))
+    real = TraceWriter._write
+
+    def write(self):
+        real(self)
+        if threading.current_thread() is self._writer and next(turns) == 0:
+            self.close()
+            ended.set()
+
+    monkeypatch.setattr(TraceWriter, "_write", write)
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    assert ended.wait(helpers.PATIENCE_S)
+    assert len(events(path, "step")) == 1
 
 
 def test_a_trace_that_fails_does_not_lose_the_job(path):

@@ -82,5 +82,7 @@ class CopyEngine(Protocol):
         """
 
     def close(self) -> None:
-        """End the engine. When it returns no copy touches memory any more; those not finished have failed.
+        """End the engine. When it returns no copy touches memory any more; those not finished have failed. Where copies
+        do not end, the engine says so in the log and keeps its own memory for good.
+
         Idempotent."""

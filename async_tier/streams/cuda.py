@@ -57,7 +57,7 @@ MAX_INFLIGHT_LOAD_BYTES = 512 << 20
 # Pieces in flight, at most: each takes some six calls, so that a small staging ring cannot make one submit cost
 # thousands of them.
 MAX_PIECES = 64
-# How long `close` waits for copies in flight, and then for the driver to unpin memory. Some 100 times what they take.
+# How long `close` waits for copies in flight, which take milliseconds, and then as long for the driver to unpin memory.
 CLOSE_TIMEOUT_S = 10.0
 # How long it waits for the driver to free device memory, which waits for the work of everybody on the device.
 FREE_TIMEOUT_S = 1.0
@@ -545,9 +545,9 @@ class CudaEngine:
                 stream.abandon()
 
     def close(self) -> None:
-        """See CopyEngine.close. Waits for the copies in flight, CLOSE_TIMEOUT_S at most.
+        """See CopyEngine.close. Every wait in it is bounded: for copies, for unpinning, for freeing.
 
-        If they do not end, or the context is lost, memory that they may touch stays as it is: `is_quiet`.
+        If copies do not end, or the context is lost, memory that they may touch stays as it is: `is_quiet`.
         """
         if self._closed:
             return
@@ -558,18 +558,22 @@ class CudaEngine:
             for stream in streams:
                 stream.abandon()
             return
-        for stream in streams:
-            stream.cancel()
-        if self.broken is None:
-            self.is_quiet = self._wait_until_idle()
-        self._closed = True
-        for stream in streams:
-            stream.abandon()
-        if self.is_quiet:
-            self._give_back_soon()
-        else:
-            logger.error("The CUDA engine ends with copies that may be under way; its memory is left as it is")
+        try:
+            for stream in streams:
+                stream.cancel()
+            if self.broken is None:
+                self.is_quiet = self._wait_until_idle()
+            self._closed = True
+            for stream in streams:
+                stream.abandon()
+            if self.is_quiet:
+                self._give_back_soon()
+            else:
+                logger.error("The CUDA engine ends with copies that may be under way; its memory is left as it is")
+                self._leave()
+        except BaseException:  # Ctrl-C
             self._leave()
+            raise
 
     # ------------------------------------------------------------------------------------------------------- details
 
@@ -598,13 +602,14 @@ class CudaEngine:
         thread = threading.Thread(target=self._give_back, args=(unpinned,), name="async-tier-close", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # from Python 3.12 on, when the process is ending: it gives everything back
+        except RuntimeError as error:  # from Python 3.12 on, when the process is ending, which gives everything back
+            logger.warning("The CUDA engine's memory is left as it is until the process ends: %s", error)
             self._leave()
             return
         if unpinned.wait(CLOSE_TIMEOUT_S):
             thread.join(FREE_TIMEOUT_S)
         else:
-            logger.error("CUDA does not unpin the memory of the CUDA engine, which is left as it is")
+            logger.error("CUDA has not unpinned the CUDA engine's memory in time, which is left as it is")
             self._leave()
 
     def _give_back(self, unpinned: threading.Event) -> None:

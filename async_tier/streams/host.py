@@ -125,7 +125,7 @@ def default_threads() -> int:
     """Two copy threads, but one core is left to the scheduler.
 
     A copy thread of class SCHED_BATCH that has to share a core with a busy one waits for a slice of the system's: loads
-    of 0.3 ms take 4 to 8 (seen on two cores).
+    of 0.3 ms take 4 to 8 (seen on two cores). Cores that the parent process may use count: see `_allowed_cpus`.
     """
     return max(1, min(2, len(_allowed_cpus()) - 1))
 

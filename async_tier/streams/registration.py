@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from async_tier.arena import Rows
 from async_tier.streams.cuda_driver import ALREADY_REGISTERED, CudaError, DeviceContext, Driver
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # Registering 512 GiB at once was seen to fail (vLLM #51080).
 MAX_RANGE_BYTES = 64 << 30
+# How long one tier waits for another that pins or unpins, which has been seen to hang (pytorch/pytorch#132520).
+LOCK_TIMEOUT_S = 60.0
 
 Range = tuple[int, int]  # address of the first byte, address after the last one
 
@@ -31,10 +34,20 @@ class Registration:
     """The pinning of `rows`, in ranges of at most `largest` bytes that start at rows and on pages.
 
     `register_next` pins one range after the other; `unpin` unpins those that nobody else here uses. What somebody else
-    in the process has registered already is as good, and not ours to unpin.
+    in the process has registered already is as good, and not ours to unpin; but not where the memory `is_new`, which
+    nobody can have registered since it was mapped.
     """
 
-    def __init__(self, driver: Driver, context: DeviceContext, rows: Rows, largest: int = MAX_RANGE_BYTES) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        context: DeviceContext,
+        rows: Rows,
+        largest: int = MAX_RANGE_BYTES,
+        *,
+        is_new: bool = False,
+    ) -> None:
+        self._is_new = is_new
         self._driver = driver
         self._context = context
         self._rows = rows
@@ -67,18 +80,19 @@ class Registration:
     def register_next(self) -> None:
         """Pin the next range.
 
-        Raises CudaError if the driver refuses, RuntimeError where it goes by what was pinned and never given back.
+        Raises CudaError if the driver refuses, RuntimeError where it goes by what was pinned and never given back, or
+        where another tier does not get done with pinning.
         """
         start = self.range_starts[self._done]
         end = self.range_starts[self._done + 1] if self._done + 1 < len(self.range_starts) else self._end
-        with self._context, _lock:
+        with self._context, _locked():
             try:
                 self._driver.register(start, end - start)
             except CudaError as error:
                 # The code says "part or all": copies to the rest would block, as all copies to pageable memory do.
                 if error.code != ALREADY_REGISTERED or not all(map(self._driver.is_pinned, (start, end - 1))):
                     raise
-                if _overlapping(_left, start, end):
+                if self._is_new or _overlapping(_left, start, end):
                     raise RuntimeError("a tier that ended badly has left memory pinned at these addresses") from error
                 used = _overlapping(_users, start, end)
             else:
@@ -96,27 +110,31 @@ class Registration:
         """
         refusal: CudaError | None = None
         kept = []
-        with self._context, _lock:
+        with self._context:
             for each in self._used:
-                if _users[each] == 1:
+                with _locked():
                     try:
-                        self._driver.unregister(each[0])
+                        self._unpin_range(each)
                     except CudaError as error:
                         refusal = refusal or error
                         kept.append(each)
-                        continue
-                    del _users[each]
-                else:
-                    _users[each] -= 1
-            self._used = kept
+        self._used = kept
         if refusal is not None:
             raise refusal
+
+    def _unpin_range(self, each: Range) -> None:
+        if _users[each] > 1:
+            _users[each] -= 1
+            return
+        self._driver.unregister(each[0])
+        del _users[each]
+        _left.discard(each)  # of an end that was given up, and came late
 
     def give_up(self) -> bool:
         """Whether all is unpinned; what is not is left."""
         try:
             self.unpin()
-        except CudaError as error:
+        except RuntimeError as error:
             logger.error("CUDA refused to unpin memory, which is left as it is: %s", error)
             self.leave()
         return not self._used
@@ -126,5 +144,16 @@ class Registration:
         _left.update(self._used)  # without the lock, which a call that hangs may hold
 
 
+@contextmanager
+def _locked() -> Iterator[None]:
+    if not _lock.acquire(timeout=LOCK_TIMEOUT_S):
+        raise RuntimeError("another tier of this process does not get done with pinning or unpinning its memory")
+    try:
+        yield
+    finally:
+        _lock.release()
+
+
 def _overlapping(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
-    return [each for each in ranges if each[0] < end and start < each[1]]
+    # A copy, made in one step: `leave` may add to the ranges meanwhile.
+    return [each for each in tuple(ranges) if each[0] < end and start < each[1]]

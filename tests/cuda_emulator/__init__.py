@@ -47,6 +47,7 @@ _int, _u64, _double, _text, _handle = (
     ctypes.c_void_p,
 )
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "is_forked": (_int, ()),
     "set_delay": (None, (_int, _double)),
     "set_stream_delay": (_int, (_handle, _double)),
     "set_bandwidth": (None, (_double,)),
@@ -83,8 +84,12 @@ class Emulator:
             function.restype = result
             function.argtypes = arguments
             self._call[name] = function
-        # There the emulator's lock may be held for ever, by a thread of the parent's.
-        os.register_at_fork(after_in_child=lambda: self._call.update(dict.fromkeys(_SIGNATURES, _refuse)))
+        os.register_at_fork(after_in_child=self._refuse_in_child)
+
+    def _refuse_in_child(self) -> None:
+        # The emulator's lock may be held for ever, by a thread of the parent's. Before CUDA's start there is none.
+        if self._call["is_forked"]():
+            self._call.update(dict.fromkeys(_SIGNATURES, _refuse))
 
     # ---------------------------------------------------------------------------------------------------------- time
 

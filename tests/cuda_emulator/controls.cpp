@@ -75,6 +75,8 @@ int cudaemu_refuse(const char *name) {
     return NOT_SUPPORTED;
 }
 
+int cudaemu_is_forked(void) { return is_forked(); }
+
 void cudaemu_set_delay(int kind, double us) {
     Lock lock(state.mutex);
     if (kind >= 0) state.settings.delay_us[kind] = us;
