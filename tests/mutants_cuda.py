@@ -42,6 +42,8 @@ MUTANTS_CUDA = [
     Mutant("a lost context ends all jobs", _CUDA, "            for stream in (self.load_stream, self.store_stream):\n                stream.abandon()\n\n", "\n", CUDA),
     Mutant("a lost context empties the tier", "block_store.py", "            self._broken = True\n            self.clear()\n", "            self._broken = True\n", CUDA),
     Mutant("a lost context is told once", "block_store.py", "        if self._broken:  # said once, when it broke\n            return None\n", "", CUDA),
+    Mutant("events are destroyed by close", _CUDA, "                self.events.destroy()\n", "", CUDA),
+    Mutant("events of copies under way are never destroyed", _CUDA, "        self.events.keep_for_ever()\n        for pinned", "        for pinned", CUDA),
     Mutant("events of a lost context are never destroyed", _CUDA, "            self.events.keep_for_ever()\n", "", CUDA),
     Mutant("the context is made current, whatever the thread", _DRIVER, "        self._driver.push_context(self._context)", "        pass", CUDA),
     Mutant("the caller's context is given back", _DRIVER, "        self._driver.pop_context()", "        pass", CUDA),

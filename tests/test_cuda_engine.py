@@ -1246,6 +1246,39 @@ def test_a_store_that_nobody_closes_ends_with_its_object(primary, pool):
 
 @emulated
 @each_pool
+def test_events_are_destroyed_by_close_and_not_by_the_garbage_collector(primary, pool, emulator, tmp_path):
+    # Which may come by when the context is lost: then torch's destructor aborts the process.
+    gc.collect()
+    gc.disable()
+    try:
+        created, destroyed = emulator.count("event_create"), emulator.count("event_destroy")
+        store = make_store(primary, pool=pool, trace_path=str(tmp_path / "trace.json"))
+        assert_round_trip(store, primary)
+        store.close()
+        created = emulator.count("event_create") - created
+        assert created == emulator.count("event_destroy") - destroyed
+        assert created >= 4
+    finally:
+        gc.enable()
+
+
+@emulated
+@each_pool
+def test_events_of_copies_that_may_be_under_way_are_never_destroyed(primary, pool, emulator):
+    gc.collect()
+    destroyed = emulator.count("event_destroy")
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    store.close()
+    store._engine.events.created.clear()
+    store._engine.events._free.clear()
+    gc.collect()
+    assert emulator.count("event_destroy") == destroyed
+
+
+@emulated
+@each_pool
 def test_close_waits_for_copies_in_flight_and_drops_the_rest(primary, pool, emulator):
     store = make_store(primary, pool=pool, max_inflight_store_bytes=2 * ROW_BYTES)
     store._engine.store_stream._piece_bytes = 2 * ROW_BYTES

@@ -85,6 +85,11 @@ class EventPool:
         """`events` were seen complete, and nothing waits for them."""
         self._free.extend(events)
 
+    def destroy(self) -> None:
+        """Destroy them now, while the context is sound, and not whenever the garbage collector comes by."""
+        self._free.clear()
+        self.created.clear()
+
     def keep_for_ever(self) -> None:
         """Never destroy an event of this pool: in a context that is lost, torch's destructor aborts the process."""
         for event in self.created:
@@ -318,6 +323,7 @@ class CudaStream:
             job.failed = job.done = True
         self._queue.clear()
         self._pieces.clear()
+        self._clock = None
 
     # ------------------------------------------------------------------------------------------------------- details
 
@@ -567,6 +573,7 @@ class CudaEngine:
             for stream in streams:
                 stream.abandon()
             if self.is_quiet:
+                self.events.destroy()
                 self._give_back_soon()
             else:
                 logger.error("The CUDA engine ends with copies that may be under way; its memory is left as it is")
@@ -643,6 +650,7 @@ class CudaEngine:
             logger.error("CUDA refused to take back what the engine had, in %d calls: %s", len(refusals), refusals[0])
 
     def _leave(self) -> None:
+        self.events.keep_for_ever()
         for pinned in self._pinned:
             pinned.leave()
 
