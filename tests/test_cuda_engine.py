@@ -1380,6 +1380,21 @@ def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary,
 
 
 @emulated
+def test_a_range_that_cannot_be_unpinned_keeps_no_other_pinned(primary, monkeypatch, emulator):
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    store = make_store(primary)
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    driver, context, pinned = store._engine.driver, store._engine.context, store._arena._registration
+    starts = list(pinned.range_starts)
+    emulator.inject("host_unregister", 3, UNKNOWN)
+    store.close()
+    with context:
+        assert [driver.is_pinned(address) for address in starts] == [at == 2 for at in range(8)]
+        assert not driver.is_pinned(primary.ctypes.data)
+    assert pinned.give_up()
+
+
+@emulated
 @each_pool
 def test_close_does_not_wait_for_the_work_of_others_on_the_device(primary, pool, emulator, monkeypatch, caplog):
     # To free device memory waits for all of it.
