@@ -527,6 +527,14 @@ def test_what_is_unpinned_late_may_be_used_again(primary, monkeypatch):
 
 
 @emulated
+def test_what_the_driver_pins_is_what_is_there(primary):
+    # Whatever was left at these addresses, somebody has unpinned it since.
+    registration._left.add((primary.ctypes.data, primary.ctypes.data + primary.nbytes))
+    make_store(primary)
+    assert make_store(primary).statistics().engine == "cuda"
+
+
+@emulated
 def test_new_memory_that_counts_as_registered_is_not_what_was(primary, monkeypatch, caplog):
     # Somebody's registration has outlived the memory that was at these addresses before the arena.
     real = cuda_driver.Driver.register
