@@ -15,12 +15,12 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -377,16 +377,12 @@ def run_tests(folder: Path, names: Sequence[str]) -> int:
             )
         finally:
             os._exit(code)
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.05)
+    end = os.pidfd_open(child)
+    has_ended, _, _ = select.select([end], [], [], TIMEOUT_S)
+    os.close(end)
+    if not has_ended:
+        os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):  # it could not remove what it had made
         for left in Path("/dev/shm").glob(f"vllm_offload_async-tier-test-{child}*"):
             left.unlink()

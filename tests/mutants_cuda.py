@@ -65,7 +65,7 @@ MUTANTS_CUDA = [
     Mutant("users of a range are counted", _REGISTRATION, "                used = _overlapping(_users, start, end)", "                used = []", CUDA),
     Mutant("users of a range are counted off", _REGISTRATION, "            _users[each] -= 1\n", "            pass\n", CUDA),
     Mutant("pinned rows are counted by one reading", _REGISTRATION, "        if done == len(self.range_starts):\n            return self._rows.count", "        if self._done == len(self.range_starts):\n            return self._rows.count", CUDA),
-    Mutant("what cannot be unpinned keeps nothing else", _REGISTRATION, "                        refusal = refusal or error\n                        kept.append(each)\n", "                        raise\n", CUDA),
+    Mutant("what cannot be unpinned keeps nothing else", _REGISTRATION, "                    refusal = refusal or error\n                    kept.append(each)\n", "                    raise\n", CUDA),
     Mutant("what is refused in close keeps nothing else", _CUDA, "            except RuntimeError as error:\n                refusals.append(error)\n                return False", "            except OSError as error:\n                refusals.append(error)\n                return False", CUDA),
     Mutant("what cannot be unpinned stays mapped", _CUDA, "                        pinned.leave()\n", "                        pass\n", CUDA),
     Mutant("close does not wait for others' work", _CUDA, "thread.join(FREE_TIMEOUT_S)", "thread.join()", CUDA),

@@ -1388,6 +1388,17 @@ def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary,
 
 
 @emulated
+def test_what_another_tier_has_kept_from_being_unpinned_can_be_later(primary, monkeypatch):
+    store = make_store(primary)
+    pinned = store._arena._registration
+    monkeypatch.setattr(registration, "LOCK_TIMEOUT_S", 0.05)
+    with registration._lock:
+        assert not pinned.give_up()
+    assert pinned.give_up()
+    assert pinned.give_up()
+
+
+@emulated
 def test_a_range_that_cannot_be_unpinned_keeps_no_other_pinned(primary, monkeypatch, emulator):
     monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     store = make_store(primary)

@@ -106,18 +106,18 @@ class Registration:
     def unpin(self) -> None:
         """Unpin what only this one uses. No copy may be under way. Idempotent.
 
-        Raises CudaError if the driver refuses some of it: all the rest is unpinned.
+        Raises RuntimeError, of which CudaError is one, if some of it stays: all the rest is unpinned.
         """
-        refusal: CudaError | None = None
+        refusal: RuntimeError | None = None
         kept = []
         with self._context:
             for each in self._used:
-                with _locked():
-                    try:
+                try:
+                    with _locked():
                         self._unpin_range(each)
-                    except CudaError as error:
-                        refusal = refusal or error
-                        kept.append(each)
+                except RuntimeError as error:
+                    refusal = refusal or error
+                    kept.append(each)
         self._used = kept
         if refusal is not None:
             raise refusal
