@@ -15,8 +15,9 @@ It asks for features, not for version numbers, and gives the rest of the package
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -37,7 +38,17 @@ except ImportError as error:
         "the extra 'vllm' or 'cpu'"
     ) from error
 
-_RESULT_FIELDS = {field.name for field in dataclasses.fields(JobResult)}
+# What `Finished` calls the fields of vLLM's JobResult, of which a version has the first ones.
+_RESULT_FIELDS = {
+    "job_id": "job_id",
+    "success": "success",
+    "successful_keys": "loaded_keys",
+    "transfer_time": "seconds",
+    "transfer_bytes": "bytes",
+}
+_result_values = operator.attrgetter(
+    *(_RESULT_FIELDS[name] for name in itertools.takewhile(_RESULT_FIELDS.__contains__, JobResult.__dataclass_fields__))
+)
 _BASE_TAKES_DETECTOR = "backpressure_detector" in inspect.signature(SecondaryTierManager.__init__).parameters
 _HAS_POSITIONS = hasattr(ReqContext, "get_offload_key_position")
 
@@ -74,14 +85,7 @@ def row_numbers(job: Any) -> np.ndarray:
 
 def job_result(finished: Finished) -> JobResult:
     """vLLM's JobResult, with those of its fields that this version has."""
-    fields: dict[str, Any] = {
-        "job_id": finished.job_id,
-        "success": finished.success,
-        "successful_keys": finished.loaded_keys,
-        "transfer_time": finished.seconds,
-        "transfer_bytes": finished.bytes,
-    }
-    return JobResult(**{name: value for name, value in fields.items() if name in _RESULT_FIELDS})
+    return JobResult(*_result_values(finished))
 
 
 def node_count(offloading_spec: Any) -> int:

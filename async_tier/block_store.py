@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +32,7 @@ from async_tier.trace import Submitted, TierTrace, TraceWriter
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """The end of a job.
 
     success: whether every block arrived, or did not need to.
@@ -52,10 +52,11 @@ class Statistics:
     """Counts since construction, and how things stand. Bytes are `row_bytes` a block.
 
     engine: "cuda" or "host", what copies. capacity, rows_used: rows of the arena, and those not free. blocks: READY.
-    jobs_in_flight: queued and not yet polled to their end. store_jobs, load_jobs, failed_jobs: reported.
-    blocks_stored, blocks_loaded: copied well. blocks_present: offered for storing, but already here or on their way.
-    blocks_refused: offered, but without a row to be had. evictions. hits, misses: of `lookup`.
-    faults: calls that met an unexpected error and turned it into a failed job.
+    jobs_in_flight: queued and not yet polled to their end. store_jobs, load_jobs: submitted, whatever came of them.
+    failed_jobs: reported as failed; of loads, also those that lacked a block. blocks_stored, blocks_loaded: copied
+    well. blocks_present: offered for storing, but already here or on their way. blocks_refused: offered, but without a
+    row to be had. evictions. hits, misses: of `lookup`. faults: unexpected errors that calls met, and what they could
+    not take.
     """
 
     engine: str
@@ -121,6 +122,8 @@ class BlockStore:
                     writer.close()
                 raise
         self._engine, self._arena = engine, arena
+        # Also when nobody calls close().
+        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
         self._rows = self._arena.rows
         self._index = BlockIndex(self._rows.count)
         self._index.usable = arena.ready
@@ -137,8 +140,6 @@ class BlockStore:
         self._hits = self._misses = self._faults = 0
         self._closed = False
         self._broken = False
-        # Also when nobody calls close().
-        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
         self._trace: TierTrace | None = None
         if writer is not None:
             self._trace = TierTrace(writer, {"load": self._load_stream, "store": self._store_stream})
@@ -196,20 +197,21 @@ class BlockStore:
         of the sequence first; that is a success of fewer bytes. Unequal lengths and rows out of range fail the job.
         `order` is for a sequence that was not begun.
         """
+        self._store_jobs += 1
         self._advance()
+        distinct = isinstance(keys, (set, frozenset))  # as vLLM's are
         keys = list(keys)
         sources = self._checked(job_id, keys, rows)
         if sources is None:
             self._finish(job_id, success=False)
             return
         self._note_hits()
-        new, arena_rows = self._index.reserve(keys, sequence, order or self._orders.get(sequence))
+        new, arena_rows = self._index.reserve(keys, sequence, order or self._orders.get(sequence), distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
             row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
             sources = [row_of[key] for key in new]
         if not new:
-            self._store_jobs += 1
             self._finish(job_id, success=True)
             return
         try:
@@ -220,8 +222,7 @@ class BlockStore:
             return
         job = _Job(job_id, event, new, arena_rows, missing=False)
         self._stores.append(job)
-        if self._trace is not None:
-            job.traced = self._trace.submitted("store", len(new), len(new) * self.primary.row_bytes)
+        self._trace_begin(job, "store")
 
     def submit_load(self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
@@ -230,6 +231,7 @@ class BlockStore:
         load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range fail
         the whole job.
         """
+        self._load_jobs += 1
         self._advance()
         keys = list(keys)
         targets = self._checked(job_id, keys, rows)
@@ -246,7 +248,6 @@ class BlockStore:
             arena_rows = [arena_rows[at] for at in found]
             targets = [targets[at] for at in found]
         if not keys:
-            self._load_jobs += 1
             self._finish(job_id, success=not missing)
             return
         try:
@@ -257,14 +258,15 @@ class BlockStore:
             return
         job = _Job(job_id, event, keys, arena_rows, missing)
         self._loads.append(job)
-        if self._trace is not None:
-            job.traced = self._trace.submitted("load", len(keys), len(keys) * self.primary.row_bytes)
+        self._trace_begin(job, "load")
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
         self._advance()
-        self._collect(self._loads, self._end_load)
-        self._collect(self._stores, self._end_store)
+        if self._loads:
+            self._collect(self._loads, self._end_load)
+        if self._stores:
+            self._collect(self._stores, self._end_store)
         finished, self._finished = self._finished, []
         return finished
 
@@ -367,16 +369,25 @@ class BlockStore:
             except Exception as error:  # not reported yet: that is the last thing that `end` does
                 self.fail(job.job_id, "end a job", error, job.keys)
 
+    def _trace_begin(self, job: _Job, kind: str) -> None:
+        if self._trace is not None:
+            try:
+                job.traced = self._trace.submitted(kind, len(job.keys), len(job.keys) * self.primary.row_bytes)
+            except Exception as error:  # a job must not be lost for its picture
+                self._stop_tracing(error)
+
     def _trace_end(self, job: _Job) -> None:
         if self._trace is not None and job.traced is not None:
             try:
                 self._trace.ended(job.traced, job.job_id, job.event, self._index.rows_used)
-            except Exception as error:  # a job must not be lost for its picture
-                self._trace = None
-                self.fault("trace jobs any more", error)
+            except Exception as error:  # nor must its end
+                self._stop_tracing(error)
+
+    def _stop_tracing(self, reason: object) -> None:
+        self._trace = None
+        self.fault("trace jobs any more", reason)
 
     def _end_store(self, job: _Job) -> None:
-        self._store_jobs += 1
         if job.event.failed:
             self._index.drop_filling(job.keys, job.rows)
             self._finish(job.job_id, success=False)
@@ -386,7 +397,6 @@ class BlockStore:
         self._finish(job.job_id, True, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
 
     def _end_load(self, job: _Job) -> None:
-        self._load_jobs += 1
         self._index.unpin(job.rows)
         if job.event.failed:
             self._index.drop(job.keys)
@@ -438,8 +448,9 @@ class BlockStore:
         if len(numbers) != len(keys):
             self.fault(f"take job {job_id}", f"{len(keys)} keys but {len(numbers)} row numbers")
             return None
-        is_integral = isinstance(rows, np.ndarray) and rows.dtype.kind in "iu" and rows.ndim == 1
-        if not is_integral and not set(map(type, numbers)) <= {int}:
+        # An array's are all of one type; of more dimensions, its list has lists.
+        first_tells = isinstance(rows, np.ndarray) and numbers
+        if not (type(numbers[0]) is int if first_tells else set(map(type, numbers)) <= {int}):
             self.fault(f"take job {job_id}", "row numbers must be integers")
             return None
         if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):

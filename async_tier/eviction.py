@@ -132,17 +132,28 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         run = self._run(sequence)
-        rows, run_of = self._rows, self._run_of
-        moved = []
+        run_of = self._run_of
+        moved: Sequence[bytes] = []
         left: dict[_Run, int] = {}
-        for key in keys:
-            row = rows[key]
-            old = run_of[row]
-            if old is not run:
+        there = list(map(self._rows.__getitem__, keys))
+        homes = set(map(run_of.__getitem__, there))
+        if len(homes) == 1 and run not in homes and len(set(there)) == len(there):
+            # A few calls and not a few for each key: all blocks of another run, as after the lookups of a prompt.
+            moved = keys
+            (home,) = homes
+            if home is not None:
+                left[home] = len(keys)
+            for row in there:
                 run_of[row] = run
-                moved.append(key)
-                if old is not None:
-                    left[old] = left.get(old, 0) + 1
+        elif homes != {run}:
+            moved = []
+            for key, row in zip(keys, there, strict=True):
+                home = run_of[row]
+                if home is not run:
+                    run_of[row] = run
+                    moved.append(key)
+                    if home is not None:
+                        left[home] = left.get(home, 0) + 1
         for old, count in left.items():
             old.prefix = run  # what stays there comes after what moved
             self._leave(old, count)
@@ -169,6 +180,12 @@ class LeastRecentlyUsed(EvictionPolicy):
             if run in own:
                 continue
             keys = run.keys
+            if run.live == len(keys) and (end := self._pop_end(keys, count - len(freed))):
+                freed += end
+                run.live -= len(end)
+                if run.live == 0:
+                    emptied.append(run)
+                continue
             pinned: list[bytes] = []  # evictable later, and then in the same order
             before = len(freed)
             while keys and len(freed) < count and pinned_seen + len(pinned) <= self._MAX_PINNED_SEEN:
@@ -189,6 +206,19 @@ class LeastRecentlyUsed(EvictionPolicy):
                 emptied.append(run)
         for run in emptied:
             self._drop(run)
+        return freed
+
+    def _pop_end(self, keys: list[bytes], most: int) -> list[int]:
+        """Take the last of a run's keys, none of them stale, out of `rows`: their rows, or none if one has a pin.
+
+        What nearly every victim is, in a few calls and not a few for each.
+        """
+        end = keys[: -most - 1 : -1]
+        freed = list(map(self._rows.pop, end))
+        if any(map(self._pins.__getitem__, freed)):
+            self._rows.update(zip(end, freed, strict=True))
+            return []
+        del keys[-len(end) :]
         return freed
 
     def finish(self, sequence: str) -> None:
@@ -223,7 +253,10 @@ class LeastRecentlyUsed(EvictionPolicy):
         except TypeError:  # None does not compare: not all are known
             run.keys.extend(keys)
             return
-        last = order.position(run.keys[-1]) if run.keys else None
+        if not run.keys:
+            run.keys = keys
+            return
+        last = order.position(run.keys[-1])
         run.keys.extend(keys)
         if last is not None and (first := order.position(keys[0])) is not None and first < last:
             # Out of order, as with sliding windows. Keys of unknown place keep to the start.

@@ -14,7 +14,7 @@ collection walks references, and the dict not at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed, SequenceOrder
 
@@ -32,6 +32,7 @@ class BlockIndex:
         self.usable = capacity
         self.evictions = 0
         self.filling = 0
+        self._orphans = 0
         self._row_of: dict[bytes, int] = {}
         self._state = bytearray(capacity)
         self._pins = [0] * capacity
@@ -71,17 +72,17 @@ class BlockIndex:
             self.unpin(pinned)
 
     def reserve(
-        self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None
+        self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None, distinct: bool = False
     ) -> tuple[Sequence[bytes], list[int]]:
         """(new keys, their rows): those of `keys` that are neither here nor on their way, now FILLING and pinned once.
 
         Takes free rows, then evicts. Keys for which there is no row are left out, those that come last in the
         sequence first: a prefix without its end is of use, an end without its prefix is not. The new keys are in the
-        order of `keys`, and `keys` itself where all are new.
+        order of `keys`, and `keys` itself where all are new. distinct: no key is known to come twice.
         """
         row_of = self._row_of
         new = keys
-        if len(set(keys)) < len(keys) or not row_of.keys().isdisjoint(keys):
+        if not row_of.keys().isdisjoint(keys) or not (distinct or len(set(keys)) == len(keys)):
             new = [key for key in dict.fromkeys(keys) if key not in row_of]
             self.use([key for key in keys if key in row_of], sequence, order)
         if new:
@@ -100,18 +101,18 @@ class BlockIndex:
         self._policy.store(new, rows, sequence, order)
         return new, rows
 
-    def fill(self, rows: Iterable[int]) -> None:
+    def fill(self, rows: Collection[int]) -> None:
         """The store that filled `rows` has ended well: READY, unless the key was dropped meanwhile."""
-        state, pins = self._state, self._pins
-        filling, ready, filled = FILLING, READY, 0  # local names: a job has many rows, and they are looked up for each
-        for row in rows:
-            pins[row] -= 1
-            if state[row] == filling:
-                state[row] = ready
-                filled += 1
-            elif not pins[row]:  # orphaned
-                self._give_back(row)
-        self.filling -= filled
+        state = self._state
+        filled = rows
+        if self._orphans:
+            filled = [row for row in rows if state[row] == FILLING]
+            self.unpin([row for row in rows if state[row] != FILLING])
+        pins, ready = self._pins, READY
+        for row in filled:
+            state[row] = ready
+            pins[row] = 0  # only its store pins a row that is FILLING
+        self.filling -= len(filled)
 
     def pin_ready(self, keys: Sequence[bytes]) -> list[int]:
         """The rows of `keys` in order, pinned once each; -1 for a key that is not READY."""
@@ -124,13 +125,16 @@ class BlockIndex:
                 rows[at] = -1
         return rows
 
-    def unpin(self, rows: Iterable[int]) -> None:
+    def unpin(self, rows: Collection[int]) -> None:
         """Take one pin off each of `rows`."""
         state, pins = self._state, self._pins
         for row in rows:
             pins[row] -= 1
-            if state[row] == ORPHAN and not pins[row]:
-                self._give_back(row)
+        if self._orphans:
+            for row in rows:
+                if state[row] == ORPHAN and not pins[row]:
+                    self._orphans -= 1
+                    self._give_back(row)
 
     def use(self, keys: Iterable[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         """Those of `keys` that are here were used by the sequence, in the order given if `order` does not say."""
@@ -183,8 +187,10 @@ class BlockIndex:
         """The key of `row` has just left."""
         if self._state[row] == FILLING:
             self.filling -= 1
-        self._state[row] = ORPHAN
-        if not self._pins[row]:
+        if self._pins[row]:
+            self._state[row] = ORPHAN
+            self._orphans += 1
+        else:
             self._give_back(row)
 
     def _give_back(self, row: int) -> None:

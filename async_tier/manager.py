@@ -16,6 +16,8 @@ from async_tier.config import TierConfig, format_size
 
 # Under vLLM's logger, whose handlers and level it then has.
 logger = init_logger(f"vllm.{__name__}")
+# Asked for once a block: a member of an enum is slow to get at (Python 3.11).
+_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 
 
 class AsyncSecondaryTierManager(compat.TierBase):
@@ -91,22 +93,20 @@ class AsyncSecondaryTierManager(compat.TierBase):
         primary tier.
         """
         if self._hold_lookups:
-            return LookupResult.MISS
+            return _MISS
         try:
-            hit = self._store.lookup(key, req_context.req_id)
+            return _HIT if self._store.lookup(key, req_context.req_id) else _MISS
         except Exception as error:
             self._store.fault("look up a block", error)
-            return LookupResult.MISS
-        return LookupResult.HIT if hit else LookupResult.MISS
+            return _MISS
 
     def submit_store(self, job_metadata: Any) -> None:
         """Queue the copy of a job's blocks from the primary tier. Costs by the number of keys, not of bytes."""
         try:
             context = job_metadata.req_context
-            # vLLM hands the keys over as a set: list it once, beside the row numbers.
             self._store.submit_store(
                 job_metadata.job_id,
-                list(job_metadata.keys),
+                job_metadata.keys,
                 compat.row_numbers(job_metadata),
                 context.req_id,
                 self._store.order(context.req_id) or compat.order_of(context),
@@ -117,7 +117,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def submit_load(self, job_metadata: Any) -> None:
         """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest loads."""
         try:
-            self._store.submit_load(job_metadata.job_id, list(job_metadata.keys), compat.row_numbers(job_metadata))
+            self._store.submit_load(job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata))
         except Exception as error:
             self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)
 

@@ -209,9 +209,11 @@ def test_r3_no_method_raises_when_the_engine_does(tier, primary):
     tier.submit_store(job(2, keys(1), [1]))
     tier.submit_load(job(3, keys(0), [2], load=True))
     assert {job_id: result.success for job_id, result in finish(tier).items()} == {2: False, 3: False}
-    assert tier.statistics().faults == 2
     assert tier.get_num_blocks() == 0
-    assert tier.statistics().rows_used == 0
+    figures = tier.statistics()
+    assert figures.faults == figures.failed_jobs == 2
+    assert (figures.store_jobs, figures.load_jobs) == (2, 1), "failed ones count too"
+    assert figures.rows_used == 0
 
 
 def test_r3_hooks_do_not_raise_either(tier):
