@@ -1,18 +1,28 @@
 """AsyncBlockStore: the tier for asyncio programs. No vLLM.
 
-Everything runs on the event loop's thread; there is no lock. A job that was submitted is in `_waiting` until its end
-was polled, whatever became of whoever awaited it. Where the engine can signal, its threads write to an eventfd that the
-loop watches; where it can only be asked, a timer asks it, at first soon and then less and less often, while jobs are
-open.
+Everything runs on the event loop's thread; there is no lock.
+
+- A job is in `_open` from its beginning until its end was polled, whatever became of whoever awaits it. `drain` and
+  `close` wait for that, not for futures: an error while asking reaches those who wait, and ends no job.
+- A future in `_waiting` belongs to this class: awaits of it are shielded.
+- A load of a key that is on its way here begins when the stores of it have ended: `_storing`. BlockStore would do as
+  vLLM needs it, which still has the block: fail the key and forget it.
+
+Where the engine can signal, its threads write to an eventfd that the loop watches; where it can only be asked, a timer
+asks it, at first soon and then less and less often, while jobs are open.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import warnings
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,7 +37,7 @@ from async_tier.streams.base import CopyEngine
 # make jobs late; a busy loop looks at its timers in every turn, and has the shorter ones.
 FIRST_POLL_S = 50e-6
 LONGEST_POLL_S = 1e-3
-# A job is noticed late by at most half of the time that it took.
+# A pause is half of what has passed since the first: a busy loop notices a job late by at most half of what it took.
 _POLL_GROWTH = 1.5
 
 
@@ -36,30 +46,50 @@ class TransferError(RuntimeError):
 
 
 class AsyncBlockStore:
-    """A BlockStore whose jobs are awaited. Use as `async with AsyncBlockStore(rows, config) as store`.
+    """A BlockStore whose jobs are awaited. Use as `async with AsyncBlockStore(primary, config) as store`.
 
-    Keys are bytes, rows are row numbers of the primary. Cancelling an await does not cancel the copy: memory of the
-    rows must stay as it is until `drain` or `close` has returned. Belongs to the event loop that it was made in: what
-    is awaited, and `lookup`, raise RuntimeError, in words, in another one, and all but `close` also once it is closing.
-    Raises as BlockStore does, and RuntimeError where no loop runs.
+    primary: an array or memoryview of shape (rows, ...), whose memory is kept until the store is closed, or the Rows of
+    memory that the caller keeps until then. Keys are bytes, rows are row numbers of the primary; both are read when the
+    await begins, and may be changed from then on.
+
+    Cancelling an await does not cancel the copy: what is in the rows must stay as it is until `drain` or `close` has
+    returned. Only a load that still waits for a store of its keys is withdrawn.
+
+    Belongs to the event loop that it was made in: what is awaited, and `lookup`, raise RuntimeError, in words, in
+    another one, and all but `close` also once it is closing. Making one blocks the loop: the first time for a quarter
+    of a second, in which copy kernels are measured; with CUDA while the primary is pinned. Raises as BlockStore does,
+    and RuntimeError where no loop runs. One that nobody closes lives as long as its loop, then warns (ResourceWarning).
     """
 
     def __init__(
         self,
-        primary: Rows,
+        primary: Rows | memoryview | np.ndarray,
         config: TierConfig | None = None,
         *,
         engine: CopyEngine | None = None,
         arena: RowMemory | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        # What copies touch until the engine has ended, unless it is the caller's to keep.
+        self._memory: memoryview | None = None
+        if not isinstance(primary, Rows):
+            self._memory = memoryview(primary.data if isinstance(primary, np.ndarray) else primary)
+            primary = Rows.of_view(self._memory)
         self._store = BlockStore(primary, config, engine=engine, arena=arena)
-        self._waiting: dict[int, asyncio.Future[Finished]] = {}
         self._jobs = 0
+        # Job -> the keys that it stores, oldest job first.
+        self._open: OrderedDict[int, Sequence[bytes]] = OrderedDict()
+        # Key -> the open jobs that store it.
+        self._storing: dict[bytes, list[int]] = {}
+        self._waiting: dict[int, asyncio.Future[Finished]] = {}
+        # (the last job that it waits for, what is done when that and all before it have ended), oldest first.
+        self._drains: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._closing: asyncio.Task[None] | None = None
+        self._closed: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.Handle | None = None
         self._pause_s = FIRST_POLL_S
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._abandoned = weakref.finalize(self, _abandon, self._store, self._eventfd, os.getpid())
         self._is_signalled = self._store.signal(self._eventfd)
         if self._is_signalled:
             self._loop.add_reader(self._eventfd, self._woken)
@@ -77,9 +107,13 @@ class AsyncBlockStore:
     ) -> int:
         """Copy primary rows `rows` (shape (n,)) into the tier under `keys` (n of them); the bytes that were moved.
 
-        Fewer than offered where keys were here already, or there was no room. Raises TransferError if it failed.
+        Fewer than offered where keys were here or on their way already, or there was no room. Raises TransferError if
+        it failed; ValueError, in words, and does nothing, for rows that are none or not as many as the keys; TypeError
+        for keys that are no bytes.
         """
-        end = await self._run(lambda job: self._store.submit_store(job, keys, rows, sequence))
+        keys, numbers = self._checked(keys, rows)
+        job = self._begin(keys)
+        end = await self._run(job, lambda: self._store.submit_store(job, keys, numbers, sequence))
         if not end.success:
             raise TransferError(f"the store of {len(keys)} blocks failed; the log says why")
         return end.bytes
@@ -87,10 +121,12 @@ class AsyncBlockStore:
     async def load(self, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> tuple[bytes, ...]:
         """Copy the blocks under `keys` into primary rows `rows`; the keys that were loaded, in the order given.
 
-        Those that are missing were not here, or failed, and are gone; their rows are as they were, or worthless.
+        Waits first for stores of these keys that have not ended. Those that are missing were not here, or failed, and
+        are gone; their rows are as they were, or worthless. ValueError and TypeError as in `store`.
         """
-        keys = list(keys)
-        end = await self._run(lambda job: self._store.submit_load(job, keys, rows))
+        keys, numbers = self._checked(keys, rows)
+        job = self._begin()
+        end = await self._run(job, lambda: self._store.submit_load(job, keys, numbers), after=keys)
         return tuple(keys) if end.success else end.loaded_keys or ()
 
     def lookup(self, key: bytes, sequence: str | None = None) -> bool:
@@ -104,19 +140,22 @@ class AsyncBlockStore:
         return hit
 
     async def drain(self) -> None:
-        """Wait until every job that was submitted before has ended."""
+        """Wait until every job that was begun before has ended."""
         self._check_usable()
-        await self._until_ended()
+        await self._drained()
 
     async def close(self) -> None:
         """Wait for the jobs in flight, end the engine and free the memory. Idempotent.
 
-        Goes on if the await is cancelled. Where the loop ends before the jobs do, its thread waits for them.
+        Goes on if the await is cancelled. Blocks the loop while memory is given back, the longer the larger the arena,
+        and also until copies have ended where the loop ends before them or their events could not be asked.
         """
         self._check_loop()
         if self._closing is None:
-            self._closing = self._loop.create_task(self._close())
-        await asyncio.shield(self._closing)
+            self._closing = self._loop.create_task(self._until_ended())
+            # asyncio.run cancels every task before it ends the loop, this one perhaps before its first turn.
+            self._closing.add_done_callback(self._close)
+        await asyncio.shield(self._closed)
 
     @property
     def num_blocks(self) -> int:
@@ -127,46 +166,96 @@ class AsyncBlockStore:
         """A snapshot; see block_store.Statistics."""
         return self._store.statistics()
 
-    # ------------------------------------------------------------------------------------------------------- details
+    # --------------------------------------------------------------------------------------------------------- jobs
 
-    async def _run(self, submit: Callable[[int], None]) -> Finished:
-        self._check_usable()
+    def _begin(self, stored: Sequence[bytes] = ()) -> int:
+        """The number of a new job, which stores `stored`."""
         self._jobs += 1
-        job = self._jobs
-        ended: asyncio.Future[Finished] = self._loop.create_future()
-        submit(job)
-        self._waiting[job] = ended
+        self._open[self._jobs] = stored
+        for key in stored:
+            self._storing.setdefault(key, []).append(self._jobs)
+        return self._jobs
+
+    async def _run(self, job: int, submit: Callable[[], None], after: Sequence[bytes] = ()) -> Finished:
+        """Submit the job, once the stores of the keys `after` have ended, and wait for its end."""
+        try:
+            while stores := {store for key in after for store in self._storing.get(key, ())}:
+                done, _ = await asyncio.wait([self._end_of(store) for store in stores])
+                for end in done:
+                    end.result()  # raises if they could not be asked
+            submit()
+        except BaseException:
+            self._end(job)
+            raise
+        ended = self._end_of(job)
         if self._store.has_results:  # there was nothing to copy
             self._collect()
         if not (ended.done() or self._is_signalled):
             self._ask_soon()
-        # Not the future itself: cancelling it would lose track of the job.
+        # Not the future itself: cancelling it would cancel it for loads that wait for this store.
         return await asyncio.shield(ended)
 
-    async def _until_ended(self) -> None:
-        if self._waiting:
-            await asyncio.wait(list(self._waiting.values()))
+    def _end_of(self, job: int) -> asyncio.Future[Finished]:
+        """What will be told of the end of an open job."""
+        if job not in self._waiting:
+            self._waiting[job] = self._loop.create_future()
+        return self._waiting[job]
 
-    async def _close(self) -> None:
+    def _end(self, job: int) -> None:
+        """The job is over, or was never submitted."""
+        for key in self._open.pop(job, ()):
+            jobs = self._storing[key]
+            jobs.remove(job)
+            if not jobs:
+                del self._storing[key]
+        oldest = next(iter(self._open), math.inf)
+        while self._drains and self._drains[0][0] < oldest:
+            _, drained = self._drains.popleft()
+            if not drained.done():  # its await was cancelled
+                drained.set_result(None)
+
+    def _drained(self) -> asyncio.Future[None]:
+        """Done when all jobs begun so far have ended, or with the error if they cannot be asked."""
+        drained: asyncio.Future[None] = self._loop.create_future()
+        if self._open:
+            self._drains.append((self._jobs, drained))
+        else:
+            drained.set_result(None)
+        return drained
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    async def _until_ended(self) -> None:
+        await self._drained()
+
+    def _close(self, closing: asyncio.Task[None]) -> None:
+        """Nothing is in flight any more, or it cannot be awaited: the task was cancelled, or jobs not asked."""
         try:
-            await self._until_ended()
-        except asyncio.CancelledError:
-            # By asyncio.run, which cancels every task before it ends the loop: nobody would close the store later.
-            self._store.drain()
-        finally:
-            self._release()
+            try:
+                if closing.cancelled() or closing.exception() is not None:
+                    self._store.drain()
+            finally:
+                self._release()
+        except Exception as error:
+            self._closed.set_exception(error)
+        else:
+            self._closed.set_result(None)
 
     def _release(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._is_signalled:
-            self._loop.remove_reader(self._eventfd)
-            self._store.signal(-1)  # before its number can be another file's
+        self._abandoned.detach()
         try:
+            if self._is_signalled:
+                self._loop.remove_reader(self._eventfd)
+                self._store.signal(-1)  # before its number can be another file's
             self._store.close()
+            self._memory = None
             self._collect()  # the ends of jobs that nobody was told yet
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             os.close(self._eventfd)
+
+    # ------------------------------------------------------------------------------------------------------- asking
 
     def _woken(self) -> None:
         os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again
@@ -186,21 +275,50 @@ class AsyncBlockStore:
     def _asked(self) -> None:
         self._timer = None
         self._collect()
-        if self._waiting:
+        if self._open:
             self._ask_after(min(self._pause_s * _POLL_GROWTH, LONGEST_POLL_S))
 
     def _collect(self) -> None:
         """Hand the ends of jobs to whoever awaits them."""
         try:
             ends = self._store.poll()
-        except Exception as error:  # nobody would be told otherwise
-            waiting, self._waiting = self._waiting, {}
-            for future in waiting.values():
-                future.set_exception(error)
+        except Exception as error:
+            self._could_not_ask(error)
             return
         for end in ends:
-            if end.job_id in self._waiting:
-                self._waiting.pop(end.job_id).set_result(end)
+            waiting = self._waiting.pop(end.job_id, None)
+            if waiting is not None:
+                waiting.set_result(end)
+            self._end(end.job_id)
+
+    def _could_not_ask(self, error: Exception) -> None:
+        """Tell whoever waits, who would not be told otherwise. The jobs go on, and what has ended signals no more."""
+        futures: list[asyncio.Future[Any]] = [*self._waiting.values(), *(drained for _, drained in self._drains)]
+        self._waiting.clear()
+        self._drains.clear()
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
+        self._ask_after(LONGEST_POLL_S)
+
+    # ------------------------------------------------------------------------------------------------------- checks
+
+    def _checked(self, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> tuple[list[bytes], np.ndarray]:
+        """Copies of both. What is wrong is refused here: BlockStore would fail the job, and forget a load's keys."""
+        self._check_usable()
+        keys, numbers = list(keys), np.array(rows)
+        for key in keys:
+            if not isinstance(key, bytes):
+                raise TypeError(f"keys must be bytes, not {type(key).__name__}")
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise ValueError(f"rows must be row numbers in a list, not {numbers.dtype} of shape {numbers.shape}")
+        if len(numbers) != len(keys):
+            raise ValueError(f"rows must be as many as the {len(keys)} keys, not {len(numbers)}")
+        last = self._store.primary.count - 1
+        wrong = numbers[(numbers < 0) | (numbers > last)]
+        if len(wrong):
+            raise ValueError(f"rows must be from 0 to {last}, not {wrong[0]}")
+        return keys, numbers
 
     def _check_usable(self) -> None:
         self._check_loop()
@@ -210,3 +328,15 @@ class AsyncBlockStore:
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError("the store belongs to another event loop: make one in each")
+
+
+def _abandon(store: BlockStore, eventfd: int, owner: int) -> None:
+    """Nobody has closed the store, and nobody can any more."""
+    if os.getpid() != owner:  # a forked child: all of it is the parent's
+        return
+    try:
+        store.signal(-1)
+        store.close()
+    finally:
+        os.close(eventfd)
+    warnings.warn("an AsyncBlockStore was not closed", ResourceWarning, stacklevel=2)

@@ -175,7 +175,8 @@ class BlockStore:
         self._advance()
         if self._trace is not None:
             self._trace.scheduled()
-        self._note_hits()
+        if self._step_hits:
+            self._note_hits()
         self._index.end_step()
 
     def note_results(self) -> None:
@@ -205,7 +206,8 @@ class BlockStore:
         if sources is None:
             self._finish(job_id, success=False)
             return
-        self._note_hits()
+        if self._step_hits:
+            self._note_hits()
         new, arena_rows = self._index.reserve(keys, sequence, order or self._orders.get(sequence), distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
@@ -222,7 +224,8 @@ class BlockStore:
             return
         job = _Job(job_id, event, new, arena_rows, missing=False)
         self._stores.append(job)
-        self._trace_begin(job, "store")
+        if self._trace is not None:
+            self._trace_begin(self._trace, job, "store")
 
     def submit_load(self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
@@ -258,7 +261,8 @@ class BlockStore:
             return
         job = _Job(job_id, event, keys, arena_rows, missing)
         self._loads.append(job)
-        self._trace_begin(job, "load")
+        if self._trace is not None:
+            self._trace_begin(self._trace, job, "load")
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
@@ -290,7 +294,8 @@ class BlockStore:
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
         self._advance()
-        self._note_hits()
+        if self._step_hits:
+            self._note_hits()
         self._orders.pop(sequence, None)
         self._index.finish(sequence)
 
@@ -363,23 +368,23 @@ class BlockStore:
         # In order of submission: behind a job that is not done nothing needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
-            self._trace_end(job)
+            if self._trace is not None:
+                self._trace_end(self._trace, job)
             try:
                 end(job)
             except Exception as error:  # not reported yet: that is the last thing that `end` does
                 self.fail(job.job_id, "end a job", error, job.keys)
 
-    def _trace_begin(self, job: _Job, kind: str) -> None:
-        if self._trace is not None:
-            try:
-                job.traced = self._trace.submitted(kind, len(job.keys), len(job.keys) * self.primary.row_bytes)
-            except Exception as error:  # a job must not be lost for its picture
-                self._stop_tracing(error)
+    def _trace_begin(self, trace: TierTrace, job: _Job, kind: str) -> None:
+        try:
+            job.traced = trace.submitted(kind, len(job.keys), len(job.keys) * self.primary.row_bytes)
+        except Exception as error:  # a job must not be lost for its picture
+            self._stop_tracing(error)
 
-    def _trace_end(self, job: _Job) -> None:
-        if self._trace is not None and job.traced is not None:
+    def _trace_end(self, trace: TierTrace, job: _Job) -> None:
+        if job.traced is not None:
             try:
-                self._trace.ended(job.traced, job.job_id, job.event, self._index.rows_used)
+                trace.ended(job.traced, job.job_id, job.event, self._index.rows_used)
             except Exception as error:  # nor must its end
                 self._stop_tracing(error)
 
@@ -431,10 +436,9 @@ class BlockStore:
 
     def _note_hits(self) -> None:
         """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
-        if self._step_hits:
-            hits, self._step_hits = self._step_hits, {}
-            for sequence, keys in hits.items():
-                self._index.use(keys, sequence, self._orders.get(sequence))
+        hits, self._step_hits = self._step_hits, {}
+        for sequence, keys in hits.items():
+            self._index.use(keys, sequence, self._orders.get(sequence))
 
     def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int] | None:
         """The row numbers as a list, or None, with a log line, if they do not fit the keys or the primary."""

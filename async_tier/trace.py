@@ -7,12 +7,19 @@
     counters        bytes in flight by direction; rows used
 
 The format is the JSON array of the Trace Event Format (Google's document of that name); a file that was cut off loads
-as well. Times are on the clock of torch's profiler, so that a trace of its loads beside this one.
+as well. Times are on the clock of torch's profiler, and processes have their real numbers. So a trace of torch's and
+this one are seen together when their events are in one list:
+
+    python -c 'import json, sys
+    both, tier = (json.load(open(name)) for name in sys.argv[1:])
+    both["traceEvents"] += tier
+    json.dump(both, sys.stdout)' torch.json tier.json > both.json
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -22,8 +29,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from async_tier.config import format_size
 from async_tier.streams.base import CopyEvent, CopyStream
 
 logger = logging.getLogger(__name__)
@@ -31,12 +39,16 @@ logger = logging.getLogger(__name__)
 # torch's profiler (kineto) counts from the last full three months, a month being 1/4800 of 400 Gregorian years, so that
 # microseconds since then fit a double to the nanosecond.
 _TRIMESTER_S = 3 * 2_629_746
-# Of the file. A job takes some 600 bytes: that is a hundred thousand of them.
+# Of the file. A job takes some 900 bytes with one leg and 1,150 with two: that is 60 to 75 thousand of them.
 MAX_BYTES = 64 << 20
 # How often the file is brought up to date.
 _WRITE_INTERVAL_S = 1.0
+# How far apart the clocks may have been read, and how often that is tried for.
+_CLOCK_ERROR_NS = 10_000
+_CLOCK_TRIES = 5
 
-_STEPS_THREAD = 1
+# No thread has this number: Linux ends before it (PID_MAX_LIMIT).
+_STEPS_THREAD = 4 << 20
 
 
 def clock_base_ns(now_ns: int) -> int:
@@ -44,31 +56,47 @@ def clock_base_ns(now_ns: int) -> int:
     return now_ns // (_TRIMESTER_S * 10**9) * _TRIMESTER_S * 10**9
 
 
+def _clock_offset_ns() -> int:
+    """What the time since the epoch is ahead of CLOCK_MONOTONIC by, in ns."""
+    for _ in range(_CLOCK_TRIES):
+        before = time.monotonic_ns()
+        now = time.time_ns()
+        after = time.monotonic_ns()
+        if after - before < _CLOCK_ERROR_NS:  # else this thread was not running in between
+            break
+    return now - (before + after) // 2
+
+
 class TraceWriter:
     """Writes a trace to `path`, in which "{pid}" stands for the number of this process.
 
     Times are given in ns of CLOCK_MONOTONIC (time.monotonic_ns). Slices may be given in any order. A thread formats and
-    writes them; what is given costs the caller an append. Raises ValueError, in words, where the file cannot be made.
+    writes them; what is given costs the caller an append. Raises ValueError, in words, where the file cannot be made,
+    and where somebody is writing a trace to it.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path.replace("{pid}", str(os.getpid())))
+        self._pid = os.getpid()
+        self.path = Path(path.replace("{pid}", str(self._pid)))
+        names = [self._name("process_name", "async-tier", 0), self._name("thread_name", "steps", _STEPS_THREAD)]
         try:
-            self._file = self.path.open("w")
+            self._file = _open_alone(self.path)
+            self._written = self._file.write("[\n" + ",\n".join(names))
+            self._file.flush()  # a forked child must not have it to write
+        except BlockingIOError as error:
+            raise ValueError(
+                f"trace_path {path!r} is being written by another tier; name another file, "
+                "or put {pid} into the name where each process has one tier"
+            ) from error
         except OSError as error:
             raise ValueError(f"trace_path {path!r} cannot be written: {error.strerror}") from error
-        now = time.time_ns()
-        self._offset_ns = now - time.monotonic_ns() - clock_base_ns(now)
-        self._pid = os.getpid()
-        self._events: list[dict[str, Any]] = []
-        self._written = 0
-        self._is_full = False
+        offset = _clock_offset_ns()
+        self._offset_ns = offset - clock_base_ns(time.monotonic_ns() + offset)
+        # Given by the tier's thread, taken by the writer.
+        self._events: deque[dict[str, Any]] = deque()
+        self._is_over = False
         self._slices = 0
         self._stop = threading.Event()
-        self._file.write("[\n")
-        self._name("process_name", "async-tier", 0)
-        self._name("thread_name", "steps", _STEPS_THREAD)
-        self._file.flush()  # a forked child must not have it to write
         self._writer = threading.Thread(target=self._write_often, name="async-tier-trace", daemon=True)
         self._writer.start()
 
@@ -88,42 +116,71 @@ class TraceWriter:
 
     def close(self) -> None:
         """Write what is left. Idempotent. Does nothing in a forked child: the file is the parent's."""
-        if not self._file.closed and os.getpid() == self._pid:
+        if os.getpid() == self._pid:  # else the thread is not here, and may have held a lock
             self._stop.set()
-            if self._writer is not threading.current_thread():  # the garbage collector runs wherever it likes
+            # The garbage collector runs wherever it likes, also in the middle of a write; that thread then ends it.
+            if self._writer is not threading.current_thread():
                 self._writer.join()
-            self._write()
-            with contextlib.suppress(OSError):
-                self._file.write("{}]\n")
-                self._file.close()
 
     # ------------------------------------------------------------------------------------------------------- details
 
     def _add(self, phase: str, name: str, at_ns: int, **more: Any) -> None:
-        if not self._is_full:
+        if not self._is_over:
             self._events.append(
                 {"ph": phase, "name": name, "ts": (at_ns + self._offset_ns) / 1000, "pid": self._pid, **more}
             )
 
-    def _name(self, what: str, name: str, thread: int) -> None:
-        self._events.append({"ph": "M", "name": what, "pid": self._pid, "tid": thread, "args": {"name": name}})
+    def _name(self, what: str, name: str, thread: int) -> str:
+        return json.dumps({"ph": "M", "name": what, "pid": self._pid, "tid": thread, "args": {"name": name}})
 
     def _write_often(self) -> None:
         while not self._stop.wait(_WRITE_INTERVAL_S):
             self._write()
+        self._write()
+        self._is_over = True
+        with contextlib.suppress(OSError):
+            self._file.write("\n]\n")
+            self._file.flush()
+        with contextlib.suppress(OSError):  # by hand, because children that were forked have the file open too
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _write(self) -> None:
-        events, self._events = self._events, []
+        if self._is_over:
+            return
         try:
-            for event in events:
+            while self._events and not self._is_over:
+                # `default`: numpy's integers are none to json.
+                self._written += self._file.write(",\n" + json.dumps(self._events.popleft(), default=int))
                 if self._written > MAX_BYTES:
-                    self._is_full = True
-                    break
-                self._written += self._file.write(json.dumps(event) + ",\n")
+                    self._end_early(f"it has its {format_size(MAX_BYTES)}")
             self._file.flush()
-        except OSError as error:  # the disk is full
-            self._is_full = True
-            logger.warning("The trace %s ends here: %s", self.path, error)
+        except Exception as error:  # such as a full disk
+            self._end_early(error)
+
+    def _end_early(self, why: object) -> None:
+        """Keep nothing more, which nobody would write."""
+        self._is_over = True
+        self._events.clear()
+        logger.warning("The trace %s ends here: %s", self.path, why)
+
+
+def _open_alone(path: Path) -> TextIO:
+    """The file, empty, for this writer alone. Raises BlockingIOError if another one has it, OSError if it cannot be."""
+    file = path.open("a")
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            logger.info("Whether another tier writes to %s cannot be known here: %s", path, error)
+        file.truncate(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @dataclass(frozen=True, slots=True)

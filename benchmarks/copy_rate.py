@@ -1,23 +1,29 @@
 """How fast the tier copies, next to one large memmove and to vLLM's fs tier on tmpfs.
 
-Against the size of rows, the blocks of a job, the number of copy threads (every power of two up to the cores), and with
-the scheduler's thread idle or busy in Python. Every load is checked to bring back what was stored. Rates are medians,
-and ratios are those of medians of the same run.
+Against the size of rows, the blocks of a job, the number of copy threads (every power of two up to the cores), with the
+scheduler's thread idle or busy in Python, and awaited from asyncio. Every load is checked to bring back what was
+stored. Rates are medians of one run. Memory may be twice as fast in one second as in the next, so our rates are divided
+by those of memmoves just before and after, and the medians of these ratios are what has a goal.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
 import sys
+import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
 
-from async_tier.config import format_size
+from async_tier.aio import AsyncBlockStore
+from async_tier.config import TierConfig, format_size
+from async_tier.streams.host import default_threads
 from benchmarks import tiers
 from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
@@ -30,6 +36,8 @@ DEFAULT_ROW_BYTES = 256 * KIB
 # What one measurement moves: far beyond the caches.
 MOVED = 512 * MIB
 REPETITIONS = 5
+# Of ours in each, before and after the fs tier, whose passes take most of the time.
+TURNS = 2
 # The tier's default. As many passes touch every row of it, so that no measurement pays for page faults.
 TIER_TO_PRIMARY = 2
 # Goals are for rows from here on: smaller ones are in the table and the picture.
@@ -44,6 +52,16 @@ THREADS = [1 << power for power in range(min(len(os.sched_getaffinity(0)), MOST_
 def ours(threads: int) -> str:
     """What our tier with so many copy threads is called."""
     return f"ours, {threads} thread{'s' * (threads > 1)}"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """GB/s of a store of every row of the primary and of a load into other rows, and of memmoves around each."""
+
+    store: float
+    load: float
+    around_store: float
+    around_load: float
 
 
 class RowSize:
@@ -70,8 +88,8 @@ class RowSize:
         size = self.primary.nbytes
         return size * GB / tiers.timed(ctypes.memmove, self._other.ctypes.data, self.primary.ctypes.data, size)
 
-    def store_and_load(self, name: str, blocks: int = tiers.JOB_BLOCKS, busy: bool = True) -> tuple[float, float]:
-        """GB/s of a store of every row of the primary and of a load into other rows; checks what came back."""
+    def store_and_load(self, name: str, blocks: int = tiers.JOB_BLOCKS, busy: bool = True) -> Passes:
+        """A store and a load of everything; checks what came back."""
         tier = self.tiers[name]
         self._stamps[:] = np.arange(len(self._stamps))
         keys = tiers.groups(tiers.block_keys(len(self._stamps)), blocks)
@@ -79,12 +97,38 @@ class RowSize:
         stores = [self._jobs.store(*each) for each in zip(keys, sources, strict=True)]
         # In the order of the stores' sets, in which they have their sources.
         loads = [self._jobs.load(list(job.keys), rows) for job, rows in zip(stores, targets, strict=True)]
-        rates = [self.primary.nbytes * GB / tiers.move(tier, jobs, busy) for jobs in (stores, loads)]
+        memmoves, rates = [self.memmove()], []
+        for jobs in (stores, loads):
+            rates.append(self.primary.nbytes * GB / tiers.move(tier, jobs, busy))
+            memmoves.append(self.memmove())
         if not np.array_equal(self._stamps[np.concatenate(targets)], np.concatenate(sources)):
             raise RuntimeError(f"{name} loaded other bytes than it stored")
         if name == "fs" and self._fs is not None:
             self._fs.remove_blocks()
-        return rates[0], rates[1]
+        before, between, after = memmoves
+        return Passes(*rates, harmonic_mean((before, between)), harmonic_mean((between, after)))
+
+    async def store_and_load_awaited(self, store: AsyncBlockStore) -> Passes:
+        """The same with asyncio: every job an await, JOBS_IN_FLIGHT at a time."""
+        self._stamps[:] = np.arange(len(self._stamps))
+        keys = tiers.groups(tiers.block_keys(len(self._stamps)))
+        sources, targets = self._rows(tiers.JOB_BLOCKS), self._rows(tiers.JOB_BLOCKS)
+        memmoves, rates = [self.memmove()], []
+        for call, rows in ((store.store, sources), (store.load, targets)):
+            waiting = iter(zip(keys, rows, strict=True))
+
+            async def work(call: Any = call, waiting: Any = waiting) -> None:
+                for some, places in waiting:
+                    await call(some, places)
+
+            started = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(tiers.JOBS_IN_FLIGHT)))
+            rates.append(self.primary.nbytes * GB / (time.perf_counter() - started))
+            memmoves.append(self.memmove())
+        if not np.array_equal(self._stamps[np.concatenate(targets)], np.concatenate(sources)):
+            raise RuntimeError("an await of a load brought other bytes than were stored")
+        before, between, after = memmoves
+        return Passes(*rates, harmonic_mean((before, between)), harmonic_mean((between, after)))
 
     def warm_up(self) -> None:
         self.memmove()
@@ -104,15 +148,20 @@ class Rates:
     def __init__(self) -> None:
         self._found: dict[str, list[float]] = {}
 
-    def add(self, name: str, pair: tuple[float, float]) -> None:
-        for kind, rate in zip(("store", "load"), pair, strict=True):
-            self._found.setdefault(f"{name}: {kind}", []).append(rate)
-
-    def add_one(self, name: str, rate: float) -> None:
-        self._found.setdefault(name, []).append(rate)
+    def add(self, name: str, passes: Passes) -> None:
+        for kind, rate, memmove in (
+            ("store", passes.store, passes.around_store),
+            ("load", passes.load, passes.around_load),
+        ):
+            self._note(f"{name}: {kind}", rate)
+            self._note("memmove", memmove)
+            self._note(f"{name}: {kind} / memmove", rate / memmove)
 
     def spreads(self) -> dict[str, Spread]:
         return {name: Spread.of(each) for name, each in self._found.items()}
+
+    def _note(self, name: str, value: float) -> None:
+        self._found.setdefault(name, []).append(value)
 
 
 def measure_row_size(row_bytes: int, moved: int, repetitions: int) -> dict[str, Spread]:
@@ -120,9 +169,9 @@ def measure_row_size(row_bytes: int, moved: int, repetitions: int) -> dict[str, 
         size = RowSize(stack, row_bytes, moved, with_fs=True)
         size.warm_up()
         rates = Rates()
-        for repetition in range(repetitions):
-            rates.add_one("memmove", size.memmove())
-            for name in list(size.tiers) if repetition % 2 == 0 else reversed(list(size.tiers)):
+        mine = [name for name in size.tiers if name != "fs"]
+        for _ in range(repetitions):
+            for name in [*mine, "fs", *reversed(mine)]:
                 rates.add(name, size.store_and_load(name))
         return rates.spreads()
 
@@ -133,40 +182,69 @@ def measure_default(moved: int, repetitions: int) -> tuple[dict[int, dict[str, S
         size = RowSize(stack, DEFAULT_ROW_BYTES, moved, with_fs=False)
         size.warm_up()
         by_blocks = {blocks: Rates() for blocks in BLOCKS_A_JOB}
-        idle = Rates()
-        for _ in range(repetitions):
-            for blocks, rates in by_blocks.items():
-                rates.add(ours(1), size.store_and_load(ours(1), blocks))
-            for name in size.tiers:
-                idle.add(f"{name}, scheduler busy", size.store_and_load(name))
-                idle.add(f"{name}, scheduler idle", size.store_and_load(name, busy=False))
-        return {blocks: rates.spreads() for blocks, rates in by_blocks.items()}, idle.spreads()
+        by_scheduler = Rates()
+        config = TierConfig(bytes_to_use=TIER_TO_PRIMARY * moved, copy_threads=1)
+        with asyncio.Runner() as runner:
+            store = runner.run(_opened(size.primary, config))
+            try:
+                for _ in range(TIER_TO_PRIMARY):
+                    runner.run(size.store_and_load_awaited(store))
+                for _ in range(repetitions):
+                    for blocks, rates in by_blocks.items():
+                        rates.add(ours(1), size.store_and_load(ours(1), blocks))
+                    for name in size.tiers:
+                        by_scheduler.add(f"{name}, scheduler busy", size.store_and_load(name))
+                        by_scheduler.add(f"{name}, scheduler idle", size.store_and_load(name, busy=False))
+                    by_scheduler.add(f"{ours(1)}, asyncio", runner.run(size.store_and_load_awaited(store)))
+            finally:
+                runner.run(store.close())
+        return {blocks: rates.spreads() for blocks, rates in by_blocks.items()}, by_scheduler.spreads()
+
+
+async def _opened(primary: np.ndarray, config: TierConfig) -> AsyncBlockStore:
+    return AsyncBlockStore(primary, config)
 
 
 def figures(by_row: dict[int, dict[str, Spread]]) -> list[Figure]:
     """The worst of the rows of at least LARGE_ROW_BYTES, for each goal."""
-
-    def ratio(row_bytes: int, measured: str, other: str) -> float:
-        return by_row[row_bytes][measured].median / by_row[row_bytes][other].median
-
-    large = [row_bytes for row_bytes in by_row if row_bytes >= LARGE_ROW_BYTES]
-    found = []
-    most = ours(THREADS[-1])
-    for key, name, kinds, other, goal in (
-        ("thread_vs_memmove", ours(1), ("store", "load"), "memmove", THREAD_VS_MEMMOVE),
-        ("store_vs_fs", most, ("store",), "fs: store", STORE_VS_FS),
-        ("load_vs_fs", most, ("load",), "fs: load", LOAD_VS_FS),
-    ):
-        worst, row_bytes, kind = min(
-            (ratio(size, f"{name}: {kind}", other), size, kind) for size in large for kind in kinds
+    large = {row_bytes: spreads for row_bytes, spreads in by_row.items() if row_bytes >= LARGE_ROW_BYTES}
+    both = ("store", "load")
+    to_memmove, row_bytes, kind = min(
+        ((spreads[f"{ours(1)}: {kind} / memmove"], size, kind) for size, spreads in large.items() for kind in both),
+        key=lambda found: found[0].median,
+    )
+    spreads = large[row_bytes]
+    found = [
+        Figure(
+            key="copy_rate.thread_vs_memmove",
+            what=f"{kind} of rows of {format_size(row_bytes)}, the worst size, {ours(1)} / memmoves before and after "
+            "(limit), and its quartiles",
+            unit="GB/s",
+            ratio=to_memmove.median,
+            low=to_memmove.low,
+            high=to_memmove.high,
+            paired=True,
+            goal=THREAD_VS_MEMMOVE,
+            goal_is=">=",
+            ours=spreads[f"{ours(1)}: {kind}"].median,
+            fs=spreads[f"fs: {kind}"].median,
+            limit=spreads["memmove"].median,
         )
-        spreads = by_row[row_bytes]
+    ]
+    name = ours(default_threads())
+    for key, kind, goal in (("store_vs_fs", "store", STORE_VS_FS), ("load_vs_fs", "load", LOAD_VS_FS)):
+        ratios = {
+            size: spreads[f"{name}: {kind}"].median / spreads[f"fs: {kind}"].median for size, spreads in large.items()
+        }
+        row_bytes = min(ratios, key=lambda size: ratios[size])
+        spreads = large[row_bytes]
         found.append(
             Figure(
                 key=f"copy_rate.{key}",
-                what=f"{kind} of rows of {format_size(row_bytes)}, the worst size; {name} (limit: memmove)",
+                what=f"{kind} of rows of {format_size(row_bytes)}, the worst size, {name}, the default / the fs tier "
+                "(limit: one memmove)",
                 unit="GB/s",
-                ratio=worst,
+                ratio=ratios[row_bytes],
                 goal=goal,
                 goal_is=">=",
                 ours=spreads[f"{name}: {kind}"].median,
@@ -183,7 +261,8 @@ def main() -> int:
     moved, repetitions = (64 * MIB, 2) if options.quick else (MOVED, REPETITIONS)
     run = Run(
         "copy_rate",
-        f"GB/s, medians of {repetitions} in turns after {TIER_TO_PRIMARY} passes to warm up; each moves "
+        f"GB/s, medians of {repetitions} of the fs tier and {TURNS * repetitions} of ours by the size of rows, else of "
+        f"{repetitions}, in turns after {TIER_TO_PRIMARY} passes to warm up, a memmove before and after. Each moves "
         f"{moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} blocks, {tiers.JOBS_IN_FLIGHT} in "
         "flight, the scheduler's thread busy in Python, unless said otherwise.",
         options.output,
@@ -209,21 +288,30 @@ def main() -> int:
 def rate_table(
     by_row: dict[int, dict[str, Spread]], by_blocks: dict[int, dict[str, Spread]], idle: dict[str, Spread]
 ) -> str:
-    """All rates; of the sizes of rows also the ratios to memmove and to the fs tier."""
-    lines = [f"{'rows of':>8}  {'GB/s':22}{QUARTILES}{'/memmove':>10}{'/fs':>8}"]
-    for row_bytes, spreads in by_row.items():
-        memmove = spreads["memmove"].median
+    """All rates; of ours also the ratios to memmove, pair by pair, and to the fs tier."""
+
+    def rows(first: str, spreads: dict[str, Spread]) -> list[str]:
+        lines = []
         for name, spread in spreads.items():
-            line = f"{format_size(row_bytes):>8}  {name:22}{spread.cells()}{spread.median / memmove:10.3f}"
+            if name.endswith("/ memmove"):
+                continue
+            line = f"{first:>8}  {name:38}{spread.cells()}"
             who, _, kind = name.partition(": ")
             if who.startswith("ours"):
-                line += f"{spread.median / spreads[f'fs: {kind}'].median:8.2f}"
+                line += f"{spreads[f'{name} / memmove'].median:10.3f}"
+                if fs := spreads.get(f"fs: {kind}"):
+                    line += f"{spread.median / fs.median:8.2f}"
             lines.append(line)
-    lines.append(f"{'blocks':>8}  {f'a job, of {format_size(DEFAULT_ROW_BYTES)}':22}{QUARTILES}")
+        return lines
+
+    lines = [f"{'rows of':>8}  {'GB/s':38}{QUARTILES}{'/memmove':>10}{'/fs':>8}"]
+    for row_bytes, spreads in by_row.items():
+        lines += rows(format_size(row_bytes), spreads)
+    lines.append(f"{'blocks':>8}  {f'a job, of {format_size(DEFAULT_ROW_BYTES)}':38}{QUARTILES}{'/memmove':>10}")
     for blocks, spreads in by_blocks.items():
-        lines += [f"{blocks:>8}  {name:22}{spread.cells()}" for name, spread in spreads.items()]
-    lines.append(f"{'scheduler busy or idle':42}{QUARTILES}")
-    lines += [f"{name:42}{spread.cells()}" for name, spread in idle.items()]
+        lines += rows(str(blocks), spreads)
+    lines.append(f"{'':8}  {'who submits and waits':38}{QUARTILES}{'/memmove':>10}")
+    lines += rows("", idle)
     return "\n".join(lines)
 
 
@@ -246,6 +334,8 @@ def draw(run: Run, by_row: dict[int, dict[str, Spread]], by_blocks: dict[int, di
         for kind, style in (("store", "o-"), ("load", "s--")):
             rates = {blocks: each[f"{ours(1)}: {kind}"] for blocks, each in by_blocks.items()}
             plot_spreads(right, rates, style, styles[ours(1)], f"{ours(1)}, {kind}")
+        memmoves = {blocks: each["memmove"] for blocks, each in by_blocks.items()}
+        plot_spreads(right, memmoves, ":", "black", "one large memmove")
         right.set_xscale("log", base=2)
         right.set_xticks(list(by_blocks), [str(blocks) for blocks in by_blocks])
         right.set_xlabel(f"blocks a job, of {format_size(DEFAULT_ROW_BYTES)}")

@@ -44,6 +44,7 @@ KINDS = ("store", "load")
 SWEEP_BLOCKS, SWEEP_JOBS = 4096, 12
 IN_FLIGHT = (0, 1, 10, 100, 1000)
 POLLS = 1000
+HOOK_CALLS = 100_000
 # Between two polls of a tier that has a job: long enough that most jobs have ended at the first.
 POLL_PAUSE_S = 500e-6
 LOOKUP_BLOCKS, LOOKUP_STEPS, LOOKUP_REQUESTS, LOOKUPS_A_REQUEST = 100_000, 30, 32, 128
@@ -60,12 +61,32 @@ SUBMIT_VS_FS, GROWTH_VS_DICT, BYTES_A_BLOCK = 0.6, 1.3, 300
 
 
 def measure_submissions(run: Run, repetitions: int) -> dict[str, Spread]:
-    """Microseconds of a submission of 32 blocks, the tiers in turns, all caches warm or cold alike."""
+    """Microseconds of submissions of 32 blocks, the tiers in turns.
+
+    A store, another one right behind it, as for a second request of a step, and a load of the first; the two calls that
+    a request begins and ends with; and of our first stores, what it takes to hand the copies to the copy threads.
+    """
     jobs = tiers.Jobs()
     primary = np.ones((tiers.JOB_BLOCKS, SUBMIT_ROW_BYTES), dtype=np.uint8)
     rows = np.arange(tiers.JOB_BLOCKS, dtype=np.int32)
+    times: dict[str, list[float]] = {}
+
+    def note(what: str, call: Callable[..., object], *arguments: object) -> None:
+        times.setdefault(what, []).append(tiers.timed(call, *arguments))
+
+    def measure(name: str, tier: Any, keys: list[bytes], more: list[bytes]) -> None:
+        first, second, load = jobs.store(keys, rows), jobs.store(more, rows), jobs.load(keys, rows)
+        note(f"a request begins, {name}", tier.on_new_request, first.req_context)
+        tier.on_new_request(second.req_context)
+        note(f"store, {name}", tiers.submit, tier, first)
+        note(f"a second store, {name}", tiers.submit, tier, second)
+        tiers.wait(tier, 2)
+        note(f"a request ends, {name}", tier.on_request_finished, first.req_context)
+        tier.on_request_finished(second.req_context)
+        times.setdefault(f"load, {name}", []).append(tiers.submit_alone(tier, load))
+
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        room = HELD_BLOCKS + repetitions * tiers.JOB_BLOCKS
+        room = HELD_BLOCKS + 2 * repetitions * tiers.JOB_BLOCKS
         compared = {
             "ours": tiers.ours(stack, primary, room),
             "evicting, ours": tiers.ours(stack, primary, HELD_BLOCKS),
@@ -73,20 +94,53 @@ def measure_submissions(run: Run, repetitions: int) -> dict[str, Spread]:
             "fs": tiers.FileSystem(stack, primary).tier,
             "example": tiers.example(stack, primary),
         }
-        times: dict[str, list[float]] = {f"{kind}, {name}": [] for kind in KINDS for name in compared}
         for keys in tiers.groups(tiers.block_keys(HELD_BLOCKS)):
             for name, tier in compared.items():
                 if name.endswith("ours"):
                     tiers.submit_alone(tier, jobs.store(keys, rows[: len(keys)]))
+        stream = compared["ours"]._store._store_stream
+        copy_rows = stream.copy_rows
+        handed_over: list[float] = []
+
+        def timed_copy_rows(*arguments: object) -> object:
+            started = time.perf_counter()
+            event = copy_rows(*arguments)
+            handed_over.append(time.perf_counter() - started)
+            return event
+
+        stream.copy_rows = timed_copy_rows
         order, draw = list(compared.items()), random.Random(1)
-        for keys in tiers.groups(tiers.block_keys(repetitions * tiers.JOB_BLOCKS)):
+        fresh = iter(tiers.groups(tiers.block_keys(2 * repetitions * tiers.JOB_BLOCKS)))
+        for keys, more in zip(fresh, fresh, strict=True):
             draw.shuffle(order)  # whoever follows the fs tier's threads finds the caches cold
             for name, tier in order:
-                times[f"store, {name}"].append(tiers.submit_alone(tier, jobs.store(keys, rows)))
-                times[f"load, {name}"].append(tiers.submit_alone(tier, jobs.load(keys, rows)))
+                measure(name, tier, keys, more)
+        times["store, handing over, ours"] = handed_over[::2]
     spreads = {name: microseconds(each) for name, each in times.items()}
     run.results["submission_of_32_us"] = {name: asdict(spread) for name, spread in spreads.items()}
     return spreads
+
+
+def measure_hooks(run: Run) -> float:
+    """Nanoseconds a job of what asks whether there is a trace, where there is none: when it is submitted and ends."""
+    with ExitStack() as stack:
+        store: Any = tiers.ours(stack, np.ones((1, SMALL_ROW_BYTES), dtype=np.uint8), 1)._store
+
+        def ask() -> None:
+            for _ in range(HOOK_CALLS):
+                if store._trace is not None:
+                    raise RuntimeError("there is a trace")
+                if store._trace is not None:
+                    raise RuntimeError("there is a trace")
+
+        def nothing() -> None:
+            for _ in range(HOOK_CALLS):
+                pass
+
+        asked, looped = (min(tiers.timed(call) for _ in range(GROWTH_REPETITIONS)) for call in (ask, nothing))
+    found = (asked - looped) / HOOK_CALLS * NS
+    run.results["tracing_off_ns_a_job"] = found
+    return found
 
 
 def measure_blocks_a_job(run: Run) -> dict[str, dict[int, Spread]]:
@@ -354,7 +408,9 @@ def measure_growth(run: Run, sizes: Sequence[int]) -> dict[int, dict[str, Spread
     found: dict[int, dict[str, Spread]] = {}
     for blocks in sizes:
         run.progress(f"{blocks:,} blocks held")
+        gc.disable()  # while so much is made; what is measured has it
         growing = Growing(blocks)
+        gc.enable()
         gc.collect()
         gc.freeze()
         for ask in (growing.look_up, growing.turn_over):
@@ -409,6 +465,7 @@ def main() -> int:
     submissions = measure_submissions(run, jobs)
     by_blocks = measure_blocks_a_job(run)
     run.progress("polls and lookups")
+    hooks = measure_hooks(run)
     polls = measure_polls(run)
     lookups = measure_lookups(run)
     held = measure_growth(run, sizes)
@@ -449,6 +506,7 @@ def main() -> int:
         ),
     ]
     print(cost_table(submissions, by_blocks, polls, lookups, held))
+    print(f"asking whether there is a trace, where there is none: {hooks:.0f} ns a job")
     draw(run, by_blocks, held)
     run.finish()
     return 0
@@ -474,11 +532,28 @@ def cost_table(
         [
             *beside("jobs of 32 blocks, us", submissions, ("fs", "example")),
             *beside("jobs by their blocks, us", sweep, ("fs", "example")),
+            "sums of these medians, us",
+            *sums(by_blocks),
             *beside("polls that find nothing, us", polls, ("fs",)),
             *beside(f"lookups, {LOOKUP_BLOCKS:,} held, us", lookups, ("fs", "dict")),
             *beside("stores are of 32 blocks, ns", growth, ("dict",)),
         ]
     )
+
+
+def sums(by_blocks: dict[str, dict[int, Spread]]) -> list[str]:
+    """What a job of 32 blocks takes in all, its submission and its end."""
+    lines = []
+    for kind in KINDS:
+        took = {
+            whose: sum(by_blocks[f"{what} {kind}, {whose}"][tiers.JOB_BLOCKS].median for what in ("submit", "poll"))
+            for whose in ("ours", "fs", "example")
+        }
+        told = ", ".join(f"{whose} {us:.0f}" for whose, us in took.items())
+        lines.append(
+            f"  {kind} of {tiers.JOB_BLOCKS}, submission and end: {told}, ours / fs {took['ours'] / took['fs']:.2f}"
+        )
+    return lines
 
 
 def beside(head: str, spreads: dict[str, Spread], others: Sequence[str]) -> list[str]:

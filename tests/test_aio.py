@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import mmap
 import os
+import signal
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 from async_tier import aio
 from async_tier.aio import AsyncBlockStore, TransferError
 from async_tier.arena import Rows
+from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from tests import helpers
 from tests.helpers import key, keys, primary_rows
@@ -28,9 +33,27 @@ def primary() -> np.ndarray:
     return primary_rows(64, ROW_BYTES)
 
 
+@pytest.fixture(autouse=True)
+def patience():
+    """A test that awaits what never comes fails, and does not hang."""
+
+    def give_up(number: int, frame: object) -> None:
+        helpers.close_stores()  # which are waited for when the loop ends
+        raise SystemExit("awaited for ever")  # asyncio hands other errors to its log
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(helpers.PATIENCE_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def config(size: int) -> TierConfig:
+    return TierConfig.parse({**helpers.ENGINE_OPTIONS, "bytes_to_use": size})
+
+
 def open_store(primary: np.ndarray, blocks: int = 64) -> AsyncBlockStore:
-    options = {**helpers.ENGINE_OPTIONS, "bytes_to_use": blocks * primary.shape[1]}
-    store = AsyncBlockStore(Rows.of_view(memoryview(primary)), TierConfig.parse(options))
+    store = AsyncBlockStore(Rows.of_view(memoryview(primary)), config(blocks * primary.shape[1]))
     helpers.remember(store._store, primary)
     return store
 
@@ -80,19 +103,171 @@ async def test_a_hit_is_not_pinned_for_longer_than_the_question(primary):
         assert not store.lookup(key(0))
 
 
-@pytest.mark.parametrize("rows", [[0, 1], [64], [-1]])
-async def test_a_store_that_fails_says_so(primary, rows):
-    async with open_store(primary) as store:
-        with pytest.raises(TransferError, match="the store of 1 blocks failed"):
-            await store.store(keys(0), rows)
-        assert await store.load(keys(0), rows) == ()
+def nothing_is_left(store: AsyncBlockStore) -> bool:
+    """Whether the store is as if it had never had a job."""
+    return not (store._open or store._storing or store._waiting or store._drains)
 
 
-async def test_keys_that_are_none_leave_nothing_behind(primary):
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "rows must be as many as the 1 keys, not 0"),
+        ([9, 10], "rows must be as many as the 1 keys, not 2"),
+        ([64], "rows must be from 0 to 63, not 64"),
+        ([-1], "rows must be from 0 to 63, not -1"),
+        ([2**63], "rows must be from 0 to 63, not 9223372036854775808"),
+        ([9.0], r"rows must be row numbers in a list, not float64 of shape \(1,\)"),
+        ([True], "not bool of shape"),
+        (["9"], "not <U1 of shape"),
+        ([[9]], r"not int64 of shape \(1, 1\)"),
+        (9, r"not int64 of shape \(\)"),
+        (None, "not object of shape"),
+    ],
+)
+async def test_rows_that_are_wrong_are_refused_in_words_and_nothing_is_lost(primary, rows, words):
     async with open_store(primary) as store:
-        with pytest.raises(TypeError):
-            await store.store(None, [0])
-        assert store._waiting == {}
+        await store.store(keys(0), [0])
+        for call in (store.store(keys(1), rows), store.load(keys(0), rows)):
+            with pytest.raises(ValueError, match=words):
+                await call
+        assert nothing_is_left(store)
+        assert await store.load(keys(0), [9]) == (key(0),)
+        assert store.statistics().failed_jobs == store.statistics().faults == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(None, "not iterable"), ([1], "keys must be bytes, not int"), (key(0)[:1], "not int")]
+)
+async def test_keys_that_are_none_leave_nothing_behind(primary, names, words):
+    async with open_store(primary) as store:
+        for call in (store.store(names, [0]), store.load(names, [0])):
+            with pytest.raises(TypeError, match=words):
+                await call
+        assert nothing_is_left(store)
+
+
+@pytest.mark.parametrize(
+    "rows", [[np.int64(5), np.uint8(6)], np.array([5, 6], dtype=np.uint16), (5, 6), range(5, 7)], ids=str
+)
+async def test_row_numbers_may_be_numpys(primary, rows):
+    before = primary.copy()
+    async with open_store(primary) as store:
+        assert await store.store(keys(0, 1), rows) == 2 * ROW_BYTES
+        primary[:] = 0
+        assert await store.load(keys(0, 1), rows) == tuple(keys(0, 1))
+        assert np.array_equal(primary[5:7], before[5:7])
+
+
+async def test_keys_may_come_in_any_collection(primary):
+    async with open_store(primary) as store:
+        assert await store.store(dict.fromkeys(keys(0, 1)).keys(), [0, 1]) == 2 * ROW_BYTES
+        assert await store.load(iter(keys(0, 1)), [2, 3]) == tuple(keys(0, 1))
+
+
+@pytest.mark.host_only
+async def test_a_failed_store_of_keys_from_an_iterator_says_so(primary):
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        storing = asyncio.ensure_future(store.store(iter(keys(0, 1)), [0, 1]))
+        await asyncio.sleep(0)
+        store._store._engine.close()
+        with pytest.raises(TransferError, match="the store of 2 blocks failed"):
+            await storing
+
+
+@pytest.mark.parametrize("waits_for_its_store", [False, True])
+async def test_keys_and_rows_may_be_changed_while_awaited(primary, waits_for_its_store):
+    before = primary.copy()
+    async with open_store(primary) as store:
+        names, rows = keys(0, 1), np.array([0, 1])
+        store._store._store_stream.hold()
+        storing = asyncio.ensure_future(store.store(names, rows))
+        await asyncio.sleep(0)
+        names[:], rows[:] = keys(2, 3), [2, 3]
+        if not waits_for_its_store:
+            store._store._store_stream.release()
+            await storing
+        names, rows = keys(0, 1), np.array([8, 9])
+        loading = asyncio.ensure_future(store.load(names, rows))
+        await asyncio.sleep(0)
+        names[:], rows[:] = keys(2, 3), [2, 3]
+        store._store._store_stream.release()
+        assert await loading == tuple(keys(0, 1))
+        assert np.array_equal(primary[8:10], before[0:2])
+        assert np.array_equal(primary[:8], before[:8])
+
+
+async def test_a_load_waits_for_a_store_of_its_keys(primary):
+    before = primary.copy()
+    async with open_store(primary) as store:
+        await store.store(keys(0), [0])
+        store._store._store_stream.hold()
+        storing = [
+            asyncio.ensure_future(store.store(names, rows))
+            for names, rows in ((keys(1), [1]), (keys(1, 2), [1, 2]), (keys(3), [3]))
+        ]
+        await asyncio.sleep(0)
+        loading = asyncio.ensure_future(store.load(keys(0, 1, 2, 77), [10, 11, 12, 13]))
+        await asyncio.sleep(0)
+        assert await store.load(keys(0), [20]) == (key(0),), "what waits for no store passes it"
+        assert not loading.done()
+        store._store._store_stream.release()
+        assert await loading == tuple(keys(0, 1, 2))
+        assert np.array_equal(primary[10:13], before[0:3])
+        assert await asyncio.gather(*storing) == [ROW_BYTES] * 3
+        assert store.num_blocks == store.statistics().rows_used == 4
+        assert nothing_is_left(store)
+
+
+@pytest.mark.host_only
+async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        storing = asyncio.ensure_future(store.store(keys(0), [0]))
+        await asyncio.sleep(0)
+        loading = asyncio.ensure_future(store.load(keys(0), [9]))
+        await asyncio.sleep(0)
+        store._store._engine.close()
+        with pytest.raises(TransferError):
+            await storing
+        assert await loading == ()
+
+
+@pytest.mark.parametrize("ends_by", ["drain", "close"])
+async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        storing = asyncio.ensure_future(store.store(keys(0), [0]))
+        await asyncio.sleep(0)
+        loading = asyncio.ensure_future(store.load(keys(0), [9]))
+        await asyncio.sleep(0)
+        ending = asyncio.ensure_future(getattr(store, ends_by)())
+        await asyncio.sleep(0)
+        store._store._store_stream.release()
+        await ending
+        assert await storing == ROW_BYTES
+        assert await loading == (key(0),)
+
+
+async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
+    before = primary.copy()
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        storing = asyncio.ensure_future(store.store(keys(0), [0]))
+        await asyncio.sleep(0)
+        loading = asyncio.ensure_future(store.load(keys(0), [9]))
+        await asyncio.sleep(0)
+        draining = asyncio.ensure_future(store.drain())
+        await asyncio.sleep(0)
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        assert not storing.done()
+        store._store._store_stream.release()
+        await draining
+        assert await storing == ROW_BYTES
+        assert np.array_equal(primary[9], before[9])
+        assert nothing_is_left(store)
 
 
 @pytest.mark.host_only
@@ -121,7 +296,7 @@ async def test_thousands_of_jobs_at_once(primary):
         found = await asyncio.gather(*(store.load([key(at)], [at % 64]) for at in range(5000)))
         assert found == [(key(at),) for at in range(5000)]
         assert np.array_equal(primary, before)
-        assert store._waiting == {}
+        assert nothing_is_left(store)
 
 
 async def test_stores_and_loads_go_on_while_others_wait(primary):
@@ -155,7 +330,7 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
         stream.release()
         await store.drain()
         assert store.statistics().jobs_in_flight == 0
-        assert store._waiting == {}
+        assert nothing_is_left(store)
         if is_load:
             assert np.array_equal(primary[9], before[0])
         else:
@@ -180,6 +355,22 @@ async def test_drain_waits_for_what_was_submitted(primary):
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 3
 
 
+async def test_drain_waits_for_jobs_that_later_ones_have_passed(primary):
+    async with open_store(primary) as store:
+        await store.store(keys(0), [0])
+        store._store._store_stream.hold()
+        storing = asyncio.ensure_future(store.store(keys(1), [1]))
+        loading = asyncio.ensure_future(store.load(keys(0), [9]))
+        await asyncio.sleep(0)
+        draining = asyncio.ensure_future(store.drain())
+        await loading
+        await asyncio.sleep(0)
+        assert not draining.done()
+        store._store._store_stream.release()
+        await draining
+        assert await storing == ROW_BYTES
+
+
 async def test_drain_does_not_wait_for_what_was_submitted_after_it(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
@@ -197,6 +388,25 @@ async def test_drain_does_not_wait_for_what_was_submitted_after_it(primary):
         assert not after.done()
         store._store._load_stream.release()
         assert await after == (key(0),)
+
+
+async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary, monkeypatch):
+    async with open_store(primary, blocks=200) as store:
+        store._store._store_stream.hold()
+        tasks = [asyncio.ensure_future(store.store([key(at)], [0])) for at in range(200)]
+        await asyncio.sleep(0)
+        hung_on: list[object] = []
+        real = asyncio.wait
+        monkeypatch.setattr(asyncio, "wait", lambda futures, **more: hung_on.extend(futures) or real(futures, **more))
+        draining = [asyncio.ensure_future(store.drain()) for _ in range(100)]
+        await asyncio.sleep(0)
+        hung_on += [each for end in store._waiting.values() for each in (end._callbacks or ())]
+        assert len(hung_on) <= len(tasks), "no more than what each await has of its own job"
+        draining[7].cancel()
+        store._store._store_stream.release()
+        ends = await asyncio.gather(*draining, return_exceptions=True)
+        assert [at for at, end in enumerate(ends) if end is not None] == [7]
+        assert all(task.done() for task in tasks)
 
 
 async def test_closing_waits_for_jobs_in_flight(primary):
@@ -228,50 +438,138 @@ async def test_closing_goes_on_when_its_await_is_cancelled(primary):
     await turns(lambda: store._store._closed, "it is closed all the same")
 
 
-def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, monkeypatch):
+def let_go_in_drain(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The held store stream goes on when the loop's thread waits for it."""
+    drain = store._store.drain
+
+    def wait() -> None:
+        monkeypatch.setattr(store._store, "drain", drain)
+        store._store._store_stream.release()
+        drain()
+
+    monkeypatch.setattr(store._store, "drain", wait)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, monkeypatch, turns):
     made: list[AsyncBlockStore] = []
 
     async def main() -> None:
         made.append(store := open_store(primary))
-        stream = store._store._store_stream
-        stream.hold()
-        drain = store._store.drain
-
-        def wait() -> None:  # the loop's thread is in here
-            monkeypatch.setattr(store._store, "drain", drain)
-            stream.release()
-            drain()
-
-        monkeypatch.setattr(store._store, "drain", wait)
+        store._store._store_stream.hold()
+        let_go_in_drain(store, monkeypatch)
         jobs = [asyncio.ensure_future(store.store(keys(0), [0])), asyncio.ensure_future(store.close())]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         assert not any(job.done() for job in jobs)
 
     asyncio.run(main())
     (store,) = made
     assert store._store._closed
     assert store.statistics().blocks_stored == 1
-    assert store._waiting == {}
+    assert nothing_is_left(store)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, turns):
+    made: list[AsyncBlockStore] = []
+
+    async def use() -> None:
+        async with open_store(primary) as store:
+            made.append(store)
+            store._store._store_stream.hold()
+            await store.store(keys(0), [0])
+
+    async def main() -> None:
+        task = asyncio.create_task(use())
+        await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        made[0]._store._store_stream.release()
+
+    asyncio.run(main())
+    (store,) = made
+    assert store._store._closed
+    assert store.statistics().blocks_stored == 1
+    assert nothing_is_left(store)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(store._eventfd)
+
+
+def test_a_load_that_waits_when_the_loop_ends_is_withdrawn(primary):
+    complaints: list[dict[str, Any]] = []
+    made: list[AsyncBlockStore] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        made.append(store := open_store(primary))
+        store._store._store_stream.hold()
+        jobs = [asyncio.ensure_future(call) for call in (store.store(keys(0), [0]), store.load(keys(0), [9]))]
+        jobs.append(asyncio.ensure_future(store.close()))
+        await asyncio.sleep(0)
+        assert not any(job.done() for job in jobs)
+        store._store._store_stream.release()
+
+    asyncio.run(main())
+    (store,) = made
+    assert store._store._closed
+    assert nothing_is_left(store)
+    assert complaints == []
+
+
+def test_a_store_that_nobody_closes_says_so_and_leaves_nothing(primary):
+    async def main() -> list[BlockStore]:
+        stores = [AsyncBlockStore(primary, config(4 * ROW_BYTES)) for _ in range(3)]
+        for store in stores:
+            await store.store(keys(0), [0])
+        return [store._store for store in stores]
+
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.warns(ResourceWarning, match="an AsyncBlockStore was not closed") as warned:
+        left = asyncio.run(main())
+    assert len(warned) == 3
+    assert all(store._closed for store in left)
+    del left
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_a_store_that_cannot_close_gives_its_eventfd_back(primary, monkeypatch):
     store = open_store(primary)
 
     signals: list[int] = []
-    signal = store._store.signal
+    real = store._store.signal
 
     def close():
         raise OSError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store._store, "signal", lambda fd: signals.append(fd) or signal(fd))
+        patch.setattr(store._store, "signal", lambda fd: signals.append(fd) or real(fd))
         patch.setattr(store._store, "close", close)
         with pytest.raises(OSError, match="out of luck"):
             await store.close()
     assert signals == ([-1] if store._is_signalled else []), "its number may be another file's soon"
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(store._eventfd)
+
+
+@pytest.mark.parametrize("view", [lambda rows: rows, memoryview], ids=["array", "memoryview"])
+async def test_the_primarys_memory_is_kept_until_the_store_is_closed(view):
+    pages = mmap.mmap(-1, 4 * ROW_BYTES)
+    is_alive = weakref.ref(pages)
+    store = AsyncBlockStore(view(np.frombuffer(pages, dtype=np.uint8).reshape(4, ROW_BYTES)), config(4 * ROW_BYTES))
+    del pages
+    gc.collect()
+    assert is_alive()
+    assert await store.store(keys(0), [0]) == ROW_BYTES
+    await store.close()
+    assert not is_alive()
+
+
+async def test_a_primary_that_is_none_is_refused_in_words(primary):
+    primary.flags.writeable = False
+    with pytest.raises(ValueError, match="must be writable"):
+        AsyncBlockStore(primary)
 
 
 async def test_a_closed_store_says_so(primary):
@@ -327,12 +625,12 @@ async def test_a_closed_store_is_not_asked_any_more(primary, monkeypatch):
     await asyncio.sleep(0)
     store._store._stores[0].event.synchronize()
     await store.store([], [])  # ends at once, and takes the end of the other along: its timer is still set
-    polls = polls_of(store, monkeypatch)
     await store.close()
+    polls = polls_of(store, monkeypatch)
     until = time.monotonic() + 10 * aio.LONGEST_POLL_S
     while time.monotonic() < until:
         await asyncio.sleep(0)
-    assert len(polls) == 1, "the last one is close's own"
+    assert polls == []
     assert await task == ROW_BYTES
 
 
@@ -394,11 +692,33 @@ async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
         assert await task == ROW_BYTES
 
 
+@pytest.mark.host_only
+async def test_what_ends_while_it_is_asked_wakes_the_loop_again(primary, monkeypatch):
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(2)]
+        await asyncio.sleep(0)
+        first, second = (job.event for job in store._store._stores)
+        poll = store._store.poll
+
+        def ask() -> list[Any]:
+            ends = poll()
+            store._store._store_stream.release()
+            second.synchronize()  # it has signalled, and nobody has asked
+            monkeypatch.setattr(store._store, "poll", poll)
+            return ends
+
+        monkeypatch.setattr(store._store, "poll", ask)
+        store._store._store_stream.step()
+        first.synchronize()
+        assert await asyncio.gather(*tasks) == [ROW_BYTES] * 2
+
+
 async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
     store = open_store(primary)
     if store._is_signalled:
         await store.close()
-        return  # the test above
+        pytest.skip("this engine signals")
     pauses: list[float] = []
     timers: list[asyncio.TimerHandle] = []
     real = store._loop.call_later
@@ -427,23 +747,67 @@ async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
 
 
 async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch):
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        calls = [store.store(keys(0), [0]), store.store(keys(1), [1]), store.load(keys(1), [9]), store.drain()]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(store._store, "poll", fails)
+            store._collect()
+            for task in tasks:
+                with pytest.raises(OSError, match="out of luck"):
+                    await task
+        draining = asyncio.ensure_future(store.drain())
+        await asyncio.sleep(0)
+        assert not draining.done(), "the copies go on, and are waited for"
+        store._store._store_stream.release()
+        await draining
+        assert store.statistics().blocks_stored == 2
+        assert nothing_is_left(store)
+        assert await store.load(keys(0, 1), [8, 9]) == tuple(keys(0, 1))
+
+
+async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, monkeypatch):
+    async with open_store(primary) as store:
+        store._store._store_stream.hold()
+        task = asyncio.ensure_future(store.store(keys(0), [0]))
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(store._store, "poll", fails)
+            store._store._store_stream.release()
+            with pytest.raises(OSError, match="out of luck"):
+                await task  # the engine has signalled, and will not again
+        await store.drain()
+        assert store.lookup(key(0))
+
+
+@pytest.mark.parametrize("still_fails", [False, True])
+async def test_closing_waits_for_jobs_that_could_not_be_asked(primary, monkeypatch, still_fails):
     store = open_store(primary)
     store._store._store_stream.hold()
-    tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(2)]
+    task = asyncio.ensure_future(store.store(keys(0), [0]))
     await asyncio.sleep(0)
-    real = store._store.poll
-
-    def poll():
-        raise OSError("out of luck")
-
-    monkeypatch.setattr(store._store, "poll", poll)
-    store._collect()
-    for task in tasks:
+    with monkeypatch.context() as patch:
+        patch.setattr(store._store, "poll", fails)
+        store._collect()
         with pytest.raises(OSError, match="out of luck"):
             await task
-    monkeypatch.setattr(store._store, "poll", real)
-    store._store._store_stream.release()
-    await store.close()
+        if still_fails:
+            let_go_in_drain(store, patch)
+            await store.close()
+    if not still_fails:
+        closing = asyncio.ensure_future(store.close())
+        await asyncio.sleep(0)
+        assert not closing.done()
+        store._store._store_stream.release()
+        await closing
+    assert store.statistics().blocks_stored == 1
+    assert store._timer is None or store._timer.cancelled()
+
+
+def fails() -> None:
+    raise OSError("out of luck")
 
 
 async def test_opening_and_closing_leaks_nothing(primary):

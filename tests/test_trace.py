@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 from async_tier import timeline, trace
@@ -31,7 +34,13 @@ def path(tmp_path) -> Path:
 
 
 def events(path: Path, name: str) -> list[dict]:
-    return [event for event in json.loads(path.read_text()) if event.get("name") == name]
+    return [event for event in json.loads(path.read_text()) if event["name"] == name]
+
+
+@pytest.fixture
+def by_hand(monkeypatch) -> None:
+    """Writers write when told to, by `_write`, and when closed."""
+    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 3600.0)
 
 
 @pytest.mark.each_engine
@@ -48,7 +57,7 @@ def test_a_tier_traces_its_jobs_and_steps(path):
     helpers.finish(tier)
     took = (time.monotonic_ns() - started) / 1e9
     tier.shutdown()
-    drawn = timeline.read(path)
+    drawn = timeline.read(path, shortest_step_s=0.0)
     legs = ["in", "out"] if "store in" in drawn.lanes else ["copy"]
     assert set(drawn.lanes) == {"steps"} | {f"{kind} {leg}" for kind in ("store", "load") for leg in ["queued", *legs]}
     assert all(len(spans) == 1 for spans in drawn.lanes.values())
@@ -89,30 +98,145 @@ def test_a_file_that_cannot_be_made_is_refused_in_words(tmp_path):
         BlockStore(Rows.of_view(memoryview(primary)), TierConfig(trace_path=str(tmp_path / "none" / "trace.json")))
 
 
-def test_the_file_is_bounded(path, monkeypatch):
-    monkeypatch.setattr(trace, "MAX_BYTES", 10_000)
+def test_a_disk_that_is_full_at_the_start_is_refused_in_words(path, monkeypatch):
+    monkeypatch.setattr(trace, "_open_alone", lambda path: open("/dev/full", "w"))  # noqa: SIM115 - the writer has it
+    with pytest.raises(ValueError, match=r"^trace_path '.*' cannot be written: No space left"):
+        TraceWriter(str(path))
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_the_file_is_bounded(path, monkeypatch, caplog):
+    monkeypatch.setattr(trace, "MAX_BYTES", 10_240)
     writer = TraceWriter(str(path))
-    for at in range(1000):
-        writer.step(at, at + 1)
-    writer._write()
-    for at in range(1000):
-        writer.step(at, at + 1)
-    assert writer._events == [], "nothing is kept for a file that is full"
+    for _ in range(2):
+        for at in range(1000):
+            writer.step(at, at + 1)
+        writer._write()
+        assert not writer._events, "nothing is kept for a file that is full"
     writer.close()
-    assert 10_000 < path.stat().st_size < 11_000
-    assert 50 < len(timeline.read(path).lanes["steps"]) < 200
+    assert 10_240 < path.stat().st_size < 11_000
+    assert 50 < len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) < 200
+    assert caplog.messages == [f"The trace {path} ends here: it has its 10.0 KiB"]
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_a_disk_that_is_full_ends_the_trace_and_nothing_else(path, caplog):
     writer = TraceWriter(str(path))
     real, writer._file = writer._file, open("/dev/full", "w")  # noqa: SIM115 - closed by the writer
     real.close()
-    writer.step(0, 1)
-    writer._write()
-    writer.step(1, 2)
-    assert writer._events == []
+    for at in range(2):
+        writer.step(at, at + 1)
+        writer._write()
+        assert not writer._events
     writer.close()
+    assert len(caplog.messages) == 1
     assert "No space left" in caplog.text
+
+
+def test_what_cannot_be_written_ends_the_trace_and_nothing_else(path, monkeypatch, caplog):
+    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    writer.counter("rows used", 0, rows=object())
+    until(lambda: caplog.messages, "it is said")
+    writer.step(1, 2)
+    assert not writer._events, "nothing is kept that nobody would write"
+    writer.close()
+    (message,) = caplog.messages
+    assert message.startswith(f"The trace {path} ends here: ")
+    assert len(events(path, "step")) == 1
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_what_is_given_in_the_middle_of_a_write_is_not_lost(path):
+    writer = TraceWriter(str(path))
+    append = writer._events.append  # the caller has come that far
+    writer.step(0, MS)
+    writer._write()
+    append({"ph": "X", "name": "late", "ts": 0.0, "dur": 1.0})
+    writer.close()
+    assert len(events(path, "late")) == len(events(path, "step")) == 1
+
+
+def test_numbers_may_be_numpys(path):
+    writer = TraceWriter(str(path))
+    writer.counter("rows used", 0, rows=np.int64(7))
+    writer.close()
+    assert events(path, "rows used")[0]["args"] == {"rows": 7}
+
+
+def test_everything_in_the_file_is_an_event(path):
+    # Perfetto reports an error for what has no phase.
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    writer.close()
+    assert [event["ph"] for event in json.loads(path.read_text())] == ["M", "M", "X"]
+
+
+def test_the_lane_of_steps_is_no_threads(path):
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    writer.close()
+    assert events(path, "step")[0]["tid"] >= int(Path("/proc/sys/kernel/pid_max").read_text())
+
+
+def test_a_file_is_one_traces_alone(path):
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    with pytest.raises(ValueError, match=r"^trace_path '.*/trace.json' is being written by another tier; name another"):
+        TraceWriter(str(path))
+    writer.close()
+    assert len(events(path, "step")) == 1
+    TraceWriter(str(path)).close()
+    assert events(path, "step") == [], "a trace that has ended may be written over"
+
+
+def test_a_file_system_without_locks_will_do(path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(trace.fcntl, "flock", flock)
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    writer.close()
+    assert len(events(path, "step")) == 1
+
+
+def test_a_forked_child_does_not_hold_the_file(path):
+    writer = TraceWriter(str(path))
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(theirs)
+        os.read(ours, 1)  # until the parent has closed its end
+        os._exit(0)
+    os.close(ours)
+    try:
+        writer.close()
+        TraceWriter(str(path)).close()
+    finally:
+        os.close(theirs)
+        os.waitpid(child, 0)
+
+
+def test_the_clocks_are_compared_when_nothing_ran_in_between(monkeypatch):
+    now, ahead = 5 * MS, 777
+    delays = iter([900_000, 20_000, 500, 900_000])
+
+    class Clock:
+        @staticmethod
+        def monotonic_ns() -> int:
+            return now
+
+        @staticmethod
+        def time_ns() -> int:
+            nonlocal now
+            now += next(delays)
+            return now + ahead
+
+    monkeypatch.setattr(trace, "time", Clock)
+    assert trace._clock_offset_ns() == ahead + 500 // 2
+    assert next(delays) == 900_000, "the third time was good"
 
 
 def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(path):
@@ -122,7 +246,7 @@ def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(path):
     writer.close()
     whole = path.read_text()
     path.write_text(whole[: whole.rindex("dur") - 5])
-    assert timeline.read(path).lanes["steps"] == [(0.0, pytest.approx(0.001))]
+    assert timeline.read(path, shortest_step_s=0.0).lanes["steps"] == [(0.0, pytest.approx(0.001))]
 
 
 def test_what_is_given_is_written_while_the_tier_lives(path, monkeypatch):
@@ -142,31 +266,31 @@ def test_a_forked_child_leaves_the_file_to_its_parent(path):
         try:
             writer.close()
             writer._file.close()
+            os._exit(writer._stop.is_set())  # its lock may have been another thread's when the child was forked
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
     writer.close()
-    assert timeline.read(path).lanes["steps"] == [(0.0, pytest.approx(0.001))]
+    assert timeline.read(path, shortest_step_s=0.0).lanes["steps"] == [(0.0, pytest.approx(0.001))]
     assert len(events(path, "step")) == 1
 
 
 def test_the_garbage_collector_may_end_it_on_its_own_thread(path, monkeypatch):
     monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
-    ended = threading.Event()
-    turns = iter(range(100))
-    real = TraceWriter._write
-
-    def write(self):
-        real(self)
-        if threading.current_thread() is self._writer and next(turns) == 0:
-            self.close()
-            ended.set()
-
-    monkeypatch.setattr(TraceWriter, "_write", write)
     writer = TraceWriter(str(path))
-    writer.step(0, MS)
-    assert ended.wait(helpers.PATIENCE_S)
-    assert len(events(path, "step")) == 1
+    real = json.dumps
+
+    def dumps(event, **more):
+        if threading.current_thread() is writer._writer:
+            writer.close()
+        return real(event, **more)
+
+    monkeypatch.setattr(trace.json, "dumps", dumps)
+    writer.slice("store copy", 0, MS)
+    writer._writer.join(helpers.PATIENCE_S)
+    assert not writer._writer.is_alive()
+    assert [event["ph"] for event in events(path, "store copy")] == ["b", "e"]
 
 
 def test_a_trace_that_fails_does_not_lose_the_job(path):
@@ -181,6 +305,17 @@ def test_a_trace_that_fails_does_not_lose_the_job(path):
     assert helpers.finish(tier)[2].success
 
 
+def test_a_trace_that_fails_when_a_job_is_submitted_does_not_report_it_twice(path):
+    tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
+    tier._store._trace.submitted = MagicMock(side_effect=MemoryError("out of luck"))
+    tier.submit_store(job(1, keys(0), [0]))
+    tier._store.drain()
+    assert [(result.job_id, result.success) for result in tier.get_finished_jobs()] == [(1, True)]
+    assert tier.statistics().faults == 1
+    tier.submit_load(job(2, keys(0), [1], load=True))
+    assert helpers.finish(tier)[2].success
+
+
 def test_steps_that_are_planned_ahead_do_not_overlap(path):
     # With asynchronous scheduling a step is planned before the results of the last have arrived.
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
@@ -191,7 +326,18 @@ def test_steps_that_are_planned_ahead_do_not_overlap(path):
         tier.get_stats()
         tier.get_stats()
     tier.shutdown()
-    spans = timeline.read(path).lanes["steps"]
+    spans = timeline.read(path, shortest_step_s=0.0).lanes["steps"]
     assert len(spans) == 8
     rounding = 1e-8  # a double's, in microseconds since the clock's base
     assert all(before[1] <= after[0] + rounding for before, after in itertools.pairwise(spans))
+
+
+def test_of_steps_without_results_the_last_few_are_kept(path):
+    tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
+    for _ in range(100):
+        helpers.end_step(tier)
+    assert len(tier._store._trace._scheduled) == trace.TierTrace._MAX_STEPS
+    for _ in range(100):
+        tier.get_stats()
+    tier.shutdown()
+    assert len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) == trace.TierTrace._MAX_STEPS
