@@ -1,32 +1,41 @@
 """What the benchmarks share: the machine they ran on, medians with their spread, results as JSON, and pictures.
 
-A benchmark writes `build/bench/NAME.json`: {"machine", "about", "results", "summary"}. `about` says what was warmed up
-and measured, `results` is what the picture shows, and `summary` has one Figure a key of `make bench`'s table. The last
-line that it prints is one of JSON, {key: ratio}.
+A benchmark writes `build/bench/NAME.json`: {"machine", "about", "seconds", "results", "failures", "summary"}. `about`
+says what was warmed up and measured, `results` is what the picture shows, `failures` says in words what makes it
+worthless, and `summary` has one Figure a key of `make bench`'s table. The last line that it prints is one of JSON,
+{key: ratio}.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import platform
 import signal
 import statistics
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from async_tier import _host_copy
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
+TMPFS = Path("/dev/shm")
+# Of a chance interval: samples drawn anew, and what of them is left out at either end, in percent.
+RESAMPLES, LEFT_OUT = 5000, 5
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,10 @@ class Figure:
     """One line of the table: what was measured of whom, and the ratio that has a goal.
 
     ours, fs, example, limit: in `unit`; None where it does not apply. fs is vLLM's fs tier on tmpfs, example vLLM's
-    example tier, which moves no data, limit what the machine can do. The goal is met if ratio `goal_is` goal, "<=" or
-    ">=".
+    example tier, which moves no data, limit what the machine can do or what ours is compared with, as `what` says. The
+    goal is met if ratio `goal_is` goal, "<=" or ">=". low, high: around the ratio, quartiles or an interval; `what`
+    says which. paired: the ratio is the median of ratios of two measurements each, and so not the quotient of two
+    values beside it.
     """
 
     key: str
@@ -48,6 +59,9 @@ class Figure:
     fs: float | None = None
     example: float | None = None
     limit: float | None = None
+    low: float | None = None
+    high: float | None = None
+    paired: bool = False
 
     @property
     def is_met(self) -> bool:
@@ -55,20 +69,43 @@ class Figure:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """The figures as text."""
+    """The figures as text: the numbers of each in one line, and below it what they are."""
 
     def cell(value: float | None) -> str:
         if value is None:
             return "-"
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
-    lines = [f"{'':38} {'ours':>9} {'fs':>9} {'example':>9} {'limit':>9} {'unit':6} {'ratio':>8}  goal"]
+    heads = f"{'ours':>9} {'fs':>9} {'example':>9} {'limit or baseline':>18} {'unit':6} {'ratio':>8} {'interval':>18}"
+    lines = [f"{'':34} {heads}  goal"]
     for figure in figures:
-        cells = " ".join(f"{cell(value):>9}" for value in (figure.ours, figure.fs, figure.example, figure.limit))
+        cells = " ".join(f"{cell(value):>9}" for value in (figure.ours, figure.fs, figure.example))
+        between = "-" if figure.low is None or figure.high is None else f"{figure.low:.3f} to {figure.high:.3f}"
         verdict = "ok" if figure.is_met else "MISSED"
         goal = f"{figure.goal_is} {figure.goal:g}"
-        lines.append(f"{figure.key:38} {cells} {figure.unit:6} {figure.ratio:>8.3f}  {goal:9} {verdict}")
+        lines.append(
+            f"{figure.key:34} {cells} {cell(figure.limit):>18} {figure.unit:6} {figure.ratio:>8.3f} {between:>18}  "
+            f"{goal:9} {verdict}"
+        )
+        what = figure.what + "; the median of ratios, pair by pair" * figure.paired
+        lines += textwrap.wrap(what, 116, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def chance_interval(
+    estimate: Callable[..., np.ndarray], *samples: Sequence[float], paired: bool = False
+) -> tuple[float, float]:
+    """Between what an estimate from these samples may lie but for chance (90 %): by the bootstrap.
+
+    estimate: of as many arrays as there are samples, shape (RESAMPLES, n) each, to values of shape (RESAMPLES,).
+    paired: the samples are of equal length, and what stands at one place in them is drawn together.
+    """
+    draw = np.random.default_rng(0)
+    arrays = [np.asarray(each) for each in samples]
+    chosen = [draw.integers(len(each), size=(RESAMPLES, len(each))) for each in (arrays[:1] if paired else arrays)]
+    drawn = [each[places] for each, places in zip(arrays, chosen * len(arrays) if paired else chosen, strict=True)]
+    low, high = np.percentile(estimate(*drawn), [LEFT_OUT, 100 - LEFT_OUT])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -141,7 +178,10 @@ def busy_seconds() -> tuple[float, float]:
 
 
 class Run:
-    """A benchmark under way: says how it goes on stderr, and writes its results in the end."""
+    """A benchmark under way: says how it goes on stderr, and writes its results in the end.
+
+    From here on the process unwinds when it is told to stop, so that nothing is left running or on the tmpfs.
+    """
 
     def __init__(self, name: str, about: str, output: Path | None = None) -> None:
         self.name = name
@@ -149,12 +189,14 @@ class Run:
         self.output = output or BUILD / f"{name}.json"
         self.results: dict[str, Any] = {}
         self.figures: list[Figure] = []
+        self.failures: list[str] = []
         self._started = time.perf_counter()
         self._busy = busy_seconds()
-        signal.signal(signal.SIGTERM, _stop)
+        on_stop(_unwind)
         # As vLLM does once it has started: what imports made is not walked again and again.
         gc.collect()
         gc.freeze()
+        atexit.register(gc.unfreeze)  # or what is frozen is called leaked by the libraries that it is of
 
     @property
     def picture(self) -> Path:
@@ -165,8 +207,11 @@ class Run:
         """What is being done now."""
         print(f"[{self.name} {time.perf_counter() - self._started:5.0f} s] {text}", file=sys.stderr, flush=True)
 
-    def finish(self) -> None:
-        """Write the JSON; print the table, and last the keys and their ratios as one line of JSON."""
+    def finish(self) -> int:
+        """Write the JSON; print the table, and last the keys and their ratios as one line of JSON.
+
+        The exit status: 1 if there are failures, which are printed as well.
+        """
         seconds = time.perf_counter() - self._started
         (everybody, ours), (everybody_before, ours_before) = busy_seconds(), self._busy
         about = machine()
@@ -177,6 +222,7 @@ class Run:
             "about": self.about,
             "seconds": round(seconds, 1),
             "results": self.results,
+            "failures": self.failures,
             "summary": {figure.key: {**dataclasses.asdict(figure), "met": figure.is_met} for figure in self.figures},
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -185,12 +231,17 @@ class Run:
         print(table(self.figures))
         print(f"{seconds:.0f} s; written to {self.output}")
         print(json.dumps({figure.key: figure.ratio for figure in self.figures}))
+        for sentence in self.failures:
+            print(f"FAILED: {sentence}", file=sys.stderr)
+        return 1 if self.failures else 0
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON to write; the picture goes beside it (build/bench/NAME.json)")
+    parser.add_argument(
+        "--output", type=_output, help="JSON to write; the picture goes beside it (build/bench/NAME.json)"
+    )
     parser.add_argument("--quick", action="store_true", help="little work: shows that it runs, not how fast")
     return parser
 
@@ -218,6 +269,41 @@ def plot_spreads(axes: Any, spreads: Mapping[int, Spread], style: str, color: st
     axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def _stop(signum: int, frame: object) -> None:
-    """Unwind, so that nothing is left on the tmpfs."""
-    raise SystemExit(128 + signum)
+class Lazily:
+    """A module that is imported when something in it is first used: `--help` need not wait for vLLM, for seconds."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, what: str) -> Any:
+        return getattr(importlib.import_module(self._name), what)
+
+
+def on_stop(handler: Callable[[int, object], None]) -> None:
+    """Have `handler` called when this process is told to stop; what was to be ignored (nohup) stays ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, frame: object) -> None:
+    # A terminal that closes sends SIGHUP, and whoever waits for us SIGTERM: one is enough. Ctrl-C hurries the way out.
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _output(name: str) -> Path:
+    """A file that can be written, with a picture beside it."""
+    path = Path(name)
+    if path.suffix == ".png":
+        raise argparse.ArgumentTypeError(f"{name} is where the picture would go; name the JSON")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be written: {error.strerror}") from error
+    return path

@@ -17,40 +17,36 @@ every one.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import json
 import math
+import multiprocessing
+import os
 import random
+import signal
 import statistics
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-from vllm.v1.kv_offload.base import LookupResult, make_offload_key
-from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
-
-from async_tier.manager import AsyncSecondaryTierManager
-from benchmarks import tiers
 from benchmarks.common import Figure, Run, arguments, figure
 
-ROW_BYTES = 256
-# Blocks that are stored as vLLM does after a chunk of prefill.
-CHUNK_BLOCKS = 16
 # Of the primary, by the largest request: so that one request's blocks are never in each other's way.
 PRIMARY_TO_REQUEST = 2
 # What the trace's different blocks are divided by: the capacities, primary and tier together.
 DIVISORS = (64, 32, 16, 8, 4, 2)
-# At most: two minutes' work.
+# At most.
 REQUESTS = 20_000
 # So many that the least capacity is more than the primary.
 QUICK_REQUESTS = 2000
 GOAL = 0.5
+# As many as there are cores, but each has a vLLM of its own: 0.6 GB.
+PROCESSES = min(len(os.sched_getaffinity(0)), 4)
 # Of an integer in a trace: as many as Python reads whatever its settings (sys.set_int_max_str_digits).
 MOST_DIGITS = sys.int_info.str_digits_check_threshold
 
@@ -175,211 +171,204 @@ def optimal_hits(requests: Iterable[Sequence[int]], capacity: int) -> int:
     return hits
 
 
-class Region:
-    """What vLLM's primary tier asks of its SharedOffloadRegion, over an array."""
-
-    def __init__(self, primary: np.ndarray) -> None:
-        self._primary = primary
-
-    def create_kv_memoryview(self) -> memoryview:
-        return memoryview(self._primary)
-
-    def cleanup(self) -> None:
-        pass
-
-
-@dataclass
-class Hits:
-    """Blocks asked for, and how many of them the primary and the tier had."""
-
-    blocks: int = 0
-    primary: int = 0
-    tier: int = 0
-
-    @property
-    def ratio(self) -> float:
-        return (self.primary + self.tier) / self.blocks
-
-
-class Replay:
-    """vLLM's manager and primary, and the tier behind them, if it has blocks; the forward pass is a stamp in each row.
-
-    Blocks are numbered as they are first asked for: ids may be larger than what a row or a name has room for.
-    """
-
-    def __init__(self, primary_blocks: int, tier_blocks: int) -> None:
-        self._rows = np.zeros((primary_blocks, ROW_BYTES // 8), dtype=np.uint64)
-        primary = CPUPrimaryTierOffloadingManager(num_chunks=primary_blocks, mmap_region=Region(self._bytes))
-        self._tier: AsyncSecondaryTierManager | None = None
-        if tier_blocks:
-            self._tier = AsyncSecondaryTierManager(
-                SimpleNamespace(), primary.get_kv_memoryview(), "async", bytes_to_use=tier_blocks * ROW_BYTES
-            )
-        self._manager = TieringOffloadingManager(
-            primary_tier=primary, secondary_tiers=[self._tier] if self._tier is not None else []
-        )
-        self._numbers: dict[int, int] = {}
-        self._requests = 0
-        self.hits = Hits()
-
-    @property
-    def _bytes(self) -> np.ndarray:
-        return self._rows.view(np.uint8)
-
-    def request(self, ids: Sequence[int]) -> None:
-        """One request: what is there of its prefix is loaded and checked, the rest computed and stored."""
-        self._requests += 1
-        blocks = [self._numbers.setdefault(each, len(self._numbers)) for each in ids]
-        names = [make_offload_key(block.to_bytes(32, "big"), 0) for block in blocks]
-        context = tiers.request(f"request {self._requests}", names)
-        self._manager.on_new_request(context)
-        found, in_primary = self._found(names, context)
-        self.hits.blocks += len(names)
-        self.hits.primary += in_primary
-        self.hits.tier += found - in_primary
-        if found:
-            rows = self._manager.prepare_load(names[:found], context).block_ids
-            if not np.array_equal(self._rows[rows, 0], self._stamps(blocks[:found])):
-                raise RuntimeError("a hit with wrong bytes")
-            self._manager.complete_load(names[:found], context)
-        for at in range(found, len(names), CHUNK_BLOCKS):
-            self._store(names[at : at + CHUNK_BLOCKS], blocks[at : at + CHUNK_BLOCKS], context)
-        self._manager.on_request_finished(context)
-        self._step()
-
-    def close(self) -> None:
-        self._manager.shutdown()
-
-    def _found(self, names: Sequence[bytes], context: object) -> tuple[int, int]:
-        """(blocks of the prefix that are there, those of them that were in the primary); now all of them are."""
-        in_primary = None
-        while True:
-            answers = []
-            for name in names:
-                answers.append(self._manager.lookup(name, context))
-                if answers[-1] is LookupResult.MISS:
-                    answers.pop()
-                    break
-            if in_primary is None:
-                in_primary = sum(answer is LookupResult.HIT for answer in answers)
-            if all(answer is LookupResult.HIT for answer in answers):
-                return len(answers), min(in_primary, len(answers))
-            self._step()
-
-    def _store(self, names: list[bytes], blocks: Sequence[int], context: object) -> None:
-        prepared = self._manager.prepare_store(names, context)
-        if prepared is None or not prepared.keys_to_store:
-            return
-        stamp = dict(zip(names, self._stamps(blocks), strict=True))
-        for name, row in zip(prepared.keys_to_store, prepared.store_spec.block_ids, strict=True):
-            self._rows[row] = stamp[name]
-        self._manager.complete_store(set(prepared.keys_to_store), context)
-        self._step()
-
-    def _step(self) -> None:
-        tiers.end_step(self._manager)
-        self._manager.get_stats()
-        list(self._manager.take_events())
-        if self._tier is not None:
-            self._tier._store.drain()
-
-    @staticmethod
-    def _stamps(blocks: Sequence[int]) -> np.ndarray:
-        # A multiplication by an odd number: different for different blocks, and none is what a row begins with.
-        return (np.array(blocks, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-
-
-def replay(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int) -> Hits:
-    """The hits of a whole trace; without a tier if that has no blocks."""
-    world = Replay(primary_blocks, tier_blocks)
-    try:
-        for blocks in requests:
-            world.request(blocks)
-    finally:
-        world.close()
-    return world.hits
-
-
 def capacities(different: int) -> dict[str, int]:
     """The grid: blocks, by their share of `different` blocks."""
     return {f"1/{divisor}": different // divisor for divisor in DIVISORS}
 
 
-def main() -> int:
-    parser = arguments(__doc__)
-    parser.add_argument("--trace", type=Path, help="in Mooncake's format (default: one is made)")
-    parser.add_argument("--requests", type=int, default=REQUESTS, help="at most (%(default)s)")
-    options = parser.parse_args()
-    most = min(options.requests, QUICK_REQUESTS) if options.quick else options.requests
-    requests = _requests(parser, options.trace, most)
-    name = options.trace.name if options.trace else "a synthetic trace"
-    different = len({block for blocks in requests for block in blocks})
-    accesses = sum(map(len, requests))
-    primary_blocks = PRIMARY_TO_REQUEST * max(map(len, requests))
-    infinite = infinite_hits(requests) / accesses
-    grid = capacities(different)
-    measured = {share: blocks for share, blocks in grid.items() if blocks > primary_blocks}
-    if not infinite:
-        parser.error(f"no block of {name} is asked for twice, so there is nothing to hit")
-    if not measured:
-        parser.error(
-            f"{name} has {different} different blocks: too few for a primary of {primary_blocks}, "
-            f"{PRIMARY_TO_REQUEST} times the largest request, to be less than half of them"
+class Trace:
+    """Requests, and the capacities at which they can be replayed: those that are more than the primary."""
+
+    def __init__(self, name: str, requests: list[list[int]]) -> None:
+        self.name = name
+        self.requests = requests
+        self.accesses = sum(map(len, requests))
+        self.different = len({block for blocks in requests for block in blocks})
+        self.primary_blocks = PRIMARY_TO_REQUEST * max(map(len, requests))
+        self.grid = capacities(self.different)
+        self.measured = {share: blocks for share, blocks in self.grid.items() if blocks > self.primary_blocks}
+
+    @classmethod
+    def read(cls, path: Path | None, most: int) -> Trace:
+        """At most so many requests of the file, or as many made ones. Raises ValueError, in words, if it is none."""
+        if path is None:
+            return cls("a synthetic trace", synthetic_trace(most))
+        try:
+            return cls(path.name, read_trace(path, most))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+    def objection(self) -> str | None:
+        """Why nothing can be said of this trace; None if something can."""
+        if not infinite_hits(self.requests):
+            return f"no block of {self.name} is asked for twice, so there is nothing to hit"
+        return None if self.measured else self._too_few("all capacities")
+
+    def objection_to_figure(self) -> str | None:
+        """Why it gives no figure, which is the mean over the whole grid; None if it does."""
+        return None if len(self.measured) == len(self.grid) else self._too_few("some capacities")
+
+    def _too_few(self, which: str) -> str:
+        return (
+            f"{self.name} has too few different blocks, {self.different}: {which}, of {', '.join(self.grid)} of them, "
+            f"are not more than the primary, which is {self.primary_blocks}, {PRIMARY_TO_REQUEST} times the largest "
+            "request"
         )
-    run = Run(
-        "replay",
-        f"{len(requests)} requests of {name} through vLLM's TieringOffloadingManager; transfers end before the next "
-        "step. No times are measured.",
-        options.output,
-    )
-    run.progress("the primary alone")
-    alone = replay(requests, primary_blocks, 0).ratio
+
+
+def objection(path: Path, quick: bool) -> str | None:
+    """Why this file gives no figure, in one sentence; None if it does."""
+    try:
+        trace = Trace.read(path, QUICK_REQUESTS if quick else REQUESTS)
+    except ValueError as error:
+        return str(error)
+    return trace.objection() or trace.objection_to_figure()
+
+
+def replay_hits(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int) -> tuple[int, int]:
+    """Blocks that vLLM's manager had (in the primary, in the tier) of a whole trace; without a tier if it has none."""
+    from benchmarks.tiering import replay
+
+    hits = replay(requests, primary_blocks, tier_blocks)
+    return hits.primary, hits.tier
+
+
+class Here(Executor):
+    """Does at once what it is given: for work that is less than starting processes."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(call(*arguments, **options))
+        return done
+
+
+@contextmanager
+def processes() -> Iterator[Executor]:
+    """An executor of PROCESSES processes, which end with the block, at once if it is left by an exception."""
+    others = multiprocessing.active_children()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, mp_context=spawn, initializer=_begin_process) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+
+
+def _begin_process() -> None:
+    # Ctrl-C reaches us as well, but it is the parent that ends us; a parent that was killed does not.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def measure(run: Run, trace: Trace, pool: Executor) -> tuple[float, list[dict[str, Any]]]:
+    """(hit ratio of the primary alone, what was hit at each capacity)."""
+    run.progress(f"{len(trace.measured)} capacities, and the primary alone")
+    asked: dict[tuple[str, str], Future[Any]] = {}
+    for share, blocks in reversed(trace.measured.items()):  # the longest first
+        asked["ours", share] = pool.submit(
+            replay_hits, trace.requests, trace.primary_blocks, blocks - trace.primary_blocks
+        )
+    asked["alone", ""] = pool.submit(replay_hits, trace.requests, trace.primary_blocks, 0)
+    for share, blocks in trace.measured.items():
+        asked["optimum", share] = pool.submit(optimal_hits, trace.requests, blocks)
+        asked["lru", share] = pool.submit(lru_hits, trace.requests, blocks)
+    for done, _ in enumerate(as_completed(asked.values()), start=1):
+        run.progress(f"{done} of {len(asked)} replays, optima and plain caches are done")
     points = []
-    for share, blocks in measured.items():
-        run.progress(f"{blocks} blocks, {share} of {different}")
-        hits = replay(requests, primary_blocks, blocks - primary_blocks)
-        optimum = optimal_hits(requests, blocks)
+    for share, blocks in trace.measured.items():
+        in_primary, in_tier = asked["ours", share].result()
+        optimum = asked["optimum", share].result()
         points.append(
             {
                 "share": share,
                 "blocks": blocks,
-                "primary": hits.primary / accesses,
-                "tier": hits.tier / accesses,
-                "ours": hits.ratio,
-                "lru": lru_hits(requests, blocks) / accesses,
-                "optimum": optimum / accesses,
-                "ours_to_optimum": (hits.primary + hits.tier) / optimum,
+                "primary": in_primary / trace.accesses,
+                "tier": in_tier / trace.accesses,
+                "ours": (in_primary + in_tier) / trace.accesses,
+                "lru": asked["lru", share].result() / trace.accesses,
+                "optimum": optimum / trace.accesses,
+                "ours_to_optimum": (in_primary + in_tier) / optimum,
             }
         )
+    return sum(asked["alone", ""].result()) / trace.accesses, points
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--trace", type=Path, help="in Mooncake's format (default: one is made)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=REQUESTS,
+        help=f"how many of the trace's requests to replay, at most; with --quick never more than {QUICK_REQUESTS} "
+        "(default: %(default)s)",
+    )
+    options = parser.parse_args()
+    if options.requests < 1:
+        parser.error("--requests must be at least 1")
+    most = min(options.requests, QUICK_REQUESTS) if options.quick else options.requests
+    try:
+        trace = Trace.read(options.trace, most)
+    except ValueError as error:
+        parser.error(str(error))
+    if wrong := trace.objection():
+        parser.error(wrong)
+    run = Run(
+        "replay",
+        f"{len(trace.requests)} requests of {trace.name} through vLLM's TieringOffloadingManager; transfers end before "
+        "the next step. No times are measured.",
+        options.output,
+    )
+    if options.quick:
+        alone, points = measure(run, trace, Here())
+    else:
+        with processes() as pool:
+            alone, points = measure(run, trace, pool)
+    infinite = infinite_hits(trace.requests) / trace.accesses
     run.results = {
-        "requests": len(requests),
-        "accesses": accesses,
-        "different_blocks": different,
-        "primary_blocks": primary_blocks,
+        "requests": len(trace.requests),
+        "accesses": trace.accesses,
+        "different_blocks": trace.different,
+        "primary_blocks": trace.primary_blocks,
         "primary_alone": alone,
         "infinite": infinite,
         "by_capacity": points,
     }
-    print(f"{accesses} accesses to {different} blocks. Hit ratios; the primary has {primary_blocks} blocks:")
-    print(hit_ratios(grid, points, alone, infinite))
-    if len(points) == len(grid):
+    print(
+        f"{trace.accesses} accesses to {trace.different} blocks. Hit ratios; the primary has "
+        f"{trace.primary_blocks} blocks:"
+    )
+    print(hit_ratios(trace.grid, points, alone, infinite))
+    if wrong := trace.objection_to_figure():
+        print(f"No figure: {wrong}.")
+    else:
         run.figures.append(
             Figure(
                 key="replay.hit_ratio_vs_optimal",
-                what="hit ratio / the optimum's, which knows the future, mean over 1/64, 1/32, ... 1/2 of the blocks",
+                what="hit ratio / the optimum's, which knows the future (baseline): the mean over 1/64, 1/32, ... 1/2 "
+                "of the blocks (interval: the least and the most of them)",
                 unit="hits",
                 ratio=statistics.mean(point["ours_to_optimum"] for point in points),
                 goal=GOAL,
                 goal_is=">=",
                 ours=statistics.mean(point["ours"] for point in points),
                 limit=statistics.mean(point["optimum"] for point in points),
+                low=min(point["ours_to_optimum"] for point in points),
+                high=max(point["ours_to_optimum"] for point in points),
             )
         )
-    else:
-        print("No figure: it is the mean over the whole grid, and the trace is too small for that.")
-    draw(run, f"{len(requests)} requests of {name}", points, primary_blocks, alone, infinite)
-    run.finish()
-    return 0
+    draw(run, f"{len(trace.requests)} requests of {trace.name}", points, trace.primary_blocks, alone, infinite)
+    return run.finish()
 
 
 def hit_ratios(grid: dict[str, int], points: Sequence[dict[str, Any]], alone: float, infinite: float) -> str:
@@ -422,17 +411,6 @@ def draw(
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
-
-
-def _requests(parser: argparse.ArgumentParser, trace: Path | None, most: int) -> list[list[int]]:
-    if most < 1:
-        parser.error("--requests must be at least 1")
-    if trace is None:
-        return synthetic_trace(most)
-    try:
-        return read_trace(trace, most)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

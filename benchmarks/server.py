@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,22 +23,46 @@ from typing import Any
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 LEFT_RUNNING_TIMEOUT_S = 15
+# The memory of a primary tier, whose name ends with the process that asked for the server, and a number.
+PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+\.mmap")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """A running server. `url` has no path; `log` grows while it runs; its processes are `process_group`."""
+    """A server. `url` has no path; `log` grows while it runs; its processes are one group, led by `process`."""
 
     url: str
     log: Path
-    process_group: int
+    process: subprocess.Popen[bytes]
+    _is_asked_to_stop: bool = False
 
     def pause(self) -> None:
         """Stop its processes where they are, so that another server has the machine; between requests only."""
-        os.killpg(self.process_group, signal.SIGSTOP)
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        os.killpg(self.process_group, signal.SIGCONT)
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def wait_until_healthy(self) -> None:
+        """Raises RuntimeError with the end of the log if the server does not come up."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(self.log.read_text().splitlines()[-30:])
+                raise RuntimeError(f"the server did not come up; the end of {self.log}:\n{tail}")
+            time.sleep(0.2)
+
+    def ask_to_stop(self) -> None:
+        """Once: asked again, it would leave its work undone. Whoever made it waits for its end."""
+        if self._is_asked_to_stop:
+            return
+        self._is_asked_to_stop = True
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()  # a paused one would not hear
+        self.process.send_signal(signal.SIGTERM)
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """(metric, tier label or "") -> value, of everything at /metrics; series of other labels are added up."""
@@ -74,10 +99,21 @@ def serve(
 ) -> Iterator[Server]:
     """Run the server while in the block, on a free port of this machine.
 
-    model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory.
-    offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the server's.
-    Raises RuntimeError with the end of the log if the server does not come up.
+    model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory (see
+    PRIMARY_MEMORY). offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the
+    server's. Raises RuntimeError with the end of the log if the server does not come up.
     """
+    with launch(model, log, name=name, offloading=offloading, arguments=arguments) as server:
+        server.wait_until_healthy()
+        yield server
+
+
+@contextlib.contextmanager
+def launch(
+    model: Path | str, log: Path, *, name: str, offloading: dict[str, Any] | None, arguments: list[str]
+) -> Iterator[Server]:
+    """As `serve`, but the block begins at once, while the server comes up: others may be started meanwhile."""
+    remove_what_the_dead_left()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,52 +136,65 @@ def serve(
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        # A session of its own: Ctrl-C reaches us alone, and we end the whole group.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
+    server = None
     try:
-        _wait_until_healthy(server, process)
+        with log.open("w") as output, signals_wait():
+            # A session of its own: Ctrl-C reaches us alone, and we end the whole group.
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            server = Server(f"http://127.0.0.1:{port}", log, process)
         yield server
     finally:
-        try:
-            _ask_to_stop(process)
-        finally:  # also after a second Ctrl-C
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            # A server that was killed could not remove its primary tier's memory.
-            for left in glob.glob(f"/dev/shm/vllm_offload_{glob.escape(name)}*"):
-                os.unlink(left)
+        if server is not None:
+            _end(server, name)
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{server.url}/health", timeout=5)
-            return
-        if process.poll() is not None or time.monotonic() > deadline:
-            tail = "\n".join(server.log.read_text().splitlines()[-30:])
-            raise RuntimeError(f"the server did not come up; the end of {server.log}:\n{tail}")
-        time.sleep(0.2)
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """What would unwind us waits for the end of the block: nothing is lost that is not yet in our hands."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    caught = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in caught:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in caught.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
-def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
+def remove_what_the_dead_left(folder: Path = Path("/dev/shm")) -> None:
+    """Primary tiers of servers whose benchmark was killed: memory that nobody else gives back."""
+    for file in folder.glob("vllm_offload_async-tier-*"):
+        found = PRIMARY_MEMORY.fullmatch(file.name)
+        if found and not Path("/proc", found["process"]).exists():
+            file.unlink(missing_ok=True)
+
+
+def _end(server: Server, name: str) -> None:
     """Ask the server, then what it left running: a server that stops while it starts leaves its children behind.
 
     The last of them to go are Python's resource trackers, which remove semaphores and shared memory.
     """
-    with contextlib.suppress(ProcessLookupError):  # a paused one would not hear
-        os.killpg(process.pid, signal.SIGCONT)
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_TIMEOUT_S)
-    deadline = time.monotonic() + LEFT_RUNNING_TIMEOUT_S
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    group = server.process.pid
+    try:
+        server.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(STOP_TIMEOUT_S)
+        deadline = time.monotonic() + LEFT_RUNNING_TIMEOUT_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
+            while time.monotonic() < deadline:
+                os.killpg(group, 0)
+                time.sleep(0.1)
+    finally:  # also after a second Ctrl-C
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        server.process.wait()
+        # A server that was killed could not remove its primary tier's memory.
+        for left in glob.glob(f"/dev/shm/vllm_offload_{glob.escape(name)}*"):
+            os.unlink(left)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import multiprocessing
+import os
 import random
 import re
+import select
 import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from benchmarks import replay
+from benchmarks import replay, tiering
+
+WAIT_S = 30
 
 
 def write(path, *lines: str):
@@ -22,16 +30,17 @@ def write(path, *lines: str):
 @pytest.fixture
 def program(monkeypatch, tmp_path):
     """Runs the program in this process, returns its report, and takes back what a Run does to a process."""
-    at_sigterm = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*options: str):
         output = tmp_path / "replay.json"
-        monkeypatch.setattr("sys.argv", ["replay", "--output", str(output), *options])
+        monkeypatch.setattr("sys.argv", ["replay", "--quick", "--output", str(output), *options])
         assert replay.main() == 0
         return json.loads(output.read_text())
 
     yield run
-    signal.signal(signal.SIGTERM, at_sigterm)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     gc.unfreeze()
 
 
@@ -88,12 +97,12 @@ def test_ids_may_be_of_any_size(tmp_path):
     path = write(tmp_path / "trace.jsonl", json.dumps({"hash_ids": ids}), json.dumps({"hash_ids": ids}))
     requests = replay.read_trace(path, most=2)
     assert requests == [ids, ids]
-    hits = replay.replay(requests, 2 * len(ids), len(ids))
+    hits = tiering.replay(requests, 2 * len(ids), len(ids))
     assert hits.primary + hits.tier == len(ids) == replay.infinite_hits(requests)
 
 
 def test_ids_that_agree_in_their_last_64_bits_are_different_blocks():
-    hits = replay.replay([[1], [1 + (1 << 64)], [1 + (1 << 256)]], 4, 4)
+    hits = tiering.replay([[1], [1 + (1 << 64)], [1 + (1 << 256)]], 4, 4)
     assert hits.primary + hits.tier == 0
 
 
@@ -155,7 +164,7 @@ def test_a_plain_lru_cache_never_beats_the_optimum(seed):
 def test_the_primary_alone_hits_only_what_it_has_itself():
     requests = replay.synthetic_trace(120)
     primary = 2 * max(map(len, requests))
-    hits = replay.replay(requests, primary, 0)
+    hits = tiering.replay(requests, primary, 0)
     assert hits.tier == 0
     assert 0 < hits.primary <= replay.optimal_hits(requests, primary)
 
@@ -200,13 +209,69 @@ def test_a_trace_of_which_nothing_can_be_said_is_refused(program, tmp_path, caps
     with pytest.raises(SystemExit):
         program("--trace", str(path))
     assert re.search(why, capsys.readouterr().err)
+    assert re.search(why, replay.objection(path, quick=False))
+
+
+def test_whether_a_trace_gives_the_figure_is_known_beforehand(tmp_path):
+    assert replay.objection(pairs(tmp_path / "large.jsonl", 400), quick=False) is None
+    small = replay.objection(pairs(tmp_path / "small.jsonl", 100), quick=False)
+    assert small.startswith("small.jsonl has too few different blocks, 200: some capacities, of 1/64, 1/32, ")
+
+
+def test_a_trace_that_cannot_be_read_is_refused_without_a_traceback(program, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        program("--trace", str(tmp_path))
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path} cannot be read: Is a directory\n")
+
+
+def test_processes_count_what_this_one_does():
+    requests = replay.synthetic_trace(40)
+    with replay.processes() as pool:
+        found = [pool.submit(replay.optimal_hits, requests, capacity) for capacity in (3, 30, 300)]
+        assert [each.result() for each in found] == [replay.optimal_hits(requests, each) for each in (3, 30, 300)]
+
+
+def test_processes_end_at_once_when_their_work_is_given_up():
+    before = multiprocessing.active_children()
+    work = []
+
+    def give_up() -> None:
+        with replay.processes() as pool:
+            work.append(pool.submit(select.select, [], [], [], WAIT_S))
+            raise KeyError("given up")
+
+    with pytest.raises(KeyError, match="given up"):
+        give_up()
+    assert isinstance(work[0].exception(), BrokenProcessPool), "the work was waited for"
+    assert multiprocessing.active_children() == before
+
+
+ORPHANS = """
+import multiprocessing, os, signal
+from benchmarks import replay
+with replay.processes() as pool:
+    worker = pool.submit(os.getpid).result()
+    pool.submit(signal.pause)
+    print(worker, flush=True)
+    signal.pause()
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True)
+    with parent, parent.stdout:
+        worker = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+        ended, _, _ = select.select([worker], [], [], WAIT_S)
+        os.close(worker)
+    assert ended, f"the process is still there after {WAIT_S} s"
 
 
 def test_with_room_for_all_the_tier_hits_what_an_infinite_cache_does():
     requests = replay.synthetic_trace(60)
     different = len({block for blocks in requests for block in blocks})
     primary = 2 * max(map(len, requests))
-    hits = replay.replay(requests, primary, different)
+    hits = tiering.replay(requests, primary, different)
     assert hits.blocks == sum(map(len, requests))
     assert hits.primary + hits.tier == replay.infinite_hits(requests)
     assert hits.tier > 0
@@ -215,13 +280,13 @@ def test_with_room_for_all_the_tier_hits_what_an_infinite_cache_does():
 def test_with_little_room_it_hits_less_and_never_more_than_the_optimum():
     requests = replay.synthetic_trace(120)
     primary = 2 * max(map(len, requests))
-    hits = replay.replay(requests, primary, 20)
+    hits = tiering.replay(requests, primary, 20)
     assert 0 < hits.primary + hits.tier < replay.infinite_hits(requests)
     assert hits.primary + hits.tier <= replay.optimal_hits(requests, primary + 20)
 
 
 def test_wrong_bytes_are_noticed():
-    world = replay.Replay(8, 8)
+    world = tiering.Replay(8, 8)
     world.request([1, 2])
     world._rows[:, 0] = 7
     with pytest.raises(RuntimeError, match="wrong bytes"):

@@ -1,0 +1,701 @@
+"""The benchmarks: how they are run together, stopped and refused, and what they do not count. No figure is measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import bench, common, head_of_line, server, serving_parts, serving_report
+from benchmarks.common import Figure, Run
+from benchmarks.head_of_line import Latencies, NotFilled
+from benchmarks.serving import Answer, Contender
+from benchmarks.serving_parts import Parts
+from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
+
+ROOT = Path(bench.__file__).resolve().parent.parent
+WAIT_S = 30
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def signals():
+    """Takes back what a test does to this process's signals."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def make_run(signals, tmp_path):
+    """Makes a Run in this process, and takes back what it does to it."""
+    yield lambda name="benchmark": Run(name, "about", tmp_path / f"{name}.json")
+    gc.unfreeze()
+
+
+def a_figure(key: str, **fields) -> Figure:
+    return Figure(**{"key": key, "what": "what", "unit": "s", "ratio": 1.5, "goal": 2.0, "goal_is": "<=", **fields})
+
+
+# ------------------------------------------------------------------------------------------------------- being stopped
+
+# A benchmark that takes its time to end: four times what subprocess.run gives it after Ctrl-C.
+SLOW = """
+import pathlib, select, signal, sys
+def end(number, frame):
+    print("told", flush=True)
+    select.select([], [], [], 1.0)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(0)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, end)
+print("ready", flush=True)
+signal.pause()
+"""
+# One that only hurries when it is told by Ctrl-C, and says by what it was told.
+HURRIED = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda number, frame: print("told", flush=True))
+signal.signal(signal.SIGINT, lambda number, frame: sys.exit(0))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+STUBBORN = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: print("told", flush=True))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+RUNNER = "import sys; from benchmarks.bench import Runner; Runner().run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def word(process: subprocess.Popen) -> str:
+    """The next line that it, or what it started, prints."""
+    ready, _, _ = select.select([process.stdout], [], [], WAIT_S)
+    assert ready, f"not a word from the process in {WAIT_S} s"
+    return process.stdout.readline().decode().strip()
+
+
+@pytest.fixture
+def runner():
+    """Starts a Runner in a process of its own, as the leader of a group, with a benchmark of this source."""
+    started: list[subprocess.Popen] = []
+
+    def start(source: str, *arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-c", RUNNER, source, *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+        started.append(process)
+        assert word(process) == "ready"
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_benchmark_that_is_stopped_has_the_time_it_needs_to_end(runner, tmp_path, number):
+    process = runner(SLOW, tmp_path / "cleaned up")
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert word(process) == "told"
+    assert process.wait(WAIT_S) == 128 + number
+    assert (tmp_path / "cleaned up").exists()
+
+
+def test_a_second_signal_hurries_it(runner):
+    process = runner(HURRIED)
+    process.terminate()
+    assert word(process) == "told"
+    process.terminate()
+    assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+
+
+def test_a_third_signal_kills_it(runner):
+    process = runner(STUBBORN)
+    for _ in range(2):
+        process.terminate()
+        assert word(process) == "told"
+    process.terminate()
+    assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+
+
+def test_a_benchmark_unwinds_when_its_terminal_closes(make_run):
+    make_run()
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGHUP)):
+        signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGTERM)  # from whoever waits for it: it is on its way already
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_nohup_ignores_stays_ignored(make_run):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    make_run()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_signals_wait_until_a_new_server_is_in_our_hands(signals):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    done = []
+
+    def make() -> None:
+        with server.signals_wait():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("made")
+
+    with pytest.raises(SystemExit):
+        make()
+    assert done == ["made"]
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------------------------ together
+
+
+@pytest.fixture
+def benchmarks(monkeypatch, tmp_path, signals):
+    """Pretends to run benchmarks. Yields {name: (exit status, figures it writes or None)}, and where they write."""
+    found: dict[str, tuple[int, list[Figure] | None]] = {
+        name: (0, [a_figure(f"{name}.{key}") for key in keys]) for name, keys in bench.FIGURES.items()
+    }
+    ran: list[list[str]] = []
+
+    def run(_self, command: list[str]) -> int:
+        ran.append(command)
+        name = command[2].removeprefix("benchmarks.")
+        status, figures = found[name]
+        output = Path(command[command.index("--output") + 1])
+        if figures is not None:
+            summary = {each.key: {**dataclasses.asdict(each), "met": each.is_met} for each in figures}
+            output.write_text(json.dumps({"summary": summary}))
+        return status
+
+    monkeypatch.setattr(bench.Runner, "run", run)
+    monkeypatch.setattr(bench, "BUILD", tmp_path)
+    monkeypatch.setattr(bench, "shortage", lambda names, quick: None)
+    return SimpleNamespace(found=found, ran=ran, folder=tmp_path)
+
+
+def call(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["bench", *map(str, arguments)])
+    return bench.main()
+
+
+def test_the_figures_of_all_benchmarks_come_together(benchmarks, monkeypatch, capsys):
+    assert call(monkeypatch) == 0
+    summary = json.loads((benchmarks.folder / "summary.json").read_text())
+    keys = {f"{name}.{key}" for name, found in bench.FIGURES.items() for key in found}
+    assert set(summary["figures"]) == keys
+    assert len(keys) == 14
+    assert all(summary[key] == 1.5 and summary["figures"][key]["met"] for key in keys)
+    assert summary["failed"] == {}
+    assert list(summary["seconds"]) == list(bench.FIGURES)
+    out = capsys.readouterr().out
+    assert all(key in out for key in keys)
+    assert "seconds: copy_rate 0, " in out
+
+
+def test_a_figure_that_is_left_out_fails_the_run_by_name(benchmarks, monkeypatch, capsys):
+    benchmarks.found["replay"] = (0, [])
+    assert call(monkeypatch) == 1
+    assert "FAILED: replay: it has no figure replay.hit_ratio_vs_optimal" in capsys.readouterr().err
+    summary = json.loads((benchmarks.folder / "summary.json").read_text())
+    assert list(summary["failed"]) == ["replay"]
+    assert "serving.ttft_vs_fs" in summary["figures"]
+
+
+def test_figures_of_a_benchmark_that_fails_are_not_shown(benchmarks, monkeypatch, capsys):
+    benchmarks.found["serving"] = (1, benchmarks.found["serving"][1])
+    benchmarks.found["overlap"] = (-signal.SIGKILL, None)
+    benchmarks.found["copy_rate"] = (0, None)
+    assert call(monkeypatch) == 1
+    summary = json.loads((benchmarks.folder / "summary.json").read_text())
+    assert summary["failed"] == {
+        "copy_rate": "it left no copy_rate.json",
+        "overlap": "exit status -9",
+        "serving": "exit status 1",
+    }
+    assert not [key for key in summary["figures"] if key.startswith(("serving", "overlap", "copy_rate"))]
+    assert "FAILED: serving: exit status 1" in capsys.readouterr().err
+
+
+def test_what_an_earlier_run_left_is_gone_before_the_first_benchmark(benchmarks, monkeypatch):
+    for name in ("summary.json", "replay.json", "replay.png", "serving.png"):
+        (benchmarks.folder / name).write_text("{}")
+    benchmarks.found["replay"] = (1, None)
+    assert call(monkeypatch, "replay") == 1
+    assert {file.name for file in benchmarks.folder.iterdir()} == {"summary.json", "serving.png"}
+    assert json.loads((benchmarks.folder / "summary.json").read_text())["failed"] == {"replay": "exit status 1"}
+
+
+def test_quick_results_never_take_the_place_of_real_ones(benchmarks, monkeypatch):
+    assert call(monkeypatch, "--quick", "overlap") == 0
+    assert [file.name for file in benchmarks.folder.iterdir()] == ["quick"]
+    assert "--quick" in benchmarks.ran[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["sewing"], "no benchmark is called 'sewing'; there are copy_rate, "),
+        (["--trace", "TRACE", "overlap"], "--trace is for replay, which is not among overlap"),
+        (["--trace", "/nowhere/trace"], "--trace: /nowhere/trace cannot be read: No such file or directory"),
+        (["--trace", "TRACE"], "trace.jsonl, line 1: not JSON"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_the_first_benchmark(
+    benchmarks, monkeypatch, tmp_path, capsys, arguments, why
+):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("no trace\n")
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, *(str(trace) if each == "TRACE" else each for each in arguments))
+    assert why in capsys.readouterr().err
+    assert not benchmarks.ran
+
+
+def test_a_trace_too_small_for_the_figure_is_refused_before_the_first_benchmark(
+    benchmarks, monkeypatch, tmp_path, capsys
+):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"hash_ids": [1, 2, 3]}\n' * 5)
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "--trace", trace)
+    assert "too few different blocks, 3" in capsys.readouterr().err
+    assert not benchmarks.ran
+
+
+def test_what_the_machine_lacks_is_said_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(bench, "NEEDS", {"overlap": (0, 0), "serving": (10**6, 3)})
+    assert bench.shortage(["overlap"], quick=False) is None
+    lacking = bench.shortage(["overlap", "serving"], quick=False)
+    assert lacking.startswith("overlap, serving may need 1000000 GiB of memory, 3 GiB of it in /dev/shm; ")
+    monkeypatch.setattr(bench, "NEEDS", {"serving": (0, 10**6)})
+    assert "1000000 GiB of it in /dev/shm" in bench.shortage(["serving"], quick=False)
+
+
+@pytest.mark.parametrize("arguments", [["serving"], ["--quick", "serving"]])
+def test_too_small_a_machine_is_refused_before_the_first_benchmark(monkeypatch, capsys, arguments):
+    for needs in ("NEEDS", "QUICK_NEEDS"):
+        monkeypatch.setitem(getattr(bench, needs), "serving", (10**6, 0))
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("a benchmark was run"))
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, *arguments)
+    assert "serving may need 1000000 GiB" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- common
+
+
+def test_the_table_says_what_each_figure_is():
+    text = common.table(
+        [
+            a_figure("one.ratio", what="the one / the other (baseline)", ours=3.0, limit=2000.0, low=1.25, high=1.75),
+            a_figure("two.ratio", ratio=2.5, what="pairs", paired=True),
+        ]
+    )
+    head, one, what_one, two, what_two = text.splitlines()
+    assert "limit or baseline" in head
+    assert " ".join(one.split()) == "one.ratio 3 - - 2000 s 1.500 1.250 to 1.750 <= 2 ok"
+    assert what_one.strip() == "the one / the other (baseline)"
+    assert " ".join(two.split()) == "two.ratio - - - - s 2.500 - <= 2 MISSED"
+    assert what_two.strip() == "pairs; the median of ratios, pair by pair"
+
+
+def test_a_chance_interval_holds_the_estimate_and_narrows_with_samples():
+    draw = np.random.default_rng(0)
+
+    def width(count: int) -> float:
+        values = draw.normal(10, 1, count)
+        low, high = common.chance_interval(lambda drawn: np.median(drawn, axis=-1), values)
+        assert low <= np.median(values) <= high
+        return high - low
+
+    assert width(1000) < width(20) / 3
+
+
+def test_pairs_are_drawn_together():
+    values = [1.0, 10.0, 100.0, 1000.0]
+    low, high = common.chance_interval(
+        lambda mine, theirs: np.median(mine / theirs, axis=-1), [2 * each for each in values], values, paired=True
+    )
+    assert low == high == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("x.png", "is where the picture would go"),
+        (".", "cannot be written: Is a directory"),
+        ("/proc/x.json", "cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_at_once(name, why, capsys):
+    with pytest.raises(SystemExit):
+        common.arguments("about").parse_args(["--output", name])
+    assert why in capsys.readouterr().err
+
+
+def test_looking_at_the_output_leaves_no_file_and_harms_none(tmp_path):
+    parser: argparse.ArgumentParser = common.arguments("about")
+    parser.parse_args(["--output", str(tmp_path / "folder" / "new.json")])
+    assert not list((tmp_path / "folder").iterdir())
+    (tmp_path / "old.json").write_text("old")
+    parser.parse_args(["--output", str(tmp_path / "old.json")])
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_a_run_with_failures_writes_them_and_fails(make_run, capsys):
+    run = make_run()
+    run.failures.append("nothing was measured")
+    assert run.finish() == 1
+    assert json.loads(run.output.read_text())["failures"] == ["nothing was measured"]
+    assert capsys.readouterr().err == "FAILED: nothing was measured\n"
+    assert make_run("other").finish() == 0
+
+
+@pytest.mark.parametrize("name", ["bench", "head_of_line", "replay", "serving"])
+def test_help_does_not_wait_for_vllm(name):
+    source = f"import sys, benchmarks.{name}; sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT).returncode == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+def test_memory_that_killed_benchmarks_left_is_removed_and_no_other(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [f"vllm_offload_async-tier-{dead.pid}-0.mmap", f"vllm_offload_async-tier-serving-{dead.pid}-3.mmap"]
+    others = [
+        f"vllm_offload_async-tier-{os.getpid()}-0.mmap",
+        f"vllm_offload_async-tier-serving-{os.getpid()}-1.mmap",
+        f"vllm_offload_engine-{dead.pid}-0.mmap",
+        f"vllm_offload_async-tier-{dead.pid}-0.mmap.kept",
+    ]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    server.remove_what_the_dead_left(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(others)
+
+
+def a_server(tmp_path: Path, source: str) -> server.Server:
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], bufsize=0, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert word(process) == "ready"
+    return server.Server("http://127.0.0.1:1", tmp_path / "log", process)
+
+
+def test_a_paused_server_hears_that_it_is_to_stop_and_is_asked_once(tmp_path):
+    source = """
+import signal, sys
+def end(number, frame):
+    print("told", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("told twice"))
+    signal.sigtimedwait([signal.SIGUSR1], 30)
+    sys.exit(0)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+signal.pause()
+"""
+    found = a_server(tmp_path, source)
+    with found.process.stdout:
+        found.pause()
+        found.ask_to_stop()
+        assert word(found.process) == "told"
+        found.ask_to_stop()
+        found.process.send_signal(signal.SIGUSR1)
+        assert found.process.wait(WAIT_S) == 0
+
+
+def test_a_server_that_does_not_come_up_is_told_of_with_its_log(tmp_path):
+    found = a_server(tmp_path, "print('ready', flush=True)")
+    with found.process.stdout:
+        found.log.write_text("all is well\nno such model\n")
+        with pytest.raises(RuntimeError, match=r"did not come up; the end of .*\n.*\nno such model"):
+            found.wait_until_healthy()
+
+
+def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_path, monkeypatch, signals):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    started = []
+    popen = subprocess.Popen
+
+    def interrupted(command, **options):
+        started.append(popen([sys.executable, "-c", "import signal; signal.pause()"], **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(server.subprocess, "Popen", interrupted)
+    with pytest.raises(SystemExit), server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
+        pytest.fail("the signal came before the block")
+    assert started[0].returncode is not None
+
+
+# -------------------------------------------------------------------------------------------------------- head of line
+
+
+class Loads:
+    """A contender whose loads behind stores are given: (bytes queued before, at the end), or why there are none."""
+
+    fs = None
+
+    def __init__(self, *loads: tuple[int, int] | str) -> None:
+        self._loads = iter(loads)
+
+    def idle_load(self) -> float:
+        return 0.001
+
+    def load_behind_stores(self) -> tuple[float, int, int]:
+        load = next(self._loads)
+        if isinstance(load, str):
+            raise NotFilled(load)
+        return (0.002, *load)
+
+    def drain(self) -> None:
+        pass
+
+
+FULL = (200, 100)
+
+
+def test_loads_with_too_little_queued_before_them_or_nothing_at_their_end_do_not_count():
+    loads = [FULL, FULL, (99, 50), (100, 1), (100, 0), (300, 200)]  # the first is to warm up
+    found = Latencies()
+    found.take_behind_stores(Loads(*loads), most=3, queued_bytes=100, seconds=WAIT_S)
+    assert len(found.loaded) == 3
+    assert (found.tried, found.too_short, found.ended) == (5, 1, 1)
+    assert (found.least_at_submission, found.least_at_end) == (100, 1)
+
+
+def test_idle_loads_and_those_behind_stores_take_turns():
+    order: list[str] = []
+
+    class Noted(Loads):
+        def idle_load(self) -> float:
+            order.append("idle")
+            return super().idle_load()
+
+        def load_behind_stores(self) -> tuple[float, int, int]:
+            order.append("behind")
+            return super().load_behind_stores()
+
+    found = head_of_line.measure_tier(Noted(*[FULL] * 60), samples=50, queued_bytes=100, seconds=WAIT_S)
+    assert len(found.idle) == len(found.loaded) == 50
+    changes = [one for one, other in zip(order, [*order[1:], ""], strict=True) if one != other]
+    assert changes == ["idle", "behind"] * 2
+
+
+def test_a_queue_that_cannot_be_filled_leaves_the_tier_unmeasured_in_words():
+    found = head_of_line.measure_tier(Loads(FULL, FULL, "they end at once"), 50, queued_bytes=100, seconds=WAIT_S)
+    assert len(found.idle) == 50
+    assert "20 have to be left; then they end at once" in found.objection(100)
+    assert "not measured: of 1 loads" in head_of_line.latency_table({"ours": found}, 100)
+
+
+def test_too_little_time_leaves_the_tier_unmeasured():
+    found = head_of_line.measure_tier(Loads(*[FULL] * 50), samples=50, queued_bytes=100, seconds=0)
+    assert not found.loaded
+    assert found.objection(100) is not None
+
+
+def test_of_few_samples_there_is_no_99th_percentile():
+    assert head_of_line.milliseconds([0.001] * 99)["p99"] is None
+    assert head_of_line.milliseconds([0.001] * 100)["p99"] == pytest.approx(1)
+    assert head_of_line.milliseconds([0.001] * 19)["p50"] is None
+
+
+@pytest.fixture
+def no_tiers(monkeypatch, signals):
+    monkeypatch.setattr(head_of_line, "tiers", SimpleNamespace(JOB_BLOCKS=32))
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(("samples", "status"), [(120, 0), (99, 1)])
+def test_without_a_99th_percentile_of_ours_the_benchmark_fails_in_words(
+    no_tiers, monkeypatch, tmp_path, capsys, samples, status
+):
+    both = Latencies([0.001] * 120, [0.0015] * samples, 1 << 32, 1 << 31)
+    monkeypatch.setattr(head_of_line, "measure", lambda *_: {"ours": both, "fs": Latencies([0.1] * 30)})
+    monkeypatch.setattr("sys.argv", ["head_of_line", "--output", str(tmp_path / "x.json")])
+    assert head_of_line.main() == status
+    report = json.loads((tmp_path / "x.json").read_text())
+    if status:
+        assert report["summary"] == {}
+        assert "no 99th percentile of ours behind stores: 99 samples, and 100 are needed" in capsys.readouterr().err
+    else:
+        found = report["summary"]["head_of_line.p99_vs_idle"]
+        assert found["low"] == found["ratio"] == found["high"] == pytest.approx(1.5)
+        assert report["results"]["by_tier"]["fs"]["not_measured"].startswith("of 0 loads in 0 s")
+
+
+# ------------------------------------------------------------------------------------------------------------- serving
+
+PROMPT = 1000
+
+
+def an_answer(text: str = "text", first: float = 0.1, cached: int = 0) -> Answer:
+    return Answer(first, first + 0.1, text, tokens=12, prompt_tokens=PROMPT, cached_tokens=cached)
+
+
+def some_parts(lookups: float = 0.0) -> Parts:
+    return Parts(0.1, 0.01, lookups, 0.0, 0.0, 0.0, 0.09, queries=10, hits=8)
+
+
+def a_contender(name: str, tracebacks: int = 0) -> Contender:
+    """What it should have answered."""
+    hit, from_cache = (0, 0) if name in (NO_OFFLOAD, PRIMARY) else (PROMPT - 100, PROMPT - 50)
+    contender = Contender(SimpleNamespace(tracebacks=lambda: ["Traceback"] * tracebacks), [], name in (FS, OURS))
+    turns = 2 if name == PRIMARY else 3
+    of_each = 1 if name == PRIMARY else 2
+    contender.turns = [
+        [an_answer(f"{turn} {at}", cached=hit if turn else 0) for at in range(of_each)] for turn in range(turns)
+    ]
+    if contender.repeats:
+        contender.repeated = [an_answer(answer.text, cached=from_cache) for answer in contender.later]
+    asked = (0, 1) if name in (PRIMARY, FS) else range(4)
+    contender.unique = {number: an_answer(f"unique {number}", first=0.2) for number in asked}
+    contender.parts = [some_parts() for _ in contender.later]
+    return contender
+
+
+@pytest.fixture
+def contenders() -> dict[str, Contender]:
+    return {name: a_contender(name) for name in (NO_OFFLOAD, PRIMARY, FS, OURS)}
+
+
+def test_servers_that_answer_as_they_should_make_no_failures(contenders):
+    assert serving_report.failures(contenders) == []
+
+
+def changed(answer: Answer, **fields) -> Answer:
+    return dataclasses.replace(answer, **fields)
+
+
+def other_text_of_a_turn(contenders):
+    contenders[PRIMARY].turns[1][0] = changed(contenders[PRIMARY].turns[1][0], text="other")
+
+
+def other_text_when_asked_once(contenders):
+    contenders[FS].unique[1] = changed(contenders[FS].unique[1], text="other")
+
+
+def other_text_when_asked_again(contenders):
+    contenders[OURS].repeated[0] = changed(contenders[OURS].repeated[0], text="other")
+
+
+def hits_of_unique_prompts(contenders):
+    contenders[OURS].unique = {at: changed(each, cached_tokens=60) for at, each in contenders[OURS].unique.items()}
+
+
+def hits_without_offloading(contenders):
+    contenders[NO_OFFLOAD].turns[1] = [changed(each, cached_tokens=400) for each in contenders[NO_OFFLOAD].turns[1]]
+
+
+def hits_in_the_primary(contenders):
+    contenders[PRIMARY].turns[1] = [changed(each, cached_tokens=400) for each in contenders[PRIMARY].turns[1]]
+
+
+def recomputed_in_part(contenders):
+    contenders[OURS].turns[2][1] = changed(contenders[OURS].turns[2][1], cached_tokens=PROMPT - 500)
+
+
+def no_floor(contenders):
+    contenders[FS].turns[1][0] = changed(contenders[FS].turns[1][0], cached_tokens=500)
+    contenders[FS].repeated[0] = changed(contenders[FS].repeated[0], cached_tokens=500)
+
+
+def tracebacks(contenders):
+    contenders[OURS].server = SimpleNamespace(tracebacks=lambda: ["Traceback"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (other_text_of_a_turn, "primary alone: 1 of its texts differ"),
+        (other_text_when_asked_once, "fs: 1 of its texts differ"),
+        (other_text_when_asked_again, "ours: 1 of its texts differ"),
+        (hits_of_unique_prompts, "ours: 6% of prompts that share nothing were cached"),
+        (hits_without_offloading, "no offloading: 20% of later turns were not recomputed"),
+        (hits_in_the_primary, "primary alone: 40% of later turns were not recomputed"),
+        (recomputed_in_part, "ours: 1 of 4 later turns did not come from the tier"),
+        (no_floor, "fs: a prompt that was repeated at once was not in the KV cache"),
+        (tracebacks, "ours: the server's log has 1 tracebacks"),
+    ],
+)
+def test_what_makes_figures_worthless_is_said(contenders, spoil, why):
+    spoil(contenders)
+    (sentence,) = serving_report.failures(contenders)
+    assert sentence.startswith(why)
+
+
+def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run, capsys):
+    run = make_run("serving")
+    other_text_of_a_turn(contenders)
+    serving_report.report(run, contenders)
+    assert run.finish() == 1
+    report = json.loads(run.output.read_text())
+    assert [*report["summary"]] == [f"serving.{key}" for key in bench.FIGURES["serving"]]
+    assert len(report["failures"]) == 1
+    assert run.picture.exists()
+    later = report["results"][OURS]["ttft_ms_later_turns"]
+    assert later["largest"] == pytest.approx(100)
+    assert "p99" not in later  # of four
+    assert report["results"][OURS]["hit_ratio_of_the_tier"] == pytest.approx(0.8)
+    assert "computing" in capsys.readouterr().out
+
+
+def test_overhead_compares_the_prompts_that_both_were_asked():
+    base = {number: an_answer(first=number) for number in range(1, 5)}
+    mine = {number: an_answer(first=1.1 * number) for number in (2, 4)}
+    found = serving_report.overhead(mine, base)
+    assert found["to_first_token"]["ratio"] == pytest.approx(0.1)
+    assert found["after_it"]["ratio"] == pytest.approx(0.0)
+
+
+def test_the_parts_of_a_request_are_what_metrics_grew_by():
+    def metrics(requests: int) -> dict[tuple[str, str], float]:
+        offload = "vllm:kv_offload_"
+        return {
+            ("vllm:request_queue_time_seconds_sum", ""): 0.5 * requests,
+            ("vllm:request_prefill_time_seconds_sum", ""): 0.3 * requests,
+            ("vllm:request_prefill_time_seconds_count", ""): requests,
+            (f"{offload}lookup_async_delay_seconds_sum", ""): 0.2 * requests,
+            (f"{offload}load_time_total", ""): 0.1 * requests,
+            (f"{offload}tiering_read_time_total", "0:primary"): 100 * requests,
+            (f"{offload}tiering_read_time_total", "1:async"): 0.15 * requests,
+            (f"{offload}tiering_chunk_queries_total", "1:async"): 10 * requests,
+            (f"{offload}tiering_chunk_hits_total", "1:async"): 5 * requests,
+        }
+
+    parts = Parts.between(metrics(1), metrics(2), first=1.0)
+    assert dataclasses.astuple(parts) == pytest.approx((1.0, 0.2, 0.2, 0.15, 0.1, 0.2, 0.3, 10, 5))
+    assert serving_parts.hit_ratio([parts, parts]) == 0.5
+    assert serving_parts.hit_ratio([]) is None
+    assert serving_parts.answered(metrics(3)) == 3
