@@ -236,11 +236,21 @@ class Run:
         return 1 if self.failures else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = super().parse_known_args(args, namespace)
+        if options.quick and options.output is None:  # never in the place of real results
+            options.output = BUILD / "quick" / f"{Path(sys.argv[0]).stem}.json"
+        return options, rest
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=_output, help="JSON to write; the picture goes beside it (build/bench/NAME.json)"
+        "--output",
+        type=_output,
+        help="JSON to write; the picture goes beside it (build/bench/NAME.json, build/bench/quick/NAME.json)",
     )
     parser.add_argument("--quick", action="store_true", help="little work: shows that it runs, not how fast")
     return parser

@@ -34,8 +34,8 @@ from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
 CONVERSATIONS, TURNS, TOKENS = 5, 4, 1800
 # Of an answer: enough to see that texts are equal, few, because decoding is not what is measured.
 MAX_TOKENS = 12
-# Of the answer that a server is woken with.
-WAKE_TOKENS = 4
+# Of the answer that a server is woken with, and of one to a prompt that is repeated: its first token is what counts.
+SHORT_TOKENS = 4
 # Prompts that are asked once, of fewer tokens: on two cores each takes half a second. A few on one server, then the
 # same on the next.
 ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 20, 2, 500
@@ -114,7 +114,7 @@ class Contender:
     def awake(self) -> Iterator[None]:
         """Let the server run, and ask it something short first, which pays for what waking up costs."""
         self.server.resume()
-        self.ask("Hello.", WAKE_TOKENS)
+        self.ask("Hello.", SHORT_TOKENS)
         yield
         self.server.pause()
 
@@ -134,7 +134,7 @@ class Contender:
         if turn:
             self.parts.append(Parts.between(before, self._metrics(), answer.first))
             if self.repeats:
-                self.repeated.append(self.ask(prompt))
+                self.repeated.append(self.ask(prompt, SHORT_TOKENS))
         self.contexts[number] = prompt + answer.text
 
     def ask(self, prompt: str, tokens: int = MAX_TOKENS) -> Answer:
@@ -223,8 +223,9 @@ def main() -> int:
         f"{rounds} rounds of {PROMPTS_A_ROUND} prompts of {UNIQUE_TOKENS} tokens that share nothing, of which "
         f"{' and '.join(EVERY_OTHER_ROUND)} take every other one. Servers change after every conversation's turn and "
         "after every round, in random order; all but one are paused, and a short request after each change is not "
-        f"measured. One request at a time; {MAX_TOKENS} tokens an answer, float32; tokens a second include the wait "
-        "for the first. vLLM's metrics are read before and after each prompt of a later turn.",
+        f"measured. One request at a time; {MAX_TOKENS} tokens an answer, {SHORT_TOKENS} when asked again, float32; "
+        "tokens a second include the wait for the first. vLLM's metrics are read before and after each prompt of a "
+        "later turn.",
         options.output,
     )
     run.output.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +234,8 @@ def main() -> int:
         tokenizer = AutoTokenizer.from_pretrained(model)
         token_bytes = kv_bytes_per_token(model, FLOAT32_BYTES)
     except (OSError, ValueError) as error:
-        parser.error(f"{options.model or 'the model'} cannot be loaded: {str(error).splitlines()[0]}")
+        neither = "neither a folder with a model and its tokenizer nor the name of one that can be fetched"
+        parser.error(f"--model {options.model} is {neither}" if options.model else str(error))
     texts = documents(conversations, tokens, tokenizer)
     others = documents(conversations + rounds * PROMPTS_A_ROUND, UNIQUE_TOKENS, tokenizer)[conversations:]
     # Each begins with a number of its own, so that not even their first block is shared.

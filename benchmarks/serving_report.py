@@ -183,14 +183,16 @@ def failures(contenders: dict[str, Contender]) -> list[str]:
         ]
         again = list(zip(contender.later, contender.repeated, strict=contender.repeats))
         once = [(answer, base.unique[number]) for number, answer in contender.unique.items()]
-        if differing := sum(one.text != other.text for one, other in (*turns, *again, *once)):
+        differing = sum(one.text != other.text for one, other in (*turns, *once))
+        differing += sum(not answer.text.startswith(shorter.text) for answer, shorter in again)
+        if differing:
             wrong.append(f"{name}: {differing} of its texts differ from those with no offloading, or when asked again")
         if (share := cached_share(list(contender.unique.values()))) > NO_HITS:
             wrong.append(f"{name}: {share:.0%} of prompts that share nothing were cached")
         if name in (NO_OFFLOAD, PRIMARY) and (share := cached_share(contender.later)) > NO_HITS:
             wrong.append(f"{name}: {share:.0%} of later turns were not recomputed")
         # But for a block that the question or the answer before it has filled.
-        short = sum(asked_again.cached_tokens - later.cached_tokens > BLOCK_TOKENS for later, asked_again in again)
+        short = sum(shorter.cached_tokens - answer.cached_tokens > BLOCK_TOKENS for answer, shorter in again)
         if short:
             wrong.append(f"{name}: {short} of {len(again)} later turns did not come from the tier")
         if any(answer.cached_tokens < answer.prompt_tokens - BLOCK_TOKENS for answer in contender.repeated):

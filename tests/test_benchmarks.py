@@ -359,6 +359,12 @@ def test_an_output_that_cannot_be_is_refused_at_once(name, why, capsys):
     assert why in capsys.readouterr().err
 
 
+def test_a_quick_run_by_itself_does_not_write_over_real_results_either(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/overlap.py", "--quick"])
+    assert common.arguments("about").parse_args().output == common.BUILD / "quick" / "overlap.json"
+    assert common.arguments("about").parse_args([]).output is None
+
+
 def test_looking_at_the_output_leaves_no_file_and_harms_none(tmp_path):
     parser: argparse.ArgumentParser = common.arguments("about")
     parser.parse_args(["--output", str(tmp_path / "folder" / "new.json")])
@@ -578,7 +584,7 @@ def a_contender(name: str, tracebacks: int = 0) -> Contender:
         [an_answer(f"{turn} {at}", cached=hit if turn else 0) for at in range(of_each)] for turn in range(turns)
     ]
     if contender.repeats:
-        contender.repeated = [an_answer(answer.text, cached=from_cache) for answer in contender.later]
+        contender.repeated = [an_answer(answer.text[:2], cached=from_cache) for answer in contender.later]
     asked = (0, 1) if name in (PRIMARY, FS) else range(4)
     contender.unique = {number: an_answer(f"unique {number}", first=0.2) for number in asked}
     contender.parts = [some_parts() for _ in contender.later]
