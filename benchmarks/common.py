@@ -300,6 +300,7 @@ def _unwind(number: int, frame: object) -> None:
     # A terminal that closes sends SIGHUP, and whoever waits for us SIGTERM: one is enough. Ctrl-C hurries the way out.
     for other in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())  # print is not reentrant
     raise SystemExit(128 + number)
 
 

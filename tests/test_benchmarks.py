@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import bench, common, head_of_line, server, serving_parts, serving_report
+from benchmarks import bench, common, head_of_line, server, serving, serving_parts, serving_report
 from benchmarks.common import Figure, Run
 from benchmarks.head_of_line import Latencies, NotFilled
 from benchmarks.serving import Answer, Contender
@@ -30,10 +30,12 @@ WAIT_S = 30
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def signals():
-    """Takes back what a test does to this process's signals."""
+    """None is ignored, as with nohup, in this process and its children; takes back what a test does to them."""
     handlers = {number: signal.getsignal(number) for number in STOPS}
+    for number in STOPS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -141,10 +143,11 @@ def test_a_third_signal_kills_it(runner):
     assert process.wait(WAIT_S) == 128 + signal.SIGTERM
 
 
-def test_a_benchmark_unwinds_when_its_terminal_closes(make_run):
+def test_a_benchmark_unwinds_when_its_terminal_closes(make_run, capfd):
     make_run()
     with pytest.raises(SystemExit, match=str(128 + signal.SIGHUP)):
         signal.raise_signal(signal.SIGHUP)
+    assert capfd.readouterr().err == "stopped by SIGHUP\n"
     signal.raise_signal(signal.SIGTERM)  # from whoever waits for it: it is on its way already
     with pytest.raises(SystemExit):
         signal.raise_signal(signal.SIGINT)
@@ -659,6 +662,55 @@ def test_what_makes_figures_worthless_is_said(contenders, spoil, why):
     spoil(contenders)
     (sentence,) = serving_report.failures(contenders)
     assert sentence.startswith(why)
+
+
+class Counting:
+    """A server that answers, and counts its answers one look late."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self._told = 0
+        self.looks = 0
+        monkeypatch.setattr(Answer, "of", self.answer)
+
+    def answer(self, _server, prompt: str, tokens: int) -> Answer:
+        self.asked.append((prompt, tokens))
+        return an_answer(f" answer {len(self.asked)}")
+
+    def metrics(self) -> dict[tuple[str, str], float]:
+        self.looks += 1
+        told, self._told = self._told, len(self.asked)
+        return {
+            ("vllm:request_prefill_time_seconds_count", ""): told,
+            ("vllm:request_prefill_time_seconds_sum", ""): 0.05 * told,
+        }
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_conversation_goes_on_with_its_answers_and_only_later_turns_are_asked_again(monkeypatch, repeats):
+    counting = Counting(monkeypatch)
+    contender = Contender(counting, ["one", "two"], repeats)
+    for _ in range(2):
+        for number in range(2):
+            contender.converse(number)
+    prompts = [prompt for prompt, tokens in counting.asked if tokens == serving.MAX_TOKENS]
+    again = [prompt for prompt, tokens in counting.asked if tokens == serving.SHORT_TOKENS]
+    assert [prompt.split("\n")[0] for prompt in prompts] == ["one", "two"] * 2
+    assert prompts[2].startswith(f"{prompts[0]} answer 1\nTurn 2: ")
+    assert again == prompts[2:] * repeats
+    assert len(contender.repeated) == 2 * repeats
+    assert [len(turn) for turn in contender.turns] == [2, 2]
+    assert [parts.computing for parts in contender.parts] == pytest.approx([0.05] * 2)  # each its own alone
+
+
+def test_metrics_that_never_count_an_answer_are_told_of(monkeypatch):
+    counting = Counting(monkeypatch)
+    monkeypatch.setattr(serving, "METRICS_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(counting, "metrics", dict)
+    contender = Contender(counting, ["one"], False)
+    contender.converse(0)
+    with pytest.raises(RuntimeError, match="do not have all of its 1 answers"):
+        contender.converse(0)
 
 
 def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run, capsys):
