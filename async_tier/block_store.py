@@ -453,8 +453,7 @@ class BlockStore:
             self.fault(f"take job {job_id}", f"{len(keys)} keys but {len(numbers)} row numbers")
             return None
         # An array's are all of one type; of more dimensions, its list has lists.
-        first_tells = isinstance(rows, np.ndarray) and numbers
-        if not (type(numbers[0]) is int if first_tells else set(map(type, numbers)) <= {int}):
+        if any(type(number) is not int for number in (numbers[:1] if isinstance(rows, np.ndarray) else numbers)):
             self.fault(f"take job {job_id}", "row numbers must be integers")
             return None
         if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):

@@ -132,28 +132,17 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         run = self._run(sequence)
-        run_of = self._run_of
-        moved: Sequence[bytes] = []
+        rows, run_of = self._rows, self._run_of
+        moved = []
         left: dict[_Run, int] = {}
-        there = list(map(self._rows.__getitem__, keys))
-        homes = set(map(run_of.__getitem__, there))
-        if len(homes) == 1 and run not in homes and len(set(there)) == len(there):
-            # A few calls and not a few for each key: all blocks of another run, as after the lookups of a prompt.
-            moved = keys
-            (home,) = homes
-            if home is not None:
-                left[home] = len(keys)
-            for row in there:
+        for key in keys:
+            row = rows[key]
+            old = run_of[row]
+            if old is not run:
                 run_of[row] = run
-        elif homes != {run}:
-            moved = []
-            for key, row in zip(keys, there, strict=True):
-                home = run_of[row]
-                if home is not run:
-                    run_of[row] = run
-                    moved.append(key)
-                    if home is not None:
-                        left[home] = left.get(home, 0) + 1
+                moved.append(key)
+                if old is not None:
+                    left[old] = left.get(old, 0) + 1
         for old, count in left.items():
             old.prefix = run  # what stays there comes after what moved
             self._leave(old, count)

@@ -13,7 +13,7 @@ import ctypes
 import logging
 import os
 import sys
-import time
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import harmonic_mean
@@ -91,44 +91,53 @@ class RowSize:
     def store_and_load(self, name: str, blocks: int = tiers.JOB_BLOCKS, busy: bool = True) -> Passes:
         """A store and a load of everything; checks what came back."""
         tier = self.tiers[name]
-        self._stamps[:] = np.arange(len(self._stamps))
-        keys = tiers.groups(tiers.block_keys(len(self._stamps)), blocks)
-        sources, targets = self._rows(blocks), self._rows(blocks)
+        keys, sources, targets = self._stamped(blocks)
         stores = [self._jobs.store(*each) for each in zip(keys, sources, strict=True)]
         # In the order of the stores' sets, in which they have their sources.
         loads = [self._jobs.load(list(job.keys), rows) for job, rows in zip(stores, targets, strict=True)]
-        memmoves, rates = [self.memmove()], []
-        for jobs in (stores, loads):
-            rates.append(self.primary.nbytes * GB / tiers.move(tier, jobs, busy))
-            memmoves.append(self.memmove())
-        if not np.array_equal(self._stamps[np.concatenate(targets)], np.concatenate(sources)):
-            raise RuntimeError(f"{name} loaded other bytes than it stored")
+        passes = self._passes(*(lambda jobs=jobs: tiers.move(tier, jobs, busy) for jobs in (stores, loads)))
+        self._check(name, sources, targets)
         if name == "fs" and self._fs is not None:
             self._fs.remove_blocks()
-        before, between, after = memmoves
-        return Passes(*rates, harmonic_mean((before, between)), harmonic_mean((between, after)))
+        return passes
 
-    async def store_and_load_awaited(self, store: AsyncBlockStore) -> Passes:
+    def store_and_load_awaited(self, runner: asyncio.Runner, store: AsyncBlockStore) -> Passes:
         """The same with asyncio: every job an await, JOBS_IN_FLIGHT at a time."""
-        self._stamps[:] = np.arange(len(self._stamps))
-        keys = tiers.groups(tiers.block_keys(len(self._stamps)))
-        sources, targets = self._rows(tiers.JOB_BLOCKS), self._rows(tiers.JOB_BLOCKS)
-        memmoves, rates = [self.memmove()], []
-        for call, rows in ((store.store, sources), (store.load, targets)):
+        keys, sources, targets = self._stamped(tiers.JOB_BLOCKS)
+
+        async def all_of(call: Callable[..., Awaitable[object]], rows: list[np.ndarray]) -> None:
             waiting = iter(zip(keys, rows, strict=True))
 
-            async def work(call: Any = call, waiting: Any = waiting) -> None:
-                for some, places in waiting:
-                    await call(some, places)
+            async def some() -> None:
+                for each in waiting:
+                    await call(*each)
 
-            started = time.perf_counter()
-            await asyncio.gather(*(work() for _ in range(tiers.JOBS_IN_FLIGHT)))
-            rates.append(self.primary.nbytes * GB / (time.perf_counter() - started))
+            await asyncio.gather(*(some() for _ in range(tiers.JOBS_IN_FLIGHT)))
+
+        passes = self._passes(
+            lambda: tiers.timed(lambda: runner.run(all_of(store.store, sources))),
+            lambda: tiers.timed(lambda: runner.run(all_of(store.load, targets))),
+        )
+        self._check("asyncio", sources, targets)
+        return passes
+
+    def _stamped(self, blocks: int) -> tuple[list[list[bytes]], list[np.ndarray], list[np.ndarray]]:
+        """Keys, and rows to store from and to load into, by job; every row has its number in it."""
+        self._stamps[:] = np.arange(len(self._stamps))
+        return tiers.groups(tiers.block_keys(len(self._stamps)), blocks), self._rows(blocks), self._rows(blocks)
+
+    def _passes(self, store: Callable[[], float], load: Callable[[], float]) -> Passes:
+        """Of calls that return the seconds they took."""
+        memmoves, rates = [self.memmove()], []
+        for call in (store, load):
+            rates.append(self.primary.nbytes * GB / call())
             memmoves.append(self.memmove())
-        if not np.array_equal(self._stamps[np.concatenate(targets)], np.concatenate(sources)):
-            raise RuntimeError("an await of a load brought other bytes than were stored")
         before, between, after = memmoves
         return Passes(*rates, harmonic_mean((before, between)), harmonic_mean((between, after)))
+
+    def _check(self, name: str, sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
+        if not np.array_equal(self._stamps[np.concatenate(targets)], np.concatenate(sources)):
+            raise RuntimeError(f"{name} loaded other bytes than it stored")
 
     def warm_up(self) -> None:
         self.memmove()
@@ -188,14 +197,14 @@ def measure_default(moved: int, repetitions: int) -> tuple[dict[int, dict[str, S
             store = runner.run(_opened(size.primary, config))
             try:
                 for _ in range(TIER_TO_PRIMARY):
-                    runner.run(size.store_and_load_awaited(store))
+                    size.store_and_load_awaited(runner, store)
                 for _ in range(repetitions):
                     for blocks, rates in by_blocks.items():
                         rates.add(ours(1), size.store_and_load(ours(1), blocks))
                     for name in size.tiers:
                         by_scheduler.add(f"{name}, scheduler busy", size.store_and_load(name))
                         by_scheduler.add(f"{name}, scheduler idle", size.store_and_load(name, busy=False))
-                    by_scheduler.add(f"{ours(1)}, asyncio", runner.run(size.store_and_load_awaited(store)))
+                    by_scheduler.add(f"{ours(1)}, asyncio", size.store_and_load_awaited(runner, store))
             finally:
                 runner.run(store.close())
         return {blocks: rates.spreads() for blocks, rates in by_blocks.items()}, by_scheduler.spreads()

@@ -197,9 +197,11 @@ class SchedulerLoop:
         """
         turns = []
         for turn in range(STEPS // STEPS_IN_TURN):
-            alone = self._alone() if turn % 2 else 0.0
-            together, calls = self._together()
-            turns.append((alone or self._alone(), together, calls))
+            if turn % 2:
+                alone, (together, calls) = self._alone(), self._together()
+            else:
+                (together, calls), alone = self._together(), self._alone()
+            turns.append((alone, together, calls))
         return turns
 
     def _alone(self) -> float:
