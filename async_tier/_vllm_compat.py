@@ -30,6 +30,7 @@ from async_tier.eviction import SequenceOrder
 try:
     import vllm.platforms
     import vllm.v1.kv_offload.base as vllm_base
+    import vllm.v1.kv_offload.tiering.base as vllm_tiering
     from vllm.v1.kv_offload.base import ReqContext
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 except ImportError as error:
@@ -48,6 +49,11 @@ _RESULT_FIELDS = {
 }
 _result_values = operator.attrgetter(
     *(_RESULT_FIELDS[name] for name in itertools.takewhile(_RESULT_FIELDS.__contains__, JobResult.__dataclass_fields__))
+)
+_Job = vars(vllm_tiering).get("TransferJob") or vars(vllm_tiering)["JobMetadata"]  # that before 0.28
+# The rows of the primary of a job, in the order of its keys.
+row_numbers: Callable[[Any], np.ndarray] = operator.attrgetter(
+    "chunk_ids" if "chunk_ids" in _Job.__dataclass_fields__ else "block_ids"
 )
 _BASE_TAKES_DETECTOR = "backpressure_detector" in inspect.signature(SecondaryTierManager.__init__).parameters
 _HAS_POSITIONS = hasattr(ReqContext, "get_offload_key_position")
@@ -76,11 +82,6 @@ def locality(name: str | None) -> Any:
     if name is None or not hasattr(vllm_base, "Locality"):
         return name
     return vllm_base.Locality(name)
-
-
-def row_numbers(job: Any) -> np.ndarray:
-    """The rows of the primary of a TransferJob (JobMetadata before 0.28), in the order of its keys."""
-    return job.chunk_ids if hasattr(job, "chunk_ids") else job.block_ids
 
 
 def job_result(finished: Finished) -> JobResult:

@@ -132,7 +132,8 @@ class BlockStore:
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         self._finished: list[Finished] = []
-        self._orders: dict[str | None, SequenceOrder] = {}
+        # Of the sequences that have begun and are not finished. To be read by anyone, changed here only.
+        self.orders: dict[str | None, SequenceOrder] = {}
         # Sequence -> its keys hit this step.
         self._step_hits: dict[str | None, list[bytes]] = {}
         self._store_jobs = self._load_jobs = self._failed_jobs = 0
@@ -149,11 +150,7 @@ class BlockStore:
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
         """What is known of the order of a sequence's blocks, until `finish_sequence`."""
         self._advance()
-        self._orders[sequence] = order
-
-    def order(self, sequence: str) -> SequenceOrder | None:
-        """The order given by `begin_sequence`, if the sequence was begun and is not finished."""
-        return self._orders.get(sequence)
+        self.orders[sequence] = order
 
     def lookup(self, key: bytes, sequence: str | None = None) -> bool:
         """Whether `key` can be loaded now. If so it stays loadable until the next `end_step`.
@@ -208,7 +205,7 @@ class BlockStore:
             return
         if self._step_hits:
             self._note_hits()
-        new, arena_rows = self._index.reserve(keys, sequence, order or self._orders.get(sequence), distinct)
+        new, arena_rows = self._index.reserve(keys, sequence, order or self.orders.get(sequence), distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
             row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
@@ -289,14 +286,14 @@ class BlockStore:
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
         """The sequence used `keys`, in this order if its own does not say; those not here are passed over."""
-        self._index.use(keys, sequence, self._orders.get(sequence))
+        self._index.use(keys, sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
         self._advance()
         if self._step_hits:
             self._note_hits()
-        self._orders.pop(sequence, None)
+        self.orders.pop(sequence, None)
         self._index.finish(sequence)
 
     def fault(self, doing: str, reason: object) -> None:
@@ -438,7 +435,7 @@ class BlockStore:
         """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
         hits, self._step_hits = self._step_hits, {}
         for sequence, keys in hits.items():
-            self._index.use(keys, sequence, self._orders.get(sequence))
+            self._index.use(keys, sequence, self.orders.get(sequence))
 
     def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int] | None:
         """The row numbers as a list, or None, with a log line, if they do not fit the keys or the primary."""
@@ -452,10 +449,12 @@ class BlockStore:
         if len(numbers) != len(keys):
             self.fault(f"take job {job_id}", f"{len(keys)} keys but {len(numbers)} row numbers")
             return None
-        # An array's are all of one type; of more dimensions, its list has lists.
-        if any(type(number) is not int for number in (numbers[:1] if isinstance(rows, np.ndarray) else numbers)):
-            self.fault(f"take job {job_id}", "row numbers must be integers")
-            return None
+        # An array's are all of one type; of more dimensions, its list has lists. A loop, for any() makes a generator,
+        # which takes longer than the one look.
+        for number in numbers[:1] if isinstance(rows, np.ndarray) else numbers:
+            if type(number) is not int:
+                self.fault(f"take job {job_id}", "row numbers must be integers")
+                return None
         if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):
             self.fault(f"take job {job_id}", f"a row number is not from 0 to {self.primary.count - 1}")
             return None

@@ -109,7 +109,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 job_metadata.keys,
                 compat.row_numbers(job_metadata),
                 context.req_id,
-                self._store.order(context.req_id) or compat.order_of(context),
+                self._store.orders.get(context.req_id) or compat.order_of(context),
             )
         except Exception as error:
             self._store.fail(job_metadata.job_id, "store blocks", error)
@@ -163,7 +163,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """The request uses `keys`, given in prefix order. Called by vLLM up to 0.30."""
         try:
             sequence = req_context.req_id
-            order = self._store.order(sequence)
+            order = self._store.orders.get(sequence)
             if isinstance(order, compat.TouchOrder):
                 order.note(keys)
             self._store.touch(keys, sequence)

@@ -7,7 +7,8 @@ is measured too: the same bytes, handed to a copy thread all at once before the 
 two sizes each; the figure is the worst of the four.
 
 Two loops: matrix products (a model's forward passes; torch on one thread, one copy thread, so that two cores suffice),
-and pure Python that submits and polls as vLLM's scheduler does.
+and pure Python that submits and polls as vLLM's scheduler does. The latter also makes the same calls while the copies
+are held back: what slows it then is the calls, and not that anything is copied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -105,6 +107,21 @@ class Copies:
         rows = self._rows_of_primary
         return self._thread.store_stream.copy_rows(rows, targets.tolist(), rows, sources.tolist())
 
+    @property
+    def can_be_held(self) -> bool:
+        """Whether the engine's streams can be told to wait: those of copy threads."""
+        return hasattr(self.tier._store._store_stream, "hold")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing is copied until the end."""
+        streams: list[Any] = [self.tier._store._store_stream, self.tier._store._load_stream]
+        for stream in streams:
+            stream.hold()
+        yield
+        for stream in streams:
+            stream.release()
+
     def wait(self) -> None:
         """Until all that was submitted has been copied, without taking a core."""
         self.tier._store.drain()
@@ -190,33 +207,43 @@ class SchedulerLoop:
         took = min(tiers.timed(tiers.busy, rounds) for _ in range(5))
         self.rounds = round(rounds * STEP_S / took)
 
-    def measure(self) -> list[tuple[float, float, float]]:
-        """By turn: seconds of some steps without copies, of as many with them, and of the calls to the tier in those.
+    def measure(self) -> list[dict[str, float]]:
+        """By turn: seconds of some steps without a tier, of as many with it, and of its calls in those.
 
         In short turns, of which neighbours are compared: a processor's clock changes by more than what is measured.
         """
-        turns = []
+        ways = [self._alone, self._together]
+        if self._copies.can_be_held:
+            ways.append(self._held)
+        turns: list[dict[str, float]] = []
         for turn in range(STEPS // STEPS_IN_TURN):
-            if turn % 2:
-                alone, (together, calls) = self._alone(), self._together()
-            else:
-                (together, calls), alone = self._together(), self._alone()
-            turns.append((alone, together, calls))
+            turns.append({})
+            for at in range(len(ways)):
+                turns[-1] |= ways[(turn + at) % len(ways)]()
         return turns
 
-    def _alone(self) -> float:
-        return tiers.timed(lambda: [tiers.busy(self.rounds) for _ in range(STEPS_IN_TURN)])
+    def _alone(self) -> dict[str, float]:
+        return {"alone": tiers.timed(lambda: [tiers.busy(self.rounds) for _ in range(STEPS_IN_TURN)])}
 
-    def _together(self) -> tuple[float, float]:
+    def _together(self) -> dict[str, float]:
+        together, calls = self._steps(is_held=False)
+        return {"together": together, "calls": calls}
+
+    def _held(self) -> dict[str, float]:
+        together, calls = self._steps(is_held=True)
+        return {"held": together, "calls while held": calls}
+
+    def _steps(self, is_held: bool) -> tuple[float, float]:
         self._copies.prepare(2 * STEPS_IN_TURN)
-        calls, started = 0.0, time.perf_counter()
-        for _ in range(STEPS_IN_TURN):
-            entered = time.perf_counter()
-            self._copies.poll()
-            self._copies.submit(self._copies.in_flight + 2)
-            calls += time.perf_counter() - entered
-            tiers.busy(self.rounds)
-        together = time.perf_counter() - started
+        with self._copies.held() if is_held else nullcontext():
+            calls, started = 0.0, time.perf_counter()
+            for _ in range(STEPS_IN_TURN):
+                entered = time.perf_counter()
+                self._copies.poll()
+                self._copies.submit(self._copies.in_flight + 2)
+                calls += time.perf_counter() - entered
+                tiers.busy(self.rounds)
+            together = time.perf_counter() - started
         self._copies.wait()
         return together, calls
 
@@ -256,15 +283,26 @@ def measure_scheduler(run: Run, repetitions: int) -> dict[str, Any]:
         scheduler = SchedulerLoop(Copies(stack, max(BLOCK_BYTES)))
         turns = [turn for _ in range(WARM_UPS + repetitions) for turn in scheduler.measure()]
     turns = turns[WARM_UPS * STEPS // STEPS_IN_TURN :]
+
+    def slowed(steps: str, calls: str | None = None) -> dict[str, float]:
+        return asdict(Spread.of([(turn[steps] - (turn[calls] if calls else 0)) / turn["alone"] - 1 for turn in turns]))
+
+    def milliseconds(what: str) -> dict[str, float]:
+        return asdict(Spread.of([turn[what] / STEPS_IN_TURN * 1e3 for turn in turns]))
+
     found = {
-        "slowdown": asdict(Spread.of([together / alone - 1 for alone, together, _ in turns])),
-        "slowdown_without_calls": asdict(
-            Spread.of([(together - calls) / alone - 1 for alone, together, calls in turns])
-        ),
-        "ms_a_step": asdict(Spread.of([alone / STEPS_IN_TURN * 1e3 for alone, _, _ in turns])),
-        "ms_a_step_with_copies": asdict(Spread.of([together / STEPS_IN_TURN * 1e3 for _, together, _ in turns])),
-        "ms_of_calls_a_step": asdict(Spread.of([calls / STEPS_IN_TURN * 1e3 for _, _, calls in turns])),
+        "slowdown": slowed("together"),
+        "slowdown_without_calls": slowed("together", "calls"),
+        "ms_a_step": milliseconds("alone"),
+        "ms_a_step_with_copies": milliseconds("together"),
+        "ms_of_calls_a_step": milliseconds("calls"),
     }
+    if "held" in turns[0]:
+        found |= {
+            "slowdown_copies_held": slowed("held"),
+            "slowdown_copies_held_without_calls": slowed("held", "calls while held"),
+            "ms_of_calls_a_step_copies_held": milliseconds("calls while held"),
+        }
     run.results["scheduler"] = found
     return found
 
@@ -295,13 +333,16 @@ def main() -> int:
         f"{WARM_UPS} rounds to warm up, then {repetitions}. Jobs of {tiers.JOB_BLOCKS} blocks, half stores and half "
         f"loads, one copy thread. Products of float32 on one thread. Scheduler: steps of {STEP_S * 1e3:.0f} ms of "
         f"Python, {STEPS_IN_TURN} without a tier, {STEPS_IN_TURN} with a store and a load of "
-        f"{max(BLOCK_BYTES) // MIB} MiB blocks each, and so on, {STEPS} of each a round.",
+        f"{max(BLOCK_BYTES) // MIB} MiB blocks each, {STEPS_IN_TURN} with the same calls and the copies held back, and "
+        f"so on, {STEPS} of each a round.",
         options.output,
     )
     products, scheduler = measure_products(run, repetitions), measure_scheduler(run, repetitions)
     worst = min(products, key=lambda name: products[name]["efficiency"]["median"])
     at_once = products[worst]["efficiency_at_once"]["median"]
     step, calls = (scheduler[name]["median"] for name in ("ms_a_step", "ms_of_calls_a_step"))
+    held = scheduler.get("slowdown_copies_held")
+    held = f"; with the same calls and the copies held back it makes {held['median']:.3f}" if held else ""
     seconds = {what: spread["median"] for what, spread in products[worst]["seconds"].items()}
     run.figures = [
         Figure(
@@ -321,7 +362,7 @@ def main() -> int:
         Figure(
             key="overlap.scheduler_slowdown",
             what=f"steps of {step:.1f} ms with a store and a load of 32 blocks each / without (limit), less 1, and its "
-            f"quartiles; the calls take {calls:.2f} ms a step",
+            f"quartiles; the calls take {calls:.2f} ms a step{held}",
             unit="ms",
             ratio=scheduler["slowdown"]["median"],
             low=scheduler["slowdown"]["low"],

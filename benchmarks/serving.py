@@ -31,7 +31,7 @@ from benchmarks.server import Server, launch
 from benchmarks.serving_parts import Parts
 from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
 
-CONVERSATIONS, TURNS, TOKENS = 5, 4, 1800
+CONVERSATIONS, TURNS, TOKENS = 5, 6, 1800
 # Of an answer: enough to see that texts are equal, few, because decoding is not what is measured.
 MAX_TOKENS = 12
 # Of the answer that a server is woken with, and of one to a prompt that is repeated: its first token is what counts.
@@ -42,10 +42,11 @@ ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 20, 2, 500
 # At most, that a turn adds to a conversation: the question, the answer.
 TURN_TOKENS = 60
 QUESTION = "\nTurn {turn}: which warehouse is named next, and what does it hold?\nAnswer:"
-# No figure depends on the primary's turns: enough to see that it has lost them. Nor on what prompts that share nothing
-# take with it and with fs.
+# Every prompt of these servers is computed from its start, and takes seconds. No figure depends on the primary's turns:
+# enough to see that it has lost them. Nor on what prompts that share nothing take with it and with fs.
+NO_OFFLOAD_TURNS = 4
 PRIMARY_CONVERSATIONS, PRIMARY_TURNS = 3, 2
-EVERY_OTHER_ROUND = (PRIMARY, FS)
+SOME_ROUNDS, OF_ROUNDS = (PRIMARY, FS), 4
 # The floor is ours; of fs a repeated prompt shows that the turn before it came from the tier.
 REPEATING = (FS, OURS)
 # What vLLM counts follows an answer by some milliseconds.
@@ -191,14 +192,17 @@ def measure(run: Run, contenders: dict[str, Contender], turns: int, others: list
     conversations = len(contenders[OURS].contexts)
     for turn in range(turns):
         for number in range(conversations):
-            in_primary = turn < PRIMARY_TURNS and number < PRIMARY_CONVERSATIONS
-            names = [name for name in contenders if name != PRIMARY or in_primary]
+            takes_part = {
+                NO_OFFLOAD: turn < NO_OFFLOAD_TURNS,
+                PRIMARY: turn < PRIMARY_TURNS and number < PRIMARY_CONVERSATIONS,
+            }
+            names = [name for name in contenders if takes_part.get(name, True)]
             for contender in in_turns(names):
                 contender.converse(number)
             told = ", ".join(f"{name} {contenders[name].turns[turn][number].first:.2f}" for name in names)
             run.progress(f"turn {turn + 1}, conversation {number + 1} of {conversations}, first token: {told} s")
     for begin in range(0, len(others), PROMPTS_A_ROUND):
-        names = [name for name in contenders if name not in EVERY_OTHER_ROUND or begin % (2 * PROMPTS_A_ROUND) == 0]
+        names = [name for name in contenders if name not in SOME_ROUNDS or begin % (OF_ROUNDS * PROMPTS_A_ROUND) == 0]
         end = min(begin + PROMPTS_A_ROUND, len(others))
         for contender in in_turns(names):
             for number in range(begin, end):
@@ -218,10 +222,11 @@ def main() -> int:
     run = Run(
         "serving",
         f"{conversations} conversations of {tokens} tokens and {turns} turns, round robin; the first turn warms up; "
-        f"then every turn, and of {' and '.join(REPEATING)} at once the same prompt again. {PRIMARY} has "
-        f"{min(turns, PRIMARY_TURNS)} turns of {min(conversations, PRIMARY_CONVERSATIONS)} conversations. Then "
+        f"then every turn, and of {' and '.join(REPEATING)} at once the same prompt again. {NO_OFFLOAD} has "
+        f"{min(turns, NO_OFFLOAD_TURNS)} turns, {PRIMARY} "
+        f"{min(turns, PRIMARY_TURNS)} of {min(conversations, PRIMARY_CONVERSATIONS)} conversations. Then "
         f"{rounds} rounds of {PROMPTS_A_ROUND} prompts of {UNIQUE_TOKENS} tokens that share nothing, of which "
-        f"{' and '.join(EVERY_OTHER_ROUND)} take every other one. Servers change after every conversation's turn and "
+        f"{' and '.join(SOME_ROUNDS)} take one of {OF_ROUNDS}. Servers change after every conversation's turn and "
         "after every round, in random order; all but one are paused, and a short request after each change is not "
         f"measured. One request at a time; {MAX_TOKENS} tokens an answer, {SHORT_TOKENS} when asked again, float32; "
         "tokens a second include the wait for the first. vLLM's metrics are read before and after each prompt of a "

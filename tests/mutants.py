@@ -245,7 +245,7 @@ MUTANTS = [
     Mutant(
         "R13 lookups are uses",
         "block_store.py",
-        "            self._index.use(keys, sequence, self._orders.get(sequence))",
+        "            self._index.use(keys, sequence, self.orders.get(sequence))",
         "            pass",
     ),
     Mutant(

@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import bench, common, head_of_line, server, serving, serving_parts, serving_report
+from async_tier.streams.host import HostStream
+from benchmarks import bench, common, head_of_line, overlap, server, serving, serving_parts, serving_report
 from benchmarks.common import Figure, Run
 from benchmarks.head_of_line import Latencies, NotFilled
 from benchmarks.serving import Answer, Contender
@@ -581,7 +582,7 @@ def a_contender(name: str, tracebacks: int = 0) -> Contender:
     """What it should have answered."""
     hit, from_cache = (0, 0) if name in (NO_OFFLOAD, PRIMARY) else (PROMPT - 100, PROMPT - 50)
     contender = Contender(SimpleNamespace(tracebacks=lambda: ["Traceback"] * tracebacks), [], name in (FS, OURS))
-    turns = 2 if name == PRIMARY else 3
+    turns = 2 if name in (NO_OFFLOAD, PRIMARY) else 3
     of_each = 1 if name == PRIMARY else 2
     contender.turns = [
         [an_answer(f"{turn} {at}", cached=hit if turn else 0) for at in range(of_each)] for turn in range(turns)
@@ -609,6 +610,11 @@ def changed(answer: Answer, **fields) -> Answer:
 
 def other_text_of_a_turn(contenders):
     contenders[PRIMARY].turns[1][0] = changed(contenders[PRIMARY].turns[1][0], text="other")
+
+
+def other_text_of_a_turn_that_nobody_computed(contenders):
+    contenders[FS].turns[2][0] = changed(contenders[FS].turns[2][0], text="2 other")
+    contenders[FS].repeated[2] = changed(contenders[FS].repeated[2], text="2 ")
 
 
 def other_text_when_asked_once(contenders):
@@ -648,10 +654,11 @@ def tracebacks(contenders):
     ("spoil", "why"),
     [
         (other_text_of_a_turn, "primary alone: 1 of its texts differ"),
+        (other_text_of_a_turn_that_nobody_computed, "fs: 1 of its texts differ"),
         (other_text_when_asked_once, "fs: 1 of its texts differ"),
         (other_text_when_asked_again, "ours: 1 of its texts differ"),
         (hits_of_unique_prompts, "ours: 6% of prompts that share nothing were cached"),
-        (hits_without_offloading, "no offloading: 20% of later turns were not recomputed"),
+        (hits_without_offloading, "no offloading: 40% of later turns were not recomputed"),
         (hits_in_the_primary, "primary alone: 40% of later turns were not recomputed"),
         (recomputed_in_part, "ours: 1 of 4 later turns did not come from the tier"),
         (no_floor, "fs: a prompt that was repeated at once was not in the KV cache"),
@@ -729,6 +736,26 @@ def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run, 
     assert "computing" in capsys.readouterr().out
 
 
+def test_times_to_first_token_are_compared_by_the_prompt(contenders, make_run):
+    """A prompt that takes longer everywhere changes no ratio, and what no other server was asked none either."""
+    for name, factor in {NO_OFFLOAD: 10.0, FS: 2.0, OURS: 1.0}.items():
+        for turn in contenders[name].turns:
+            turn[:] = [changed(answer, first=factor * (1 + at)) for at, answer in enumerate(turn)]
+    contenders[OURS].turns[2] = [changed(answer, first=100.0) for answer in contenders[OURS].turns[2]]
+    contenders[FS].turns[2] = [changed(answer, first=200.0) for answer in contenders[FS].turns[2]]
+    contenders[FS].turns[1][1] = changed(contenders[FS].turns[1][1], first=40.0)  # one that was disturbed
+    contenders[OURS].repeated = [
+        changed(again, first=answer.first / 1.25)
+        for answer, again in zip(contenders[OURS].later, contenders[OURS].repeated, strict=True)
+    ]
+    run = make_run("serving")
+    serving_report.report(run, contenders)
+    ratios = {figure.key: figure.ratio for figure in run.figures}
+    assert ratios["serving.ttft_vs_recompute"] == pytest.approx(0.1)
+    assert ratios["serving.ttft_vs_fs"] == pytest.approx(0.5)
+    assert ratios["serving.ttft_vs_kv_cache_hit"] == pytest.approx(1.25)
+
+
 def test_overhead_compares_the_prompts_that_both_were_asked():
     base = {number: an_answer(first=number) for number in range(1, 5)}
     mine = {number: an_answer(first=1.1 * number) for number in (2, 4)}
@@ -757,3 +784,46 @@ def test_the_parts_of_a_request_are_what_metrics_grew_by():
     assert serving_parts.hit_ratio([parts, parts]) == 0.5
     assert serving_parts.hit_ratio([]) is None
     assert serving_parts.answered(metrics(3)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- overlap
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Of small blocks."""
+    monkeypatch.setattr(overlap, "PRIMARY_BYTES", 64 * 4 * overlap.KIB * overlap.tiers.JOB_BLOCKS)
+    with contextlib.ExitStack() as stack:
+        yield overlap.Copies(stack, 4 * overlap.KIB)
+
+
+def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch):
+    store = copies.tier._store
+    told = []
+    for name in ("hold", "release"):
+        call = getattr(HostStream, name)
+        monkeypatch.setattr(
+            HostStream, name, lambda stream, name=name, call=call: (told.append((stream, name)), call(stream))
+        )
+    copies.prepare(4)
+    with copies.held():
+        assert set(told) == {(store._store_stream, "hold"), (store._load_stream, "hold")}
+        told.clear()
+        copies.submit(4)
+    assert set(told) == {(store._store_stream, "release"), (store._load_stream, "release")}
+    copies.wait()
+    assert copies.is_over
+
+
+def test_a_scheduler_is_measured_without_a_tier_with_copies_and_with_copies_held_back(copies, monkeypatch):
+    held = []
+    monkeypatch.setattr(overlap, "STEP_S", 1e-5)
+    monkeypatch.setattr(copies, "held", lambda held_back=copies.held: held.append(copies.in_flight) or held_back())
+    turns = overlap.SchedulerLoop(copies).measure()
+    assert len(turns) == overlap.STEPS // overlap.STEPS_IN_TURN
+    for turn in turns:
+        assert set(turn) == {"alone", "together", "calls", "held", "calls while held"}
+        assert turn["calls"] < turn["together"]
+        assert turn["calls while held"] < turn["held"]
+    assert held == [0] * len(turns)  # what was submitted before has ended
+    assert copies.is_over

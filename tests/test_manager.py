@@ -738,7 +738,7 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         assert tier.lookup(key(number), context) is HIT
         tier.on_request_finished(context)
         end_step(tier)
-    assert tier._store._orders == {}
+    assert tier._store.orders == {}
     assert tier._store._index._policy._open == {}
 
 
