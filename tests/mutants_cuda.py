@@ -80,7 +80,7 @@ MUTANTS_CUDA = [
     Mutant("a wait without a context ends", _CUDA, "        except CudaError as error:  # as in `advance`", "        except OSError as error:  # as in `advance`", CUDA),
     Mutant("drain in a forked child returns", _CUDA, "            self.abandon()\n            return", "            return", CUDA),
     Mutant("clocks that cannot be compared are no error", _CUDA, "        except Exception as error:  # a lost context shows", "        except OSError as error:  # a lost context shows", (*CUDA, "test_trace.py")),
-    Mutant("a tier refused at the last moment ends", "block_store.py", "        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)\n        self._trace: TierTrace | None = None\n", "        self._trace: TierTrace | None = None\n        self._release = self.close\n", (*CUDA, "test_trace.py")),
+    Mutant("a tier refused at the last moment ends", "block_store.py", "weakref.finalize(self, _release, self._engine,", "weakref.finalize(type(self), _release, self._engine,", (*CUDA, "test_trace.py")),
     Mutant("the trace ends whatever else does", "block_store.py", "            ends.callback(writer.close)\n        ends.callback(arena.close)\n        ends.callback(engine.close)", "            ends.callback(lambda: None)\n        ends.callback(arena.close)\n        ends.callback(engine.close)", CUDA),
     Mutant("what was queued and not sent has failed", _CUDA, "            job.failed = True\n            job.done = job.pieces_in_flight == 0", "            job.done = job.pieces_in_flight == 0", CUDA),
     Mutant("device memory is freed", _CUDA, "        self._memory.append(address)\n", "", CUDA),
