@@ -122,9 +122,11 @@ class Copies:
         streams: list[Any] = [self.tier._store._store_stream, self.tier._store._load_stream]
         for stream in streams:
             stream.hold()
-        yield
-        for stream in streams:
-            stream.release()
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.release()
 
     def wait(self) -> None:
         """Until all that was submitted has been copied, without taking a core."""

@@ -109,6 +109,8 @@ MUTANTS = [
         "if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):",
         "if False:",
     ),
+    Mutant("R3 row numbers are integers", "block_store.py", "            if type(number) is not int:", "            if False:"),
+    Mutant("R3 every one of a list's", "block_store.py", "numbers[:1] if isinstance(rows, np.ndarray) else numbers:", "numbers[:1]:"),
     Mutant("R3 lengths must agree", "block_store.py", "if len(numbers) != len(keys):", "if False:"),
     Mutant(
         "R3 only a load in part names its keys",

@@ -797,7 +797,8 @@ def copies(monkeypatch):
         yield overlap.Copies(stack, 4 * overlap.KIB)
 
 
-def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch, fails):
     store = copies.tier._store
     told = []
     for name in ("hold", "release"):
@@ -806,13 +807,28 @@ def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch):
             HostStream, name, lambda stream, name=name, call=call: (told.append((stream, name)), call(stream))
         )
     copies.prepare(4)
-    with copies.held():
+    with contextlib.suppress(ZeroDivisionError), copies.held():
         assert set(told) == {(store._store_stream, "hold"), (store._load_stream, "hold")}
         told.clear()
         copies.submit(4)
+        if fails:
+            raise ZeroDivisionError
     assert set(told) == {(store._store_stream, "release"), (store._load_stream, "release")}
     copies.wait()
     assert copies.is_over
+
+
+def test_every_turn_of_a_scheduler_begins_with_jobs_made_and_a_step(copies, monkeypatch):
+    made: list[int] = []
+    monkeypatch.setattr(overlap, "STEP_S", 1e-5)
+    loop = overlap.SchedulerLoop(copies)
+    monkeypatch.setattr(overlap.tiers, "busy", lambda rounds: made.append(len(copies._jobs)))
+    for turn in (loop._alone, loop._together, loop._held):
+        made.clear()
+        turn()
+        assert len(made) == 1 + overlap.STEPS_IN_TURN
+        assert made[0] == 2 * overlap.STEPS_IN_TURN
+        assert not copies._jobs
 
 
 def test_a_scheduler_is_measured_without_a_tier_with_copies_and_with_copies_held_back(copies, monkeypatch):

@@ -258,6 +258,20 @@ def test_r3_unequal_lengths_and_rows_out_of_range_fail(tier, is_load, rows):
     assert held(tier, keys(0, 9)) == [not is_load, False]
 
 
+@pytest.mark.parametrize("is_load", [False, True])
+@pytest.mark.parametrize(
+    "rows", [[0, True], [0, 1.0], [0, None], np.array([0.0, 1.0]), np.array([False, True]), np.array([[0], [1]])]
+)
+def test_r3_rows_that_are_no_integers_fail_in_words(tier, caplog, is_load, rows):
+    """Of which the tier below vLLM's manager is asked by anyone: lists too, with a wrong one behind a right one."""
+    store(tier, 1, keys(0, 1), [0, 1])
+    submit = tier._store.submit_load if is_load else tier._store.submit_store
+    submit(2, keys(0, 1) if is_load else keys(8, 9), rows)
+    assert not finish(tier)[2].success
+    assert "row numbers must be integers" in caplog.text
+    assert held(tier, keys(0, 1, 8, 9)) == [not is_load] * 2 + [False] * 2
+
+
 @pytest.mark.parametrize("names", [[["unhashable"]], [key(0), ["unhashable"]], None, 5])
 def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names):
     store(tier, 1, keys(0), [0])
