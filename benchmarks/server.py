@@ -25,6 +25,7 @@ STOP_TIMEOUT_S = 60
 LEFT_RUNNING_TIMEOUT_S = 15
 # The memory of a primary tier, whose name ends with the process that asked for the server, and a number.
 PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+\.mmap")
+COPY_THREAD = "async-tier-copy\n"  # as the system tells it
 
 
 @dataclass
@@ -76,6 +77,16 @@ class Server:
                 key = (sample.name, sample.labels.get("tier", ""))
                 values[key] = values.get(key, 0.0) + sample.value
         return values
+
+    def copy_thread_seconds(self) -> float:
+        """CPU time that our copy threads in its processes have had: the tier's and those of `CPUBackendTieringSpec`."""
+        nanoseconds = 0
+        for name in Path("/proc").glob("[0-9]*/task/[0-9]*/comm"):
+            # Threads and processes come and go.
+            with contextlib.suppress(OSError):
+                if name.read_text() == COPY_THREAD and os.getpgid(int(name.parts[2])) == self.process.pid:
+                    nanoseconds += int((name.parent / "schedstat").read_text().split()[0])
+        return nanoseconds / 1e9
 
     def tracebacks(self) -> list[str]:
         """Lines of the log that begin a traceback.

@@ -2,10 +2,13 @@
 
 Conversations of several turns over a working set several times the KV cache and the primary: when a conversation goes
 on, its blocks have left both. Also the floor, a prompt that is still in vLLM's own KV cache, and what a tier costs
-where nothing is ever asked for again. The four servers take turns, prompt by prompt and in an order drawn anew for
-each, so that a noisy machine is as noisy to each, and all but one are paused: an idle one would take a core for seconds
-after each answer, because its processes look for work without sleeping. All are asked the same, one request at a time,
-and all answers must be equal to the letter; a server on which no figure depends is asked less.
+where nothing is ever asked for again. Two servers that are started alike differ by some percent for as long as they
+run, so our server alone tells the last as well, by prompts of which half are not to be offloaded.
+
+The servers take turns, prompt by prompt and in an order drawn anew for each, so that a noisy machine is as noisy to
+each, and all but one are paused: an idle one would take a core for seconds after each answer, because its processes
+look for work without sleeping. All are asked the same, one request at a time, and all answers must be equal to the
+letter; a server on which no figure depends is asked less.
 
 For later turns it also says where the time to the first token went, by vLLM's own metrics (see serving_parts).
 """
@@ -17,7 +20,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,20 +36,22 @@ from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
 
 CONVERSATIONS, TURNS, TOKENS = 5, 6, 1800
 # Of an answer: enough to see that texts are equal, few, because decoding is not what is measured.
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 # Of the answer that a server is woken with, and of one to a prompt that is repeated: its first token is what counts.
 SHORT_TOKENS = 4
-# Prompts that are asked once, of fewer tokens: on two cores each takes half a second. A few on one server, then the
-# same on the next.
-ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 20, 2, 500
+# Prompts that are asked once, of three blocks and a little: on two cores each takes a second or two. A few on one
+# server, then the same on the next; ours is asked as many more that it does not offload.
+ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 15, 2, 400
+# vLLM's parameter for that (0.32).
+NOT_OFFLOADED = {"kv_transfer_params": {"max_offload_tokens": 0}}
 # At most, that a turn adds to a conversation: the question, the answer.
 TURN_TOKENS = 60
 QUESTION = "\nTurn {turn}: which warehouse is named next, and what does it hold?\nAnswer:"
 # Every prompt of these servers is computed from its start, and takes seconds. No figure depends on the primary's turns:
 # enough to see that it has lost them. Nor on what prompts that share nothing take with it and with fs.
-NO_OFFLOAD_TURNS = 4
-PRIMARY_CONVERSATIONS, PRIMARY_TURNS = 3, 2
-SOME_ROUNDS, OF_ROUNDS = (PRIMARY, FS), 4
+NO_OFFLOAD_TURNS = 3
+PRIMARY_CONVERSATIONS, PRIMARY_TURNS = 2, 2
+SOME_ROUNDS, OF_ROUNDS = (PRIMARY, FS), 5
 # The floor is ours; of fs a repeated prompt shows that the turn before it came from the tier.
 REPEATING = (FS, OURS)
 # What vLLM counts follows an answer by some milliseconds.
@@ -67,7 +72,7 @@ class Answer:
     cached_tokens: int  # of the prompt: from the KV cache and from the tiers
 
     @classmethod
-    def of(cls, server: Server, prompt: str, tokens: int = MAX_TOKENS) -> Answer:
+    def of(cls, server: Server, prompt: str, tokens: int = MAX_TOKENS, parameters: Mapping[str, Any] = {}) -> Answer:
         from openai import OpenAI
 
         first = usage = None
@@ -81,7 +86,7 @@ class Answer:
                 temperature=0,
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={"ignore_eos": True},
+                extra_body={"ignore_eos": True, **parameters},
             ):
                 if part.choices:
                     last = time.perf_counter() - started
@@ -99,7 +104,9 @@ class Contender:
     """A server, and what it answered. `turns` by turn and conversation, `unique` by the number of the prompt.
 
     contexts: the conversations so far. repeats: whether it is asked each prompt of a later turn again at once; then
-    those answers are `repeated`. parts: of later turns.
+    those answers are `repeated`. parts: of later turns. not_offloaded: to other prompts than `unique`, as many.
+    copying, written: what copy threads had of CPU time, in seconds, and the secondary tier took of bytes, while it was
+    asked both of these.
     """
 
     server: Server
@@ -108,7 +115,10 @@ class Contender:
     turns: list[list[Answer]] = field(default_factory=list)
     repeated: list[Answer] = field(default_factory=list)
     unique: dict[int, Answer] = field(default_factory=dict)
+    not_offloaded: dict[int, Answer] = field(default_factory=dict)
     parts: list[Parts] = field(default_factory=list)
+    copying: float = 0.0
+    written: int = 0
     _asked: int = 0
 
     @contextmanager
@@ -138,9 +148,17 @@ class Contender:
                 self.repeated.append(self.ask(prompt, SHORT_TOKENS))
         self.contexts[number] = prompt + answer.text
 
-    def ask(self, prompt: str, tokens: int = MAX_TOKENS) -> Answer:
+    @contextmanager
+    def asked_once(self) -> Iterator[None]:
+        """Around prompts that share nothing."""
+        copying, written = self.server.copy_thread_seconds(), serving_parts.written(self._metrics())
+        yield
+        self.copying += self.server.copy_thread_seconds() - copying
+        self.written += serving_parts.written(self._metrics()) - written
+
+    def ask(self, prompt: str, tokens: int = MAX_TOKENS, parameters: Mapping[str, Any] = {}) -> Answer:
         self._asked += 1
-        return Answer.of(self.server, prompt, tokens)
+        return Answer.of(self.server, prompt, tokens, parameters)
 
     def _metrics(self) -> serving_parts.Metrics:
         """What vLLM has counted, everything asked included. Between requests: it takes some milliseconds."""
@@ -180,8 +198,8 @@ def settings(
     }
 
 
-def measure(run: Run, contenders: dict[str, Contender], turns: int, others: list[str]) -> None:
-    """Ask all servers everything. others: prompts that share nothing."""
+def measure(run: Run, contenders: dict[str, Contender], turns: int, others: list[str], more: list[str]) -> None:
+    """Ask all servers everything. others, more: prompts that share nothing; ours does not offload `more`."""
     order = random.Random(1)
 
     def in_turns(names: Sequence[str]) -> Iterator[Contender]:
@@ -205,8 +223,13 @@ def measure(run: Run, contenders: dict[str, Contender], turns: int, others: list
         names = [name for name in contenders if name not in SOME_ROUNDS or begin % (OF_ROUNDS * PROMPTS_A_ROUND) == 0]
         end = min(begin + PROMPTS_A_ROUND, len(others))
         for contender in in_turns(names):
-            for number in range(begin, end):
-                contender.unique[number] = contender.ask(others[number])
+            with contender.asked_once():
+                for number in range(begin, end):
+                    kinds = [(contender.unique, others, {})]
+                    if contender is contenders[OURS]:
+                        kinds.append((contender.not_offloaded, more, NOT_OFFLOADED))
+                    for answers, prompts, parameters in order.sample(kinds, len(kinds)):
+                        answers[number] = contender.ask(prompts[number], parameters=parameters)
         told = ", ".join(f"{name} {contenders[name].unique[begin].last:.2f}" for name in names)
         run.progress(f"prompts asked once, {end} of {len(others)}: {told} s")
 
@@ -226,9 +249,10 @@ def main() -> int:
         f"{min(turns, NO_OFFLOAD_TURNS)} turns, {PRIMARY} "
         f"{min(turns, PRIMARY_TURNS)} of {min(conversations, PRIMARY_CONVERSATIONS)} conversations. Then "
         f"{rounds} rounds of {PROMPTS_A_ROUND} prompts of {UNIQUE_TOKENS} tokens that share nothing, of which "
-        f"{' and '.join(SOME_ROUNDS)} take one of {OF_ROUNDS}. Servers change after every conversation's turn and "
-        "after every round, in random order; all but one are paused, and a short request after each change is not "
-        f"measured. One request at a time; {MAX_TOKENS} tokens an answer, {SHORT_TOKENS} when asked again, float32; "
+        f"{' and '.join(SOME_ROUNDS)} take one of {OF_ROUNDS}; {OURS} is asked as many more that it is not to offload. "
+        "Servers change after every conversation's turn and after every round, in random order; all but one are "
+        "paused, and a short request after each change is not measured. "
+        f"One request at a time; {MAX_TOKENS} tokens an answer, {SHORT_TOKENS} when asked again, float32; "
         "tokens a second include the wait for the first. vLLM's metrics are read before and after each prompt of a "
         "later turn.",
         options.output,
@@ -242,7 +266,8 @@ def main() -> int:
         neither = "neither a folder with a model and its tokenizer nor the name of one that can be fetched"
         parser.error(f"--model {options.model} is {neither}" if options.model else str(error))
     texts = documents(conversations, tokens, tokenizer)
-    others = documents(conversations + rounds * PROMPTS_A_ROUND, UNIQUE_TOKENS, tokenizer)[conversations:]
+    prompts = rounds * PROMPTS_A_ROUND
+    others = documents(conversations + 2 * prompts, UNIQUE_TOKENS, tokenizer)[conversations:]
     # Each begins with a number of its own, so that not even their first block is shared.
     others = [f"{at} {text}" for at, text in enumerate(others)]
     working_set = conversations * (tokens + turns * TURN_TOKENS) * token_bytes
@@ -258,14 +283,14 @@ def main() -> int:
             for contender in contenders.values():
                 with contender.awake():
                     pass  # the first request of a server pays for what it builds on first use
-            measure(run, contenders, turns, others)
+            measure(run, contenders, turns, others[:prompts], others[prompts:])
         except RuntimeError as error:  # a server that does not come up, or does not answer as it should
             print(f"FAILED: {error}", file=sys.stderr)
             return 1
         finally:
             for server in servers.values():  # before any of them is waited for
                 server.ask_to_stop()
-    serving_report.report(run, contenders)
+    serving_report.report(run, contenders, token_bytes * BLOCK_TOKENS)
     return run.finish()
 
 

@@ -67,6 +67,12 @@ def answered(metrics: Metrics) -> int:
     return round(metrics.get(("vllm:request_prefill_time_seconds_count", ""), 0.0))
 
 
+def written(metrics: Metrics) -> int:
+    """Bytes that the secondary tier has taken."""
+    name = f"{_TIERING}write_bytes_total"
+    return round(sum(value for (each, tier), value in metrics.items() if each == name and tier.startswith("1:")))
+
+
 def hit_ratio(parts: Sequence[Parts]) -> float | None:
     """Of the secondary tier's lookups; None if there were none."""
     queries = sum(each.queries for each in parts)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from benchmarks.serving import Answer, Contender
 
 NO_OFFLOAD, PRIMARY, FS, OURS = "no offloading", "primary alone", "fs", "ours"
+# Of the overhead: our server and itself, with prompts that it does not offload.
+WITHIN = "ours / not offloaded"
 VS_RECOMPUTE, VS_KV_CACHE, VS_FS, OVERHEAD = 0.15, 1.3, 1.0, 0.02
 # Of prompts that share nothing, or whose blocks are gone: less than one block of a prompt.
 NO_HITS = 0.05
@@ -43,7 +45,7 @@ def compared(mine: Sequence[float], theirs: Sequence[float], less: float = 0.0) 
 
 
 def overhead(mine: Mapping[int, Answer], theirs: Mapping[int, Answer]) -> dict[str, dict[str, Any]]:
-    """What the prompts that both were asked take more of `mine`: in all, to the first token and after it."""
+    """What the prompts that both have by number take more of `mine`: in all, to the first token and after it."""
     asked = [number for number in mine if number in theirs]
     times: dict[str, Callable[[Answer], float]] = {
         "in_all": lambda answer: answer.last,
@@ -83,15 +85,22 @@ def results(contender: Contender) -> dict[str, Any]:
     }
 
 
-def report(run: Run, contenders: dict[str, Contender]) -> None:
+def report(run: Run, contenders: dict[str, Contender], block_bytes: int) -> None:
     """Fill in results, figures and failures, print what the table of figures does not say, and draw."""
     run.results = {name: results(contender) for name, contender in contenders.items()}
-    run.failures = failures(contenders)
+    run.failures = failures(contenders, block_bytes)
     base = contenders[NO_OFFLOAD]
     overheads = {name: overhead(each.unique, base.unique) for name, each in contenders.items() if name != NO_OFFLOAD}
     for name, found in overheads.items():
         run.results[name]["no_reuse_overhead"] = found
-    print_results(run, overheads)
+    mine = contenders[OURS]
+    offloading = overhead(mine.unique, mine.not_offloaded)
+    run.results[OURS]["no_reuse_overhead_within_the_server"] = offloading
+    within = offloading["in_all"]
+    copying = mine.copying / len(mine.unique)
+    run.results[OURS]["seconds_of_copy_threads_a_unique_prompt"] = copying
+    print_results(run, {**overheads, WITHIN: offloading})
+    print(f"of the time of such a prompt, the copy threads of {OURS} had a core for {copying * 1e3:.1f} ms")
     p50 = {name: found["ttft_ms_later_turns"]["median"] for name, found in run.results.items()}
     # The prompts of all servers' later turns are in the same order; some servers were asked the first of them only.
     first = {name: [answer.first for answer in each.later] for name, each in contenders.items()}
@@ -127,7 +136,8 @@ def report(run: Run, contenders: dict[str, Contender]) -> None:
         ),
         Figure(
             key="serving.no_reuse_overhead",
-            what=f"seconds of a prompt that shares nothing / with no offloading (baseline), less 1 ({chance})",
+            what=f"seconds of a prompt that shares nothing / with no offloading (baseline), less 1 ({chance}); "
+            f"within our server, offloaded or not: {within['ratio']:.3f} ({within['low']:.3f} to {within['high']:.3f})",
             unit="s",
             goal=OVERHEAD,
             goal_is="<=",
@@ -158,7 +168,8 @@ def print_results(run: Run, overheads: dict[str, dict[str, dict[str, Any]]]) -> 
         )
     print("again: the same prompt at once. cached: of later prompts' tokens, not computed. tier hits: of its lookups.")
     print(serving_parts.table({name: each["ttft_ms_of_later_turns_by_part"] for name, each in run.results.items()}))
-    print("what prompts that share nothing take more than with no offloading, median and 90 % interval:")
+    print("what prompts that share nothing take more than with no offloading (last: than others on the same server")
+    print("that it does not offload), median and 90 % interval:")
     for name, found in overheads.items():
         told = (
             f"{what.replace('_', ' ')} {each['ratio']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
@@ -167,7 +178,7 @@ def print_results(run: Run, overheads: dict[str, dict[str, dict[str, Any]]]) -> 
         print(f"  {name:22}{', '.join(told)}")
 
 
-def failures(contenders: dict[str, Contender]) -> list[str]:
+def failures(contenders: dict[str, Contender], block_bytes: int) -> list[str]:
     """What makes the figures worthless, in words: other texts, or hits where there should be none and the reverse."""
     wrong = []
     base = contenders[NO_OFFLOAD]
@@ -198,6 +209,12 @@ def failures(contenders: dict[str, Contender]) -> list[str]:
             wrong.append(f"{name}: a prompt that was repeated at once was not in the KV cache")
         if tracebacks := contender.server.tracebacks():
             wrong.append(f"{name}: the server's log has {len(tracebacks)} tracebacks")
+    mine = contenders[OURS]
+    if (share := cached_share(list(mine.not_offloaded.values()))) > NO_HITS:
+        wrong.append(f"{OURS}: {share:.0%} of prompts that were not to be offloaded were cached")
+    blocks = sum(answer.prompt_tokens // BLOCK_TOKENS for answer in mine.unique.values())
+    if mine.written != blocks * block_bytes:
+        wrong.append(f"{OURS}: stored {mine.written} bytes of prompts that share nothing, not {blocks} blocks, no more")
     return wrong
 
 

@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import pytest
 from async_tier.streams.host import HostStream
 from benchmarks import bench, common, head_of_line, overlap, server, serving, serving_parts, serving_report
 from benchmarks.common import Figure, Run
+from benchmarks.demo import BLOCK_TOKENS
 from benchmarks.head_of_line import Latencies, NotFilled
 from benchmarks.serving import Answer, Contender
 from benchmarks.serving_parts import Parts
@@ -414,7 +416,12 @@ def test_memory_that_killed_benchmarks_left_is_removed_and_no_other(tmp_path):
 
 def a_server(tmp_path: Path, source: str) -> server.Server:
     process = subprocess.Popen(
-        [sys.executable, "-c", source], bufsize=0, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", source],
+        cwd=ROOT,
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert word(process) == "ready"
     return server.Server("http://127.0.0.1:1", tmp_path / "log", process)
@@ -434,7 +441,7 @@ print("ready", flush=True)
 signal.pause()
 """
     found = a_server(tmp_path, source)
-    with found.process.stdout:
+    with found.process:
         found.pause()
         found.ask_to_stop()
         assert word(found.process) == "told"
@@ -445,7 +452,7 @@ signal.pause()
 
 def test_a_server_that_does_not_come_up_is_told_of_with_its_log(tmp_path):
     found = a_server(tmp_path, "print('ready', flush=True)")
-    with found.process.stdout:
+    with found.process:
         found.log.write_text("all is well\nno such model\n")
         with pytest.raises(RuntimeError, match=r"did not come up; the end of .*\n.*\nno such model"):
             found.wait_until_healthy()
@@ -465,6 +472,28 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
     with pytest.raises(SystemExit), server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
         pytest.fail("the signal came before the block")
     assert started[0].returncode is not None
+
+
+def test_copy_threads_of_a_server_are_timed_and_no_others(tmp_path):
+    source = """
+import sys
+import numpy as np
+from async_tier.streams.host import HostEngine
+engine = HostEngine(1)
+source, destination = np.ones(1 << 26, np.uint8), np.empty(1 << 26, np.uint8)
+addresses = (np.array([each.ctypes.data], np.uint64) for each in (destination, source))
+engine.store_stream.copy(*addresses, source.nbytes).synchronize()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    without = "import sys; print('ready', flush=True); sys.stdin.read()"
+    with ExitStack() as stack:
+        servers = [a_server(tmp_path, each) for each in (source, without)]
+        for each in servers:
+            stack.enter_context(each.process)
+        copied, nothing = (each.copy_thread_seconds() for each in servers)
+    assert copied > 0
+    assert nothing == 0
 
 
 # -------------------------------------------------------------------------------------------------------- head of line
@@ -568,6 +597,7 @@ def test_without_a_99th_percentile_of_ours_the_benchmark_fails_in_words(
 # ------------------------------------------------------------------------------------------------------------- serving
 
 PROMPT = 1000
+BLOCK_BYTES = 1000
 
 
 def an_answer(text: str = "text", first: float = 0.1, cached: int = 0) -> Answer:
@@ -592,6 +622,9 @@ def a_contender(name: str, tracebacks: int = 0) -> Contender:
     asked = (0, 1) if name in (PRIMARY, FS) else range(4)
     contender.unique = {number: an_answer(f"unique {number}", first=0.2) for number in asked}
     contender.parts = [some_parts() for _ in contender.later]
+    if name == OURS:
+        contender.not_offloaded = {number: an_answer(f"other {number}", first=0.2) for number in asked}
+        contender.written = len(asked) * (PROMPT // BLOCK_TOKENS) * BLOCK_BYTES
     return contender
 
 
@@ -601,7 +634,7 @@ def contenders() -> dict[str, Contender]:
 
 
 def test_servers_that_answer_as_they_should_make_no_failures(contenders):
-    assert serving_report.failures(contenders) == []
+    assert serving_report.failures(contenders, BLOCK_BYTES) == []
 
 
 def changed(answer: Answer, **fields) -> Answer:
@@ -627,6 +660,15 @@ def other_text_when_asked_again(contenders):
 
 def hits_of_unique_prompts(contenders):
     contenders[OURS].unique = {at: changed(each, cached_tokens=60) for at, each in contenders[OURS].unique.items()}
+
+
+def hits_of_prompts_that_are_not_offloaded(contenders):
+    mine = contenders[OURS]
+    mine.not_offloaded = {at: changed(each, cached_tokens=60) for at, each in mine.not_offloaded.items()}
+
+
+def prompts_that_were_not_to_be_offloaded(contenders):
+    contenders[OURS].written *= 2
 
 
 def hits_without_offloading(contenders):
@@ -658,6 +700,11 @@ def tracebacks(contenders):
         (other_text_when_asked_once, "fs: 1 of its texts differ"),
         (other_text_when_asked_again, "ours: 1 of its texts differ"),
         (hits_of_unique_prompts, "ours: 6% of prompts that share nothing were cached"),
+        (hits_of_prompts_that_are_not_offloaded, "ours: 6% of prompts that were not to be offloaded were cached"),
+        (
+            prompts_that_were_not_to_be_offloaded,
+            "ours: stored 56000 bytes of prompts that share nothing, not 28 blocks",
+        ),
         (hits_without_offloading, "no offloading: 40% of later turns were not recomputed"),
         (hits_in_the_primary, "primary alone: 40% of later turns were not recomputed"),
         (recomputed_in_part, "ours: 1 of 4 later turns did not come from the tier"),
@@ -667,7 +714,7 @@ def tracebacks(contenders):
 )
 def test_what_makes_figures_worthless_is_said(contenders, spoil, why):
     spoil(contenders)
-    (sentence,) = serving_report.failures(contenders)
+    (sentence,) = serving_report.failures(contenders, BLOCK_BYTES)
     assert sentence.startswith(why)
 
 
@@ -680,9 +727,12 @@ class Counting:
         self.looks = 0
         monkeypatch.setattr(Answer, "of", self.answer)
 
-    def answer(self, _server, prompt: str, tokens: int) -> Answer:
+    def answer(self, _server, prompt: str, tokens: int, _parameters) -> Answer:
         self.asked.append((prompt, tokens))
         return an_answer(f" answer {len(self.asked)}")
+
+    def copy_thread_seconds(self) -> float:
+        return float(len(self.asked))
 
     def metrics(self) -> dict[tuple[str, str], float]:
         self.looks += 1
@@ -690,6 +740,8 @@ class Counting:
         return {
             ("vllm:request_prefill_time_seconds_count", ""): told,
             ("vllm:request_prefill_time_seconds_sum", ""): 0.05 * told,
+            ("vllm:kv_offload_tiering_write_bytes_total", "1:async"): 100 * told,
+            ("vllm:kv_offload_tiering_write_bytes_total", "0:cpu"): 7 * told,
         }
 
 
@@ -710,6 +762,42 @@ def test_a_conversation_goes_on_with_its_answers_and_only_later_turns_are_asked_
     assert [parts.computing for parts in contender.parts] == pytest.approx([0.05] * 2)  # each its own alone
 
 
+def test_bytes_and_copy_threads_are_counted_around_prompts_that_are_asked_once_and_no_others(monkeypatch):
+    counting = Counting(monkeypatch)
+    contender = Contender(counting, [], False)
+    for prompts in (("one", "two"), ("three",)):
+        contender.ask("before")
+        with contender.asked_once():
+            for prompt in prompts:
+                contender.ask(prompt)
+    assert contender.copying == pytest.approx(3.0)
+    assert contender.written == 300
+
+
+def test_ours_alone_is_asked_prompts_that_it_does_not_offload(monkeypatch, make_run):
+    asked = []
+
+    def answer(asks, prompt, tokens, parameters):
+        asked.append((asks.name, prompt, parameters))
+        return an_answer()
+
+    monkeypatch.setattr(Answer, "of", answer)
+    monkeypatch.setattr(Contender, "asked_once", lambda _contender: contextlib.nullcontext())
+    contenders = {
+        name: Contender(SimpleNamespace(name=name, pause=lambda: None, resume=lambda: None), [], False)
+        for name in (NO_OFFLOAD, PRIMARY, FS, OURS)
+    }
+    rounds = range((serving.OF_ROUNDS + 1) * serving.PROMPTS_A_ROUND)
+    others, more = [f"offloaded {at}" for at in rounds], [f"not offloaded {at}" for at in rounds]
+    serving.measure(make_run("serving"), contenders, 0, others, more)
+    prompts = {name: [each for each in asked if each[0] == name and each[1] != "Hello."] for name in contenders}
+    assert sorted(prompt for _, prompt, _ in prompts[NO_OFFLOAD]) == sorted(others)
+    assert sorted(prompt for _, prompt, _ in prompts[OURS]) == sorted([*others, *more])
+    assert {prompt for _, prompt, parameters in asked if parameters} == set(more)
+    assert len(prompts[FS]) == len(prompts[PRIMARY]) == 2 * serving.PROMPTS_A_ROUND
+    assert [*contenders[OURS].not_offloaded] == [*contenders[OURS].unique] == [*rounds]
+
+
 def test_metrics_that_never_count_an_answer_are_told_of(monkeypatch):
     counting = Counting(monkeypatch)
     monkeypatch.setattr(serving, "METRICS_TIMEOUT_S", 0.0)
@@ -723,7 +811,7 @@ def test_metrics_that_never_count_an_answer_are_told_of(monkeypatch):
 def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run, capsys):
     run = make_run("serving")
     other_text_of_a_turn(contenders)
-    serving_report.report(run, contenders)
+    serving_report.report(run, contenders, BLOCK_BYTES)
     assert run.finish() == 1
     report = json.loads(run.output.read_text())
     assert [*report["summary"]] == [f"serving.{key}" for key in bench.FIGURES["serving"]]
@@ -749,7 +837,7 @@ def test_times_to_first_token_are_compared_by_the_prompt(contenders, make_run):
         for answer, again in zip(contenders[OURS].later, contenders[OURS].repeated, strict=True)
     ]
     run = make_run("serving")
-    serving_report.report(run, contenders)
+    serving_report.report(run, contenders, BLOCK_BYTES)
     ratios = {figure.key: figure.ratio for figure in run.figures}
     assert ratios["serving.ttft_vs_recompute"] == pytest.approx(0.1)
     assert ratios["serving.ttft_vs_fs"] == pytest.approx(0.5)
@@ -762,6 +850,23 @@ def test_overhead_compares_the_prompts_that_both_were_asked():
     found = serving_report.overhead(mine, base)
     assert found["to_first_token"]["ratio"] == pytest.approx(0.1)
     assert found["after_it"]["ratio"] == pytest.approx(0.0)
+
+
+def test_overhead_is_told_of_servers_and_within_ours(contenders, make_run, capsys):
+    for name, seconds in {NO_OFFLOAD: 1.0, PRIMARY: 1.1, FS: 2.0, OURS: 1.2}.items():
+        answers = contenders[name].unique
+        contenders[name].unique = {at: changed(each, last=seconds * (1 + at)) for at, each in answers.items()}
+    mine = contenders[OURS]
+    mine.not_offloaded = {at: changed(each, last=each.last / 1.05) for at, each in mine.unique.items()}
+    mine.copying = 0.02
+    run = make_run("serving")
+    serving_report.report(run, contenders, BLOCK_BYTES)
+    assert not run.failures
+    (overhead,) = (figure for figure in run.figures if figure.key == "serving.no_reuse_overhead")
+    assert overhead.ratio == pytest.approx(0.2)
+    assert "within our server, offloaded or not: 0.050 (0.050 to 0.050)" in overhead.what
+    assert run.results[FS]["no_reuse_overhead"]["in_all"]["ratio"] == pytest.approx(1.0)
+    assert "the copy threads of ours had a core for 5.0 ms" in capsys.readouterr().out  # of four prompts
 
 
 def test_the_parts_of_a_request_are_what_metrics_grew_by():
