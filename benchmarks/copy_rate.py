@@ -36,7 +36,9 @@ DEFAULT_ROW_BYTES = 256 * KIB
 # What one measurement moves: far beyond the caches.
 MOVED = 512 * MIB
 REPETITIONS = 5
-# Of ours in each, before and after the fs tier, whose passes take most of the time.
+# Of them, with the fs tier, whose passes take most of the time.
+FS_REPETITIONS = 3
+# Of ours in each, before and after the fs tier.
 TURNS = 2
 # The tier's default. As many passes touch every row of it, so that no measurement pays for page faults.
 TIER_TO_PRIMARY = 2
@@ -142,7 +144,7 @@ class RowSize:
     def warm_up(self) -> None:
         self.memmove()
         for name in self.tiers:
-            for _ in range(TIER_TO_PRIMARY):
+            for _ in range(1 if name == "fs" else TIER_TO_PRIMARY):
                 self.store_and_load(name)
 
     def _rows(self, blocks: int) -> list[np.ndarray]:
@@ -179,8 +181,8 @@ def measure_row_size(row_bytes: int, moved: int, repetitions: int) -> dict[str, 
         size.warm_up()
         rates = Rates()
         mine = [name for name in size.tiers if name != "fs"]
-        for _ in range(repetitions):
-            for name in [*mine, "fs", *reversed(mine)]:
+        for repetition in range(repetitions):
+            for name in [*mine, *["fs"] * (repetition < FS_REPETITIONS), *reversed(mine)]:
                 rates.add(name, size.store_and_load(name))
         return rates.spreads()
 
@@ -270,8 +272,8 @@ def main() -> int:
     moved, repetitions = (64 * MIB, 2) if options.quick else (MOVED, REPETITIONS)
     run = Run(
         "copy_rate",
-        f"GB/s, medians of {repetitions} of the fs tier and {TURNS * repetitions} of ours by the size of rows, else of "
-        f"{repetitions}, in turns after {TIER_TO_PRIMARY} passes to warm up, a memmove before and after. Each moves "
+        f"GB/s, medians of {min(repetitions, FS_REPETITIONS)} of the fs tier and {TURNS * repetitions} of ours by the "
+        f"size of rows, else of {repetitions}, in turns after {TIER_TO_PRIMARY} passes to warm up, a memmove before and after. Each moves "
         f"{moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} blocks, {tiers.JOBS_IN_FLIGHT} in "
         "flight, the scheduler's thread busy in Python, unless said otherwise.",
         options.output,

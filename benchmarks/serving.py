@@ -34,14 +34,14 @@ from benchmarks.server import Server, launch
 from benchmarks.serving_parts import Parts
 from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
 
-CONVERSATIONS, TURNS, TOKENS = 5, 6, 1800
+CONVERSATIONS, TURNS, TOKENS = 4, 6, 1800
 # Of an answer: enough to see that texts are equal, few, because decoding is not what is measured.
 MAX_TOKENS = 8
 # Of the answer that a server is woken with, and of one to a prompt that is repeated: its first token is what counts.
 SHORT_TOKENS = 4
-# Prompts that are asked once, of three blocks and a little: on two cores each takes a second or two. A few on one
+# Prompts that are asked once, of two blocks and a little: on two cores each takes a second or two. A few on one
 # server, then the same on the next; ours is asked as many more that it does not offload.
-ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 15, 2, 400
+ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 15, 2, 272
 # vLLM's parameter for that (0.32).
 NOT_OFFLOADED = {"kv_transfer_params": {"max_offload_tokens": 0}}
 # At most, that a turn adds to a conversation: the question, the answer.
