@@ -273,9 +273,9 @@ def main() -> int:
     run = Run(
         "copy_rate",
         f"GB/s, medians of {min(repetitions, FS_REPETITIONS)} of the fs tier and {TURNS * repetitions} of ours by the "
-        f"size of rows, else of {repetitions}, in turns after {TIER_TO_PRIMARY} passes to warm up, a memmove before and after. Each moves "
-        f"{moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} blocks, {tiers.JOBS_IN_FLIGHT} in "
-        "flight, the scheduler's thread busy in Python, unless said otherwise.",
+        f"size of rows, else of {repetitions}, in turns after {TIER_TO_PRIMARY} passes to warm up, a memmove before "
+        f"and after. Each moves {moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} blocks, "
+        f"{tiers.JOBS_IN_FLIGHT} in flight, the scheduler's thread busy in Python, unless said otherwise.",
         options.output,
     )
     by_row = {}
