@@ -36,12 +36,12 @@ from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
 
 CONVERSATIONS, TURNS, TOKENS = 4, 6, 1800
 # Of an answer: enough to see that texts are equal, few, because decoding is not what is measured.
-MAX_TOKENS = 8
+MAX_TOKENS = 6
 # Of the answer that a server is woken with, and of one to a prompt that is repeated: its first token is what counts.
-SHORT_TOKENS = 4
+SHORT_TOKENS = 2
 # Prompts that are asked once, of two blocks and a little: on two cores each takes a second or two. A few on one
 # server, then the same on the next; ours is asked as many more that it does not offload.
-ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 15, 2, 272
+ROUNDS, PROMPTS_A_ROUND, UNIQUE_TOKENS = 12, 2, 272
 # vLLM's parameter for that (0.32).
 NOT_OFFLOADED = {"kv_transfer_params": {"max_offload_tokens": 0}}
 # At most, that a turn adds to a conversation: the question, the answer.
@@ -50,8 +50,8 @@ QUESTION = "\nTurn {turn}: which warehouse is named next, and what does it hold?
 # Every prompt of these servers is computed from its start, and takes seconds. No figure depends on the primary's turns:
 # enough to see that it has lost them. Nor on what prompts that share nothing take with it and with fs.
 NO_OFFLOAD_TURNS = 3
-PRIMARY_CONVERSATIONS, PRIMARY_TURNS = 2, 2
-SOME_ROUNDS, OF_ROUNDS = (PRIMARY, FS), 5
+PRIMARY_CONVERSATIONS, PRIMARY_TURNS = 3, 2
+SOME_ROUNDS, OF_ROUNDS = (PRIMARY, FS), 6
 # The floor is ours; of fs a repeated prompt shows that the turn before it came from the tier.
 REPEATING = (FS, OURS)
 # What vLLM counts follows an answer by some milliseconds.
