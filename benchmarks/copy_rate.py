@@ -144,6 +144,7 @@ class RowSize:
     def warm_up(self) -> None:
         self.memmove()
         for name in self.tiers:
+            # The fs tier has no rows of its own to touch.
             for _ in range(1 if name == "fs" else TIER_TO_PRIMARY):
                 self.store_and_load(name)
 
@@ -182,7 +183,8 @@ def measure_row_size(row_bytes: int, moved: int, repetitions: int) -> dict[str, 
         rates = Rates()
         mine = [name for name in size.tiers if name != "fs"]
         for repetition in range(repetitions):
-            for name in [*mine, *["fs"] * (repetition < FS_REPETITIONS), *reversed(mine)]:
+            between = ["fs"] if repetition < FS_REPETITIONS else []
+            for name in [*mine, *between, *reversed(mine)]:
                 rates.add(name, size.store_and_load(name))
         return rates.spreads()
 
@@ -273,9 +275,9 @@ def main() -> int:
     run = Run(
         "copy_rate",
         f"GB/s, medians of {min(repetitions, FS_REPETITIONS)} of the fs tier and {TURNS * repetitions} of ours by the "
-        f"size of rows, else of {repetitions}, in turns after {TIER_TO_PRIMARY} passes to warm up, a memmove before "
-        f"and after. Each moves {moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} blocks, "
-        f"{tiers.JOBS_IN_FLIGHT} in flight, the scheduler's thread busy in Python, unless said otherwise.",
+        f"size of rows, else of {repetitions}, in turns after {TIER_TO_PRIMARY} passes (fs: 1) to warm up, a memmove "
+        f"before and after. Each moves {moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} "
+        f"blocks, {tiers.JOBS_IN_FLIGHT} in flight, the scheduler's thread busy in Python, unless said otherwise.",
         options.output,
     )
     by_row = {}

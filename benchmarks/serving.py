@@ -72,7 +72,7 @@ class Answer:
     cached_tokens: int  # of the prompt: from the KV cache and from the tiers
 
     @classmethod
-    def of(cls, server: Server, prompt: str, tokens: int = MAX_TOKENS, parameters: Mapping[str, Any] = {}) -> Answer:
+    def of(cls, server: Server, prompt: str, tokens: int = MAX_TOKENS, offload: bool = True) -> Answer:
         from openai import OpenAI
 
         first = usage = None
@@ -86,7 +86,7 @@ class Answer:
                 temperature=0,
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={"ignore_eos": True, **parameters},
+                extra_body={"ignore_eos": True} if offload else {"ignore_eos": True, **NOT_OFFLOADED},
             ):
                 if part.choices:
                     last = time.perf_counter() - started
@@ -148,17 +148,21 @@ class Contender:
                 self.repeated.append(self.ask(prompt, SHORT_TOKENS))
         self.contexts[number] = prompt + answer.text
 
-    @contextmanager
-    def asked_once(self) -> Iterator[None]:
-        """Around prompts that share nothing."""
+    def ask_once(self, prompts: Mapping[int, str], not_offloaded: Mapping[int, str], order: random.Random) -> None:
+        """Prompts that share nothing, by number, and others with the same numbers, just before or after them."""
         copying, written = self.server.copy_thread_seconds(), serving_parts.written(self._metrics())
-        yield
+        for number, prompt in prompts.items():
+            kinds = [(self.unique, prompt, True)]
+            if number in not_offloaded:
+                kinds.append((self.not_offloaded, not_offloaded[number], False))
+            for answers, each, offload in order.sample(kinds, len(kinds)):
+                answers[number] = self.ask(each, offload=offload)
         self.copying += self.server.copy_thread_seconds() - copying
         self.written += serving_parts.written(self._metrics()) - written
 
-    def ask(self, prompt: str, tokens: int = MAX_TOKENS, parameters: Mapping[str, Any] = {}) -> Answer:
+    def ask(self, prompt: str, tokens: int = MAX_TOKENS, offload: bool = True) -> Answer:
         self._asked += 1
-        return Answer.of(self.server, prompt, tokens, parameters)
+        return Answer.of(self.server, prompt, tokens, offload)
 
     def _metrics(self) -> serving_parts.Metrics:
         """What vLLM has counted, everything asked included. Between requests: it takes some milliseconds."""
@@ -223,13 +227,8 @@ def measure(run: Run, contenders: dict[str, Contender], turns: int, others: list
         names = [name for name in contenders if name not in SOME_ROUNDS or begin % (OF_ROUNDS * PROMPTS_A_ROUND) == 0]
         end = min(begin + PROMPTS_A_ROUND, len(others))
         for contender in in_turns(names):
-            with contender.asked_once():
-                for number in range(begin, end):
-                    kinds = [(contender.unique, others, {})]
-                    if contender is contenders[OURS]:
-                        kinds.append((contender.not_offloaded, more, NOT_OFFLOADED))
-                    for answers, prompts, parameters in order.sample(kinds, len(kinds)):
-                        answers[number] = contender.ask(prompts[number], parameters=parameters)
+            of_round, besides = ({number: each[number] for number in range(begin, end)} for each in (others, more))
+            contender.ask_once(of_round, besides if contender is contenders[OURS] else {}, order)
         told = ", ".join(f"{name} {contenders[name].unique[begin].last:.2f}" for name in names)
         run.progress(f"prompts asked once, {end} of {len(others)}: {told} s")
 

@@ -214,7 +214,8 @@ def failures(contenders: dict[str, Contender], block_bytes: int) -> list[str]:
         wrong.append(f"{OURS}: {share:.0%} of prompts that were not to be offloaded were cached")
     blocks = sum(answer.prompt_tokens // BLOCK_TOKENS for answer in mine.unique.values())
     if mine.written != blocks * block_bytes:
-        wrong.append(f"{OURS}: stored {mine.written} bytes of prompts that share nothing, not {blocks} blocks, no more")
+        expected = f"{blocks * block_bytes} of {blocks} blocks"
+        wrong.append(f"{OURS}: stored {mine.written} bytes of prompts that share nothing, not the {expected}")
     return wrong
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -703,7 +704,7 @@ def tracebacks(contenders):
         (hits_of_prompts_that_are_not_offloaded, "ours: 6% of prompts that were not to be offloaded were cached"),
         (
             prompts_that_were_not_to_be_offloaded,
-            "ours: stored 56000 bytes of prompts that share nothing, not 28 blocks",
+            "ours: stored 56000 bytes of prompts that share nothing, not the 28000 of 28 blocks",
         ),
         (hits_without_offloading, "no offloading: 40% of later turns were not recomputed"),
         (hits_in_the_primary, "primary alone: 40% of later turns were not recomputed"),
@@ -727,7 +728,7 @@ class Counting:
         self.looks = 0
         monkeypatch.setattr(Answer, "of", self.answer)
 
-    def answer(self, _server, prompt: str, tokens: int, _parameters) -> Answer:
+    def answer(self, _server, prompt: str, tokens: int, _offload: bool) -> Answer:
         self.asked.append((prompt, tokens))
         return an_answer(f" answer {len(self.asked)}")
 
@@ -767,9 +768,7 @@ def test_bytes_and_copy_threads_are_counted_around_prompts_that_are_asked_once_a
     contender = Contender(counting, [], False)
     for prompts in (("one", "two"), ("three",)):
         contender.ask("before")
-        with contender.asked_once():
-            for prompt in prompts:
-                contender.ask(prompt)
+        contender.ask_once(dict(enumerate(prompts)), {}, random.Random(1))
     assert contender.copying == pytest.approx(3.0)
     assert contender.written == 300
 
@@ -777,15 +776,15 @@ def test_bytes_and_copy_threads_are_counted_around_prompts_that_are_asked_once_a
 def test_ours_alone_is_asked_prompts_that_it_does_not_offload(monkeypatch, make_run):
     asked = []
 
-    def answer(asks, prompt, tokens, parameters):
-        asked.append((asks.name, prompt, parameters))
+    def answer(asks, prompt, tokens, offload):
+        asked.append((asks.name, prompt, offload))
         return an_answer()
 
     monkeypatch.setattr(Answer, "of", answer)
-    monkeypatch.setattr(Contender, "asked_once", lambda _contender: contextlib.nullcontext())
+    monkeypatch.setattr(Contender, "_metrics", lambda _contender: {})
+    calls = {"pause": lambda: None, "resume": lambda: None, "copy_thread_seconds": lambda: 0.0}
     contenders = {
-        name: Contender(SimpleNamespace(name=name, pause=lambda: None, resume=lambda: None), [], False)
-        for name in (NO_OFFLOAD, PRIMARY, FS, OURS)
+        name: Contender(SimpleNamespace(name=name, **calls), [], False) for name in (NO_OFFLOAD, PRIMARY, FS, OURS)
     }
     rounds = range((serving.OF_ROUNDS + 1) * serving.PROMPTS_A_ROUND)
     others, more = [f"offloaded {at}" for at in rounds], [f"not offloaded {at}" for at in rounds]
@@ -793,9 +792,34 @@ def test_ours_alone_is_asked_prompts_that_it_does_not_offload(monkeypatch, make_
     prompts = {name: [each for each in asked if each[0] == name and each[1] != "Hello."] for name in contenders}
     assert sorted(prompt for _, prompt, _ in prompts[NO_OFFLOAD]) == sorted(others)
     assert sorted(prompt for _, prompt, _ in prompts[OURS]) == sorted([*others, *more])
-    assert {prompt for _, prompt, parameters in asked if parameters} == set(more)
+    assert {prompt for _, prompt, offload in asked if not offload} == set(more)
+    pairs = zip(*[iter(prompts[OURS])] * 2, strict=True)
+    assert [sorted(prompt for _, prompt, _ in pair) for pair in pairs] == [
+        [f"not offloaded {at}", f"offloaded {at}"] for at in rounds
+    ]
+    assert len({offload for _, _, offload in prompts[OURS][::2]}) == 2  # now the one first, now the other
     assert len(prompts[FS]) == len(prompts[PRIMARY]) == 2 * serving.PROMPTS_A_ROUND
     assert [*contenders[OURS].not_offloaded] == [*contenders[OURS].unique] == [*rounds]
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_vllm_is_asked_not_to_offload_a_prompt_and_only_then(monkeypatch, offload):
+    bodies = []
+
+    class Client(contextlib.nullcontext):
+        def __init__(self, **_) -> None:
+            super().__init__(self)
+            self.completions = self
+
+        def create(self, extra_body, **_):
+            bodies.append(extra_body)
+            details = SimpleNamespace(cached_tokens=0)
+            usage = SimpleNamespace(prompt_tokens_details=details, completion_tokens=1, prompt_tokens=3)
+            return [SimpleNamespace(choices=[SimpleNamespace(text="one")], usage=usage)]
+
+    monkeypatch.setattr("openai.OpenAI", Client)
+    assert Answer.of(SimpleNamespace(url=""), "prompt", offload=offload).text == "one"
+    assert [body.get("kv_transfer_params") for body in bodies] == [None if offload else {"max_offload_tokens": 0}]
 
 
 def test_metrics_that_never_count_an_answer_are_told_of(monkeypatch):
