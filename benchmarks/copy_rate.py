@@ -38,6 +38,8 @@ MOVED = 512 * MIB
 REPETITIONS = 5
 # Of them, with the fs tier, whose passes take most of the time.
 FS_REPETITIONS = 3
+# The most files of a pass with it: of rows below LARGE_ROW_BYTES it moves less.
+FS_ROWS = 8192
 # Of ours in each, before and after the fs tier.
 TURNS = 2
 # The tier's default. As many passes touch every row of it, so that no measurement pays for page faults.
@@ -91,13 +93,14 @@ class RowSize:
         return size * GB / tiers.timed(ctypes.memmove, self._other.ctypes.data, self.primary.ctypes.data, size)
 
     def store_and_load(self, name: str, blocks: int = tiers.JOB_BLOCKS, busy: bool = True) -> Passes:
-        """A store and a load of everything; checks what came back."""
+        """A store and a load of everything, of FS_ROWS at most with fs; checks what came back."""
         tier = self.tiers[name]
-        keys, sources, targets = self._stamped(blocks)
+        keys, sources, targets = self._stamped(blocks, FS_ROWS if name == "fs" else None)
         stores = [self._jobs.store(*each) for each in zip(keys, sources, strict=True)]
         # In the order of the stores' sets, in which they have their sources.
         loads = [self._jobs.load(list(job.keys), rows) for job, rows in zip(stores, targets, strict=True)]
-        passes = self._passes(*(lambda jobs=jobs: tiers.move(tier, jobs, busy) for jobs in (stores, loads)))
+        moved = sum(map(len, sources)) * self.primary.shape[1]
+        passes = self._passes(moved, *(lambda jobs=jobs: tiers.move(tier, jobs, busy) for jobs in (stores, loads)))
         self._check(name, sources, targets)
         if name == "fs" and self._fs is not None:
             self._fs.remove_blocks()
@@ -117,22 +120,26 @@ class RowSize:
             await asyncio.gather(*(some() for _ in range(tiers.JOBS_IN_FLIGHT)))
 
         passes = self._passes(
+            self.primary.nbytes,
             lambda: tiers.timed(lambda: runner.run(all_of(store.store, sources))),
             lambda: tiers.timed(lambda: runner.run(all_of(store.load, targets))),
         )
         self._check("asyncio", sources, targets)
         return passes
 
-    def _stamped(self, blocks: int) -> tuple[list[list[bytes]], list[np.ndarray], list[np.ndarray]]:
-        """Keys, and rows to store from and to load into, by job; every row has its number in it."""
+    def _stamped(
+        self, blocks: int, most: int | None = None
+    ) -> tuple[list[list[bytes]], list[np.ndarray], list[np.ndarray]]:
+        """Keys, and rows to store from and to load into, by job, `most` or all; every row has its number in it."""
         self._stamps[:] = np.arange(len(self._stamps))
-        return tiers.groups(tiers.block_keys(len(self._stamps)), blocks), self._rows(blocks), self._rows(blocks)
+        sources, targets = self._rows(blocks, most), self._rows(blocks, most)
+        return tiers.groups(tiers.block_keys(sum(map(len, sources))), blocks), sources, targets
 
-    def _passes(self, store: Callable[[], float], load: Callable[[], float]) -> Passes:
-        """Of calls that return the seconds they took."""
+    def _passes(self, moved: int, store: Callable[[], float], load: Callable[[], float]) -> Passes:
+        """Of calls that move so many bytes each and return the seconds they took."""
         memmoves, rates = [self.memmove()], []
         for call in (store, load):
-            rates.append(self.primary.nbytes * GB / call())
+            rates.append(moved * GB / call())
             memmoves.append(self.memmove())
         before, between, after = memmoves
         return Passes(*rates, harmonic_mean((before, between)), harmonic_mean((between, after)))
@@ -148,9 +155,9 @@ class RowSize:
             for _ in range(1 if name == "fs" else TIER_TO_PRIMARY):
                 self.store_and_load(name)
 
-    def _rows(self, blocks: int) -> list[np.ndarray]:
-        """Every row of the primary once, in random order, by job."""
-        rows = self._draw.permutation(len(self._stamps)).astype(np.int32)
+    def _rows(self, blocks: int, most: int | None) -> list[np.ndarray]:
+        """Rows of the primary in random order, none twice, `most` or all, by job."""
+        rows = self._draw.permutation(len(self._stamps)).astype(np.int32)[:most]
         return [rows[at : at + blocks] for at in range(0, len(rows), blocks)]
 
 
@@ -276,8 +283,9 @@ def main() -> int:
         "copy_rate",
         f"GB/s, medians of {min(repetitions, FS_REPETITIONS)} of the fs tier and {TURNS * repetitions} of ours by the "
         f"size of rows, else of {repetitions}, in turns after {TIER_TO_PRIMARY} passes (fs: 1) to warm up, a memmove "
-        f"before and after. Each moves {moved // MIB} MiB of rows in random order, in jobs of {tiers.JOB_BLOCKS} "
-        f"blocks, {tiers.JOBS_IN_FLIGHT} in flight, the scheduler's thread busy in Python, unless said otherwise.",
+        f"before and after. Each moves {moved // MIB} MiB (fs: {FS_ROWS} rows at most) of rows in random order, in "
+        f"jobs of {tiers.JOB_BLOCKS} blocks, {tiers.JOBS_IN_FLIGHT} in flight, the scheduler's thread busy in Python, "
+        "unless said otherwise.",
         options.output,
     )
     by_row = {}

@@ -36,7 +36,7 @@ ROW_BYTES = 256 * KIB
 LOAD_BLOCKS = 16
 QUEUED_BYTES = 2 << 30
 # Loads that are measured, if those behind stores fit in so many seconds. No figure depends on the fs tier's.
-SAMPLES = {"ours": (300, 110.0), "fs": (100, 80.0)}
+SAMPLES = {"ours": (300, 110.0), "fs": (100, 60.0)}
 # Of the samples that are taken idle, then as many loaded, and so on.
 TURN = 25
 # Of fewer than these there are no quartiles and no 99th percentile.
@@ -47,8 +47,9 @@ QUICK_SAMPLES, QUICK_QUEUED_BYTES = {"ours": (100, 15.0), "fs": (25, 15.0)}, 256
 SPARE_JOBS = 8
 # A tier on which the queue is not full by then ends stores as fast as they are submitted.
 FILL_S = 5.0
-# Of loads behind stores: how often the blocks that the fs tier wrote are removed, because tmpfs is memory.
-REMOVE_EVERY = 4
+# The fs tier's files are removed when it has written so much: tmpfs is memory. Not more often: it takes a second or
+# two, in which most of what is queued ends.
+REMOVE_FROM_BYTES = 2 << 30
 # Idle samples before the measured ones.
 WARM_UPS = 20
 # The stored blocks that loads ask for.
@@ -73,9 +74,12 @@ class Contender:
         self._jobs = tiers.Jobs()
         self._draw = random.Random(1)
         self._queued_bytes = queued_bytes
+        self._job_bytes = tiers.JOB_BLOCKS * ROW_BYTES
         # Not yet reported: stores, and loads that have ended but are not yet taken note of.
         self._stores: set[int] = set()
         self._ended_loads: set[int] = set()
+        # Bytes of stores that ended since the fs tier's files were removed.
+        self._written = 0
         self.store(warm_up_blocks)
         self._kept = [tiers.block_keys(LOAD_BLOCKS) for _ in range(KEPT_JOBS)]
         for keys in self._kept:
@@ -86,7 +90,7 @@ class Contender:
     @property
     def queued(self) -> int:
         """Bytes of stores that are submitted and not reported."""
-        return len(self._stores) * tiers.JOB_BLOCKS * ROW_BYTES
+        return len(self._stores) * self._job_bytes
 
     def idle_load(self) -> float:
         """Seconds from a load's submission until its end is seen."""
@@ -111,8 +115,14 @@ class Contender:
     def drain(self) -> None:
         while self._stores:
             self._collect()
-        if self.fs is not None:
+        self.make_room(0)
+
+    def make_room(self, written: int) -> None:
+        """Remove what the fs tier has written, if it is so many bytes."""
+        if self.fs is not None and self._written >= written:
             self.fs.remove_blocks()
+            self._collect()  # what has ended meanwhile, of which most is removed too
+            self._written = 0
 
     def _look_up(self) -> None:
         """As vLLM does before a load. Until the step has ended, stores do not evict what was hit."""
@@ -141,7 +151,7 @@ class Contender:
     def _fill(self, size: int) -> None:
         """Store until that many bytes are queued, and a little more."""
         deadline = time.monotonic() + FILL_S
-        size += SPARE_JOBS * tiers.JOB_BLOCKS * ROW_BYTES
+        size += SPARE_JOBS * self._job_bytes
         most = 0
         while self.queued < size:
             self._submit_store()
@@ -162,6 +172,7 @@ class Contender:
                 raise RuntimeError(f"job {result.job_id} of {type(self.tier).__name__} failed")
             if result.job_id in self._stores:
                 self._stores.remove(result.job_id)
+                self._written += self._job_bytes
             else:
                 self._ended_loads.add(result.job_id)
 
@@ -205,8 +216,7 @@ class Latencies:
                     self.loaded.append(took)
                     self.least_at_submission = min(at_submission, self.least_at_submission)
                     self.least_at_end = min(at_end, self.least_at_end)
-                if contender.fs is not None and self.tried % REMOVE_EVERY == 0:
-                    contender.fs.remove_blocks()
+                contender.make_room(REMOVE_FROM_BYTES)
         except NotFilled as error:
             self.not_filled = f"; then {error}"
         self.took_s += time.monotonic() - started

@@ -16,15 +16,28 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from async_tier.streams.host import HostStream
-from benchmarks import bench, common, head_of_line, overlap, server, serving, serving_parts, serving_report
+from benchmarks import (
+    bench,
+    common,
+    copy_rate,
+    head_of_line,
+    overlap,
+    server,
+    serving,
+    serving_parts,
+    serving_report,
+    tiers,
+)
 from benchmarks.common import Figure, Run
 from benchmarks.demo import BLOCK_TOKENS
-from benchmarks.head_of_line import Latencies, NotFilled
+from benchmarks.head_of_line import ROW_BYTES, Latencies, NotFilled
 from benchmarks.serving import Answer, Contender
 from benchmarks.serving_parts import Parts
 from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
@@ -497,6 +510,28 @@ sys.stdin.read()
     assert nothing == 0
 
 
+# ----------------------------------------------------------------------------------------------------------- copy rate
+
+
+def test_the_fs_tier_moves_fewer_small_rows_and_its_rate_is_of_those(monkeypatch):
+    monkeypatch.setattr(copy_rate, "FS_ROWS", 8)
+    moved: list[int] = []
+
+    def a_second(tier: object, jobs: list[Any], busy: bool) -> float:
+        move(tier, jobs, busy)
+        moved.append(sum(len(job.keys) for job in jobs))
+        return 1.0
+
+    move = tiers.move
+    monkeypatch.setattr(tiers, "move", a_second)
+    with ExitStack() as stack:
+        size = copy_rate.RowSize(stack, row_bytes=4096, moved=20 * 4096, with_fs=True)
+        for name, rows in (("fs", 8), (copy_rate.ours(1), 20)):
+            passes = size.store_and_load(name, blocks=3)
+            assert moved[-2:] == [rows, rows]
+            assert passes.store == passes.load == rows * 4096 * copy_rate.GB
+
+
 # -------------------------------------------------------------------------------------------------------- head of line
 
 
@@ -518,6 +553,9 @@ class Loads:
         return (0.002, *load)
 
     def drain(self) -> None:
+        pass
+
+    def make_room(self, written: int) -> None:
         pass
 
 
@@ -549,6 +587,36 @@ def test_idle_loads_and_those_behind_stores_take_turns():
     assert len(found.idle) == len(found.loaded) == 50
     changes = [one for one, other in zip(order, [*order[1:], ""], strict=True) if one != other]
     assert changes == ["idle", "behind"] * 2
+
+
+def test_files_are_removed_when_so_much_has_been_written_and_what_ends_meanwhile_does_not_count(monkeypatch):
+    ended: list[SimpleNamespace] = []
+
+    class Ends:
+        """A tier of which the test says what has ended."""
+
+        submit_store = submit_load = drain_jobs = on_new_request = on_request_finished = on_schedule_end = Mock()
+
+        def get_finished_jobs(self) -> list[SimpleNamespace]:
+            results = ended[:]
+            ended.clear()
+            return results
+
+    def end(jobs: int) -> None:
+        for _ in range(jobs):
+            contender._submit_store()
+        ended.extend(SimpleNamespace(job_id=number, success=True) for number in list(contender._stores)[-jobs:])
+
+    removed = Mock(side_effect=lambda: end(3))
+    monkeypatch.setattr(tiers, "submit_alone", Mock())
+    contender = head_of_line.Contender(Ends(), SimpleNamespace(keep_blocks=Mock(), remove_blocks=removed), 1 << 30)
+    for calls in (0, 1):
+        for jobs in (2, 1):
+            end(jobs)
+            contender._collect()
+            assert removed.call_count == calls
+            contender.make_room(3 * tiers.JOB_BLOCKS * ROW_BYTES)
+    assert removed.call_count == 2
 
 
 def test_a_queue_that_cannot_be_filled_leaves_the_tier_unmeasured_in_words():
