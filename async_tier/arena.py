@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ import numpy as np
 
 from async_tier.config import format_size
 
-# Since Linux 5.14 (include/uapi/asm-generic/mman-common.h); Python 3.11 does not name it.
-_MADV_POPULATE_WRITE = 23
 _HUGE_PAGE = 2 << 20
 # Raw calls, because a mapping that a Python object owns is also unmapped by the copy of that object in a forked child.
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -35,8 +32,6 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-# What the background thread populates between two looks at whether it should stop: some 10 ms.
-_POPULATE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,9 @@ class Rows:
 class Arena:
     """Anonymous host memory for `count` rows of `row_bytes` bytes.
 
-    Reserved at once, populated by a background thread, huge pages advised. It holds users' conversations: kept out
-    of core dumps and of forked children, and without a name that could outlive the process.
+    Reserved only, huge pages advised: whoever copies populates it (HostEngine.populate, cuda_arena.PinnedArena). It
+    holds users' conversations: kept out of core dumps and of forked children, and without a name that could outlive the
+    process.
 
     Raises MemoryError, in words, for more than the machine or the container can give.
     """
@@ -97,12 +93,7 @@ class Arena:
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
         # Rows from the first on that copies may touch: all, here.
         self.ready = count
-        self._stop = threading.Event()
-        self._populator = threading.Thread(
-            target=_populate, args=(address, size, self._stop), name="async-tier-populate", daemon=True
-        )
-        self._populator.start()
-        self._release = weakref.finalize(self, _release, start, length, self._stop, self._populator, os.getpid())
+        self._release = weakref.finalize(self, _release, start, length, os.getpid())
 
     def close(self) -> None:
         """Free the memory. Every copy that touches it must have ended. Idempotent."""
@@ -110,28 +101,13 @@ class Arena:
 
     def keep_for_ever(self) -> None:
         """Never free the memory, because a copy may touch it at any time; `close` does nothing any more."""
-        self._stop.set()
         self._release.detach()
 
 
-def _release(start: int, length: int, stop: threading.Event, populator: threading.Thread, owner: int) -> None:
+def _release(start: int, length: int, owner: int) -> None:
     """Give the mapping back, in the process that made it: a forked child may have something else at its addresses."""
     if os.getpid() == owner:
-        stop.set()
-        if populator is not threading.current_thread():  # the garbage collector runs wherever it likes
-            populator.join()
         _libc.munmap(start, length)
-
-
-def _populate(address: int, size: int, stop: threading.Event) -> None:
-    """Back the range with memory, so that no copy pays for page faults. Gives up quietly: faults do the same later.
-
-    ctypes releases the GIL for the call.
-    """
-    end = -(-(address + size) // mmap.PAGESIZE) * mmap.PAGESIZE
-    for at in range(address, end, _POPULATE_BYTES):
-        if stop.is_set() or _libc.madvise(at, min(_POPULATE_BYTES, end - at), _MADV_POPULATE_WRITE) != 0:
-            return
 
 
 def refuse_if_unavailable(size: int) -> None:

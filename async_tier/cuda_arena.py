@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from async_tier import _host_copy
 from async_tier.arena import Arena, Rows
 from async_tier.config import format_size
 from async_tier.streams.cuda import CudaEngine
@@ -69,6 +70,8 @@ class PinnedArena:
     def _pin(self) -> None:
         try:
             while not self._registration.is_complete and not self._stop.is_set():
+                start, end = self._registration.next_range
+                _host_copy.populate(start, end - start)  # or pinning does, and has the driver's lock meanwhile
                 self._registration.register_next()
         except RuntimeError as error:
             logger.warning(

@@ -44,7 +44,9 @@ def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyE
             )
     engine = HostEngine(default_threads() if config.copy_threads is None else config.copy_threads)
     try:
-        return engine, Arena(capacity, primary.row_bytes)
+        arena = Arena(capacity, primary.row_bytes)
+        engine.populate(arena.rows)
+        return engine, arena
     except BaseException:
         engine.close()
         raise

@@ -378,9 +378,12 @@ MUTANTS = [
     Mutant("timeline: a picture that cannot be, in words", "timeline.py", "except (OSError, ValueError) as error:\n            parser.error(f\"{options.output}", "except ZeroDivisionError as error:\n            parser.error(f\"{options.output}", TRACE),
     Mutant("trace: a failing trace loses no job", "block_store.py", "        except Exception as error:  # a job must not be lost for its picture", "        except OSError as error:", TRACE),
     Mutant("trace: a failing trace loses no end", "block_store.py", "            except Exception as error:  # nor must its end", "            except OSError as error:", TRACE),
-    Mutant("arena: no thread waits for itself", "arena.py", "        if populator is not threading.current_thread():  # the garbage collector runs wherever it likes\n            populator.join()", "        populator.join()", MEMORY),
     Mutant("arena: kept memory stays mapped", "arena.py", "        self._release.detach()\n", "", MEMORY),
-    Mutant("arena: kept memory is populated no further", "arena.py", "        self._stop.set()\n        self._release.detach()", "        self._release.detach()", MEMORY),
+    Mutant("R1 population by the huge page", "_host_copy.c", "populate_piece(segment->dst + off, size);", "populate_piece(segment->dst, segment->size);", ENGINE),
+    Mutant("R7 population comes last", "streams/host.py", "_POPULATION = 3", "_POPULATION = 0", ENGINE),
+    Mutant("the tier's memory is populated", "engines.py", "        engine.populate(arena.rows)\n", "", ("test_engines.py",)),
+    Mutant("population starts on a page", "_host_copy.c", "    if (address != 0 && address % PAGE == 0)", "    if (1)", MEMORY),
+    Mutant("population to the end", "_host_copy.c", "at < size; at += PIECE_BYTES)", "at + PIECE_BYTES < size; at += PIECE_BYTES)", MEMORY),
     Mutant("a core is left to the scheduler", "streams/host.py", "len(_allowed_cpus()) - 1", "len(_allowed_cpus())", ("test_engines.py",)),
 ]  # fmt: skip
 

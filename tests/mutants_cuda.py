@@ -96,6 +96,7 @@ MUTANTS_CUDA = [
     Mutant("registration in ranges", _REGISTRATION, "range_starts(rows, largest, mmap.PAGESIZE)", "range_starts(rows, 1 << 62, mmap.PAGESIZE)", CUDA),
     Mutant("no copy crosses ranges", "streams/segments.py", "                apart |= ranges[1:] != ranges[:-1]", "                pass", CUDA),
     Mutant("ranges of the arena are known", _CUDA, "np.array(range_starts, dtype=np.int64) if several else None", "None", CUDA),
+    Mutant("memory is populated before it is pinned", "cuda_arena.py", "                _host_copy.populate(start, end - start)", "                pass", CUDA),
     Mutant("rows are taken only when pinned: at first", "block_store.py", "        self._index.usable = arena.ready\n", "", CUDA),
     Mutant("rows are taken as they are pinned", "block_store.py", "            self._index.usable = self._arena.ready\n", "            pass\n", CUDA),
     Mutant("a refusal falls back to copy threads", "engines.py", "except (RuntimeError, OSError) as error:", "except OSError as error:", CUDA),

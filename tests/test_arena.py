@@ -7,7 +7,6 @@ import functools
 import gc
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from async_tier import _host_copy
 from async_tier import arena as arena_module
 from async_tier.arena import Arena, Rows, refuse_if_unavailable
+from async_tier.streams.host import HostEngine
 
-# Far beyond what anything here takes; only a failure waits that long.
-PATIENCE_S = 20
 HUGE_PAGE = 2 << 20
 MIB = 1 << 20
 
@@ -152,9 +151,11 @@ def make_arena() -> Iterator[Callable[..., Arena]]:
 
 
 @pytest.fixture
-def unpopulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arenas that nobody populates."""
-    monkeypatch.setattr(arena_module, "_populate", lambda address, size, stop: None)
+def engine() -> Iterator[HostEngine]:
+    """With one thread."""
+    engine = HostEngine(1)
+    yield engine
+    engine.close()
 
 
 SIZES = [(1, 1), (3, 100), (1, 4096), (3, 4097), (7, 300_007), (1, HUGE_PAGE), (5, HUGE_PAGE + 1), (3, HUGE_PAGE - 1)]
@@ -258,129 +259,59 @@ def test_a_forked_child_does_not_unmap_what_it_has_at_the_arenas_addresses(make_
 # ---------------------------------------------------------------------------------------------------------- population
 
 
-def test_an_arena_is_only_reserved_at_first(make_arena, unpopulated):
+def test_an_arena_is_only_reserved_at_first(make_arena):
     mapping = mapping_at(make_arena(16, HUGE_PAGE).rows.address)
     assert mapping is not None
     assert mapping.rss == 0
 
 
-@pytest.mark.parametrize(("count", "row_bytes"), [(1, 5000), (40, HUGE_PAGE + 4096)])
-def test_the_background_thread_populates_all_of_it(make_arena, count: int, row_bytes: int):
-    arena = make_arena(count, row_bytes)
-    arena._populator.join(PATIENCE_S)
-    assert not arena._populator.is_alive()
-    mapping = mapping_at(arena.rows.address)
+@pytest.mark.parametrize("whose", ["a copy thread's", "the caller's"])
+@pytest.mark.parametrize(("count", "row_bytes"), [(1, 5000), (40, HUGE_PAGE + 4096), (1, 3 * HUGE_PAGE - 1)])
+def test_population_backs_all_of_it(make_arena, engine: HostEngine, whose: str, count: int, row_bytes: int):
+    rows = make_arena(count, row_bytes).rows
+    if whose == "the caller's":
+        _host_copy.populate(rows.address, count * row_bytes)
+    else:
+        engine.populate(rows).synchronize()
+    mapping = mapping_at(rows.address)
     assert mapping is not None
     assert mapping.rss >= count * row_bytes
 
 
-class Population:
-    """A stand-in for `_populate` that goes on until it is told to stop."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.started = threading.Event()
-        self.stopped = self.ended = False
-        monkeypatch.setattr(arena_module, "_populate", self)
-
-    def __call__(self, address: int, size: int, stop: threading.Event) -> None:
-        self.range = (address, size)
-        self.started.set()
-        self.stopped = stop.wait(PATIENCE_S)
-        for _ in range(1000):  # the piece under way
-            os.sched_yield()
-        self.ended = True
+def test_population_leaves_what_is_there(make_arena, engine: HostEngine):
+    rows = make_arena(3, HUGE_PAGE).rows
+    memory = bytes_at(rows.address, 3 * HUGE_PAGE)
+    memory[HUGE_PAGE + 1] = 7
+    engine.populate(rows).synchronize()
+    assert memory[HUGE_PAGE + 1] == 7
+    assert np.count_nonzero(memory) == 1
 
 
-def test_construction_does_not_wait_for_population(make_arena, monkeypatch: pytest.MonkeyPatch):
-    population = Population(monkeypatch)
-    arena = make_arena(4, HUGE_PAGE)
-    assert population.started.wait(PATIENCE_S)
-    assert arena._populator.is_alive()
-    assert arena._populator.daemon
-    assert population.range == (arena.rows.address, 4 * HUGE_PAGE)
+def test_memory_that_the_kernel_will_not_populate_ends_the_job_all_the_same(engine: HostEngine):
+    nowhere = Rows(1 << 40, count=3, row_bytes=HUGE_PAGE, stride=HUGE_PAGE)
+    engine.populate(nowhere).synchronize()
+    _host_copy.populate(nowhere.address, 3 * HUGE_PAGE)
 
 
-def test_close_stops_a_population_and_waits_for_its_end(monkeypatch: pytest.MonkeyPatch):
-    population = Population(monkeypatch)
-    arena = Arena(4, HUGE_PAGE)
-    assert population.started.wait(PATIENCE_S)
-    arena.close()
-    assert population.stopped
-    assert population.ended
+@pytest.mark.parametrize("address", [0, 1, (1 << 40) + 64])
+def test_memory_that_does_not_start_on_a_page_is_not_populated(engine: HostEngine, address: int):
+    words = f"memory to populate must start on a page, not at {address}$"
+    with pytest.raises(ValueError, match=words):
+        engine.populate(Rows(address, count=1, row_bytes=64, stride=64))
+    with pytest.raises(ValueError, match=words):
+        _host_copy.populate(address, 64)
 
 
-def test_the_garbage_collector_may_end_it_on_the_populating_thread(monkeypatch: pytest.MonkeyPatch):
-    made, ended = threading.Event(), threading.Event()
-
-    def populate(address: int, size: int, stop: threading.Event) -> None:
-        assert made.wait(PATIENCE_S)
-        arena.close()
-        ended.set()
-
-    monkeypatch.setattr(arena_module, "_populate", populate)
-    arena = Arena(4, HUGE_PAGE)
-    made.set()
-    assert ended.wait(PATIENCE_S)
-    assert mapping_at(arena.rows.address) is None
-
-
-def test_memory_that_is_kept_for_ever_stays_mapped_and_is_populated_no_further(monkeypatch: pytest.MonkeyPatch):
-    population = Population(monkeypatch)
+def test_memory_that_is_kept_for_ever_stays_mapped():
     arena = Arena(4, HUGE_PAGE)
     release, address = arena._release, arena.rows.address
     arena.keep_for_ever()
-    arena._populator.join(PATIENCE_S)
-    assert population.stopped
     arena.close()
     assert mapping_at(address) is not None
     del arena
     gc.collect()
     assert mapping_at(address) is not None
     assert not release.alive
-
-
-class Advice:
-    """A stand-in for the C library's madvise: notes (offset, length, advice) and answers as told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[], int]) -> None:
-        self.calls: list[tuple[int, int, int]] = []
-        self._answer = answer
-        monkeypatch.setattr(arena_module, "_libc", self)
-
-    @property
-    def madvise(self) -> Callable[[int, int, int], int]:
-        def call(address: int, length: int, advice: int) -> int:
-            self.calls.append((address, length, advice))
-            return self._answer()
-
-        return call
-
-
-BASE = 1 << 40
-POPULATE_WRITE = 23
-
-
-def test_population_goes_in_pieces_to_the_end_of_the_last_page(monkeypatch: pytest.MonkeyPatch):
-    advice = Advice(monkeypatch, lambda: 0)
-    arena_module._populate(BASE, 70 * MIB + 1, threading.Event())
-    assert advice.calls == [
-        (BASE, 32 * MIB, POPULATE_WRITE),
-        (BASE + 32 * MIB, 32 * MIB, POPULATE_WRITE),
-        (BASE + 64 * MIB, 6 * MIB + mmap.PAGESIZE, POPULATE_WRITE),
-    ]
-
-
-def test_population_looks_between_pieces_whether_to_stop(monkeypatch: pytest.MonkeyPatch):
-    stop = threading.Event()
-    advice = Advice(monkeypatch, lambda: stop.set() or 0)
-    arena_module._populate(BASE, 1000 * MIB, stop)
-    assert len(advice.calls) == 1
-
-
-def test_population_gives_up_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch):
-    advice = Advice(monkeypatch, lambda: -1)
-    arena_module._populate(BASE, 1000 * MIB, threading.Event())
-    assert len(advice.calls) == 1
 
 
 def test_close_frees_the_memory_and_can_be_called_again():

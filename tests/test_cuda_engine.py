@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from async_tier import cuda_arena, engines
+from async_tier import _host_copy, cuda_arena, engines
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
@@ -656,6 +656,31 @@ def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
     store.submit_store(2, names(64, 100), range(64))
     assert finish(store) == {2: True}
     assert store.num_blocks == 64
+
+
+@emulated
+def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
+    """Else the driver does it, and keeps others out meanwhile. The first range is waited for anyway."""
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    done = []
+    populate, register = _host_copy.populate, cuda_driver.Driver.register
+
+    def note(kind, call):
+        def noted(*arguments):
+            done.append((kind, *arguments[-2:]))
+            return call(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(_host_copy, "populate", note("populate", populate))
+    monkeypatch.setattr(cuda_driver.Driver, "register", note("register", register))
+    store = make_store(primary)
+    store._arena._pinner.join(helpers.PATIENCE_S)
+    first = store._arena.rows.address
+    ranges = [(first + at * ROW_BYTES, 8 * ROW_BYTES) for at in range(8, 64, 8)]
+    later = [("populate", *each) for each in ranges], [("register", *each) for each in ranges]
+    assert done[-14:] == [each for pair in zip(*later, strict=True) for each in pair]
+    store.close()
 
 
 @emulated

@@ -34,6 +34,14 @@ def test_the_engine_has_as_many_copy_threads_as_the_configuration_says(options):
     store.close()
 
 
+def test_the_tiers_memory_is_populated_by_the_copy_threads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(host.HostEngine, "populate", lambda engine, rows: asked.append((engine, rows)))
+    store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse({"engine": "host"}))
+    assert asked == [(store._engine, store._arena.rows)]
+    store.close()
+
+
 @pytest.mark.parametrize(
     ("options", "asked"),
     [

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_tier import _host_copy
-from async_tier.arena import Rows
+from async_tier.arena import Arena, Rows
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream
 
@@ -608,6 +608,30 @@ def test_holding_one_stream_leaves_the_others(engine: HostEngine):
     assert not any(event.is_done for event in held)
 
 
+def resident(memory: Rows) -> int:
+    """Bytes of the rows' pages that are backed with memory."""
+    pages = (ctypes.c_ubyte * (memory.count * memory.stride // PAGE))()
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    assert mincore(ctypes.c_void_p(memory.address), ctypes.c_size_t(len(pages) * PAGE), pages) == 0
+    return sum(page & 1 for page in pages) * PAGE
+
+
+def test_r1_population_goes_by_the_piece(streams: list[HostStream]):
+    """It holds the lock of the memory map: the scheduler's thread, which may need it for malloc, waits that long."""
+    arena = Arena(4, PIECE)
+    streams[1].hold()
+    event = streams[1]._engine.populate(1, arena.rows.address, 4 * PIECE)
+    for done in (1, 2, 3):
+        streams[1].step()
+        fence(streams)
+        assert resident(arena.rows) == done * PIECE
+        assert not event.is_done
+    streams[1].release()
+    event.synchronize()
+    assert resident(arena.rows) == 4 * PIECE
+    arena.close()
+
+
 # ---------------------------------------------------------------------------------------------------------- priorities
 
 
@@ -675,6 +699,21 @@ def test_a_free_thread_takes_expedited_loads_before_loads_before_stores(engine: 
 def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
     """The other way round, which also shows that the test above could fail."""
     assert first_of(engine.store_stream, engine.load_stream) == "later"
+
+
+def test_r7_population_comes_last(engine: HostEngine):
+    population = HostStream(engine._engine, 3)
+    assert first_of(engine.store_stream, population) == "sooner"
+    arena = Arena(4, PIECE)
+    population.hold()
+    event = engine.populate(arena.rows)
+    move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
+    assert not event.is_done
+    assert resident(arena.rows) == 0
+    population.release()
+    event.synchronize()
+    assert resident(arena.rows) == 4 * PIECE
+    arena.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- ordered
@@ -861,6 +900,7 @@ def test_a_child_is_told_that_it_cannot_copy(engine: HostEngine):
     assert "fork" in told
     both = rows(SOURCE.reshape(2, -1))
     assert in_child(lambda: engine.load_stream.copy_rows(both, [0], both, [0])) == told
+    assert in_child(lambda: engine.populate(rows(SOURCE.reshape(2, -1)))) == told
 
 
 def test_a_child_is_told_that_an_open_event_never_ends(open_event: CopyEvent):
@@ -992,6 +1032,18 @@ def test_close_leaves_what_is_done():
     assert not event.failed
 
 
+def test_close_cuts_population_off(streams: list[HostStream]):
+    arena = Arena(4, PIECE)
+    streams[1].hold()
+    event = streams[1]._engine.populate(1, arena.rows.address, 4 * PIECE)
+    streams[1].step()
+    fence(streams)
+    streams[1]._engine.close()
+    assert event.failed
+    assert resident(arena.rows) == PIECE
+    arena.close()
+
+
 def test_close_wakes_a_thread_in_synchronize():
     engine = HostEngine(1)
     engine.load_stream.hold()
@@ -1101,6 +1153,8 @@ def test_a_queue_that_is_not_there_is_refused(queue: int):
         core.submit(queue, at(SOURCE), at(SOURCE), 0)
     with pytest.raises(ValueError, match=f"queue must be 0 to 2, not {queue}"):
         core.limit(queue, 0)
+    with pytest.raises(ValueError, match=f"queue must be 0 to 2, not {queue}"):
+        core.populate(queue, PAGE, PAGE)
     core.close()
 
 

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # For `limit`: no limit.
 _UNLIMITED = -1
+# The queue that is served last.
+_POPULATION = 3
 
 
 class HostStream:
@@ -77,7 +79,7 @@ class HostStream:
 
 
 class HostEngine:
-    """`threads` native threads that serve three queues: expedited loads before loads before stores.
+    """`threads` native threads that serve four queues: expedited loads before loads before stores before population.
 
     A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one, so a load waits
     for at most one piece a thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
@@ -90,7 +92,7 @@ class HostEngine:
     broken: str | None = None  # threads do not break
 
     def __init__(self, threads: int, *, ordered: bool = False, kernel: str | None = None) -> None:
-        self._engine = engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
+        self._engine = engine = _host_copy.Engine(threads, queues=4, ordered=ordered, kernel=kernel)
         self.expedited_stream = HostStream(engine, 0)
         self.load_stream = HostStream(engine, 1)
         self.store_stream = HostStream(engine, 2)
@@ -107,6 +109,14 @@ class HostEngine:
             logger.warning("Copy threads run as the thread that made them does: %s", error)
         # Also at the interpreter's exit, before the memory under the copies goes.
         self._close = weakref.finalize(self, engine.close)
+
+    def populate(self, rows: Rows) -> CopyEvent:
+        """Back new memory of adjoining rows that starts on a page, when there is nothing to copy.
+
+        By the copy threads and not one more: that would share a core with the scheduler's thread when these are busy,
+        for some milliseconds at a time.
+        """
+        return self._engine.populate(_POPULATION, rows.address, rows.count * rows.stride)
 
     def advance(self) -> None:
         """Nothing waits here: the threads see to their queues."""

@@ -61,6 +61,12 @@ class Registration:
         return self._done == len(self.range_starts)
 
     @property
+    def next_range(self) -> Range:
+        """What `register_next` will pin. Not when all is."""
+        ends = [*self.range_starts[1:], self._end]
+        return self.range_starts[self._done], ends[self._done]
+
+    @property
     def rows_ready(self) -> int:
         """Rows from the first on that are pinned. For any thread."""
         done = self._done  # once: another thread counts it up
@@ -83,8 +89,7 @@ class Registration:
         Raises CudaError if the driver refuses, RuntimeError where it goes by what was pinned and never given back, or
         where another tier does not get done with pinning.
         """
-        start = self.range_starts[self._done]
-        end = self.range_starts[self._done + 1] if self._done + 1 < len(self.range_starts) else self._end
+        start, end = self.next_range
         with self._context, _locked():
             try:
                 self._driver.register(start, end - start)
