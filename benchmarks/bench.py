@@ -34,9 +34,9 @@ FIGURES = {
     "serving": ("ttft_vs_recompute", "ttft_vs_kv_cache_hit", "ttft_vs_fs", "no_reuse_overhead"),
 }
 GIB = 1 << 30
-# GiB of memory, and of it on the tmpfs. head_of_line: the fs tier's files, usually 4 (they are removed after a load that
-# finds 2), but more where stores end as they are submitted. serving: four servers of some 2.5. copy_rate: a tier of 1
-# for every number of threads.
+# GiB of memory, and of it on the tmpfs. head_of_line: the fs tier's files, usually 4 (they are removed after a load
+# that finds 2), but more where stores end as they are submitted. serving: four servers of some 2.5. copy_rate: a tier
+# of 1 for every number of threads.
 NEEDS = {
     "copy_rate": (4 + len(os.sched_getaffinity(0)).bit_length(), 1),
     "scheduler_cost": (8, 1),
