@@ -121,9 +121,18 @@ def serve(
 
 @contextlib.contextmanager
 def launch(
-    model: Path | str, log: Path, *, name: str, offloading: dict[str, Any] | None, arguments: list[str]
+    model: Path | str,
+    log: Path,
+    *,
+    name: str,
+    offloading: dict[str, Any] | None,
+    arguments: list[str],
+    model_cores: str = "nobind",
 ) -> Iterator[Server]:
-    """As `serve`, but the block begins at once, while the server comes up: others may be started meanwhile."""
+    """As `serve`, but the block begins at once, while the server comes up: others may be started meanwhile.
+
+    model_cores: of a CPU build, the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere.
+    """
     remove_what_the_dead_left()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -144,7 +153,7 @@ def launch(
         **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_OMP_THREADS_BIND": model_cores,
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     server = None

@@ -5,6 +5,9 @@ on, its blocks have left both. Also the floor, a prompt that is still in vLLM's 
 where nothing is ever asked for again. Two servers that are started alike differ by some percent for as long as they
 run, so our server alone tells the last as well, by prompts of which half are not to be offloaded.
 
+Of a CPU build one core is left to the server's processes other than the model's, as vLLM does by itself where there
+are more. On two cores that is half of them, and so the model takes longer; but the same prompt takes the same time.
+
 The servers take turns, prompt by prompt and in an order drawn anew for each, so that a noisy machine is as noisy to
 each, and all but one are paused: an idle one would take a core for seconds after each answer, because its processes
 look for work without sleeping. All are asked the same, one request at a time, and all answers must be equal to the
@@ -202,6 +205,16 @@ def settings(
     }
 
 
+def model_cores() -> str:
+    """All cores but the first, which is left to the server's other processes, as vLLM itself does with enough of them.
+
+    Its scheduler looks for results without sleeping. Where that has to share a core with the forward pass, the same
+    prompt takes one time and a half as long as another time.
+    """
+    _, *others = sorted(os.sched_getaffinity(0))
+    return ",".join(map(str, others)) or "nobind"
+
+
 def measure(run: Run, contenders: dict[str, Contender], turns: int, others: list[str], more: list[str]) -> None:
     """Ask all servers everything. others, more: prompts that share nothing; ours does not offload `more`."""
     order = random.Random(1)
@@ -251,6 +264,7 @@ def main() -> int:
         f"{' and '.join(SOME_ROUNDS)} take one of {OF_ROUNDS}; {OURS} is asked as many more that it is not to offload. "
         "Servers change after every conversation's turn and after every round, in random order; all but one are "
         "paused, and a short request after each change is not measured. "
+        f"On a CPU the model's cores: {model_cores()}. "
         f"One request at a time; {MAX_TOKENS} tokens an answer, {SHORT_TOKENS} when asked again, float32; "
         "tokens a second include the wait for the first. vLLM's metrics are read before and after each prompt of a "
         "later turn.",
@@ -316,6 +330,7 @@ def started(
             name=f"async-tier-serving-{os.getpid()}-{number}",
             offloading=configuration,
             arguments=arguments,
+            model_cores=model_cores(),
         )
         starting.append(stack.enter_context(server))
         yield name, starting[-1]

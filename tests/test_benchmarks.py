@@ -488,6 +488,24 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
     assert started[0].returncode is not None
 
 
+@pytest.mark.parametrize(("cores", "expected"), [({0, 1}, "1"), ({5, 2, 7}, "5,7"), ({3}, "nobind")])
+def test_a_core_is_left_to_what_of_a_server_is_not_the_model(tmp_path, monkeypatch, make_run, cores, expected):
+    given = []
+
+    class Process:
+        pid = 1 << 30
+        send_signal = wait = poll = Mock()
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    monkeypatch.setattr(server.subprocess, "Popen", lambda command, env, **_: given.append(env) or Process())
+    monkeypatch.setattr(server.Server, "wait_until_healthy", Mock())
+    monkeypatch.setattr(server.Server, "pause", Mock())
+    monkeypatch.setattr(server, "_end", Mock())
+    with ExitStack() as stack:
+        list(serving.started(make_run("serving"), stack, "model", [], {OURS: None}, on_cpu=True))
+    assert [each["VLLM_CPU_OMP_THREADS_BIND"] for each in given] == [expected]
+
+
 def test_copy_threads_of_a_server_are_timed_and_no_others(tmp_path):
     source = """
 import sys
