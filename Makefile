@@ -40,7 +40,7 @@ help:
 	@echo "make mutants-cuda   the same for the CUDA engine"
 	@echo "make sanitize       the emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
-	@echo "make bench          all benchmarks, a table and pictures, in some 20 minutes (TRACE=... for replay)"
+	@echo "make bench          all benchmarks, a table and pictures, in some 15 minutes (TRACE=... for replay)"
 	@echo "make lint           ruff, mypy, C warnings"
 	@echo "make clean          remove what the above made"
 
