@@ -211,7 +211,7 @@ enum { JOB_OPEN, JOB_DONE, JOB_CANCELLED };
 
 typedef struct {
     char *dst;
-    const char *src; /* NULL: dst, which starts on a page, is populated */
+    const char *src;
     size_t size;
 } Segment;
 
@@ -219,6 +219,7 @@ typedef struct Job {
     atomic_int state;
     atomic_int refs;
     int queue;
+    int populates;         /* its segment is a range that starts on a page, and has no source */
     int cancelled;         /* the rest of it will not be claimed */
     int outstanding;       /* pieces being copied now */
     size_t next, next_off; /* first byte not yet claimed */
@@ -346,10 +347,10 @@ static void *worker(void *argument) {
         for (size_t todo = PIECE_BYTES - left; todo > 0; at++, off = 0) {
             const Segment *segment = &job->segments[at];
             size_t size = segment->size - off < todo ? segment->size - off : todo;
-            if (segment->src)
-                copy(segment->dst + off, segment->src + off, size);
-            else
+            if (job->populates)
                 populate_piece(segment->dst + off, size);
+            else
+                copy(segment->dst + off, segment->src + off, size);
             todo -= size;
         }
 
@@ -785,6 +786,7 @@ static PyObject *engine_populate(PyObject *self, PyObject *args) {
     Job *job = new_job(1);
     if (job == NULL)
         return NULL;
+    job->populates = 1;
     add_segment(job, address, 0, (size_t)size);
     return queue_job(core, queue_index, job);
 }
