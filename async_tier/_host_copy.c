@@ -246,7 +246,7 @@ typedef struct {
     pthread_cond_t work, ended;
     int waiters; /* threads in job_wait */
     int ready;   /* threads that have told their id */
-    int signal;  /* an eventfd that is written to when a job has ended, or -1; the caller's, who turns it off first */
+    int signal;  /* an eventfd that is written to when a job of copies has ended, or -1; the caller's, who turns it off first */
     int stop;
     long tids[MAX_THREADS];
     Queue queues[MAX_QUEUES];
@@ -287,7 +287,7 @@ static void end_job(Core *core, Job *job) {
     }
     if (core->waiters)
         pthread_cond_broadcast(&core->ended);
-    if (core->signal >= 0) {
+    if (core->signal >= 0 && !job->populates) {
         /* Full or gone: then it is readable, or nobody reads it. */
         ssize_t ignored = write(core->signal, &(uint64_t){1}, sizeof(uint64_t));
         (void)ignored;
@@ -847,7 +847,7 @@ static PyMethodDef engine_methods[] = {
     {"populate", engine_populate, METH_VARARGS,
      "populate(queue, address, size) -> Job\n\n"
      "Queue the population of size bytes from address on, the start of a page: a huge page at a time is backed with\n"
-     "memory. What is there stays as it is. The mapping must stay valid until the job is done."},
+     "memory. What is there stays as it is. The mapping must stay valid until the job is done, which is not signalled."},
     {"limit", engine_limit, METH_VARARGS,
      "limit(queue, pieces)\n\nFor tests: let the threads take that many more pieces of the queue (0 holds it, -1 lifts the limit)."},
     {"signal", engine_signal, METH_VARARGS,

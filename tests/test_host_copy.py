@@ -523,6 +523,16 @@ def test_also_of_jobs_without_copies(engine: HostEngine, eventfd: int):
     engine.signal(-1)
 
 
+def test_but_not_of_population_which_nobody_awaits(engine: HostEngine, eventfd: int):
+    arena = Arena(1, PAGE)
+    engine.signal(eventfd)
+    engine.populate(arena.rows).synchronize()
+    engine.signal(-1)  # after the lock in which a job ends
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(eventfd)
+    arena.close()
+
+
 def test_nothing_is_signalled_any_more_when_it_is_turned_off(engine: HostEngine, eventfd: int):
     engine.signal(eventfd)
     engine.signal(-1)
