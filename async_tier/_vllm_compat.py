@@ -19,13 +19,13 @@ import inspect
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from async_tier.block_store import Finished
-from async_tier.eviction import SequenceOrder
+from async_tier.order import SequenceOrder
 
 try:
     import vllm.platforms
@@ -116,50 +116,12 @@ def has_one_worker(offloading_spec: Any) -> bool:
     return isinstance(workers, int) and workers == 1
 
 
-class RequestOrder:
-    """The order of a request's blocks from the positions that vLLM 0.31 and later note in its ReqContext.
-
-    vLLM notes them in prefix order in a dict that has no public name. Where it is found it is asked directly, which
-    takes half the time of the public method; it is also the only way to what comes before a key.
-    """
-
-    __slots__ = ("_places", "position")
-
-    def __init__(self, context: Any) -> None:
-        places = getattr(context, "_offload_key_positions", None)
-        self._places: dict[bytes, int] = places if isinstance(places, dict) else {}
-        self.position: Callable[[bytes], int | None] = (
-            places.get if isinstance(places, dict) else context.get_offload_key_position
-        )
-
-    def before(self, keys: Sequence[bytes]) -> list[bytes]:
-        places = self._places
-        if not places or next(iter(places)) in keys:  # the start of the request
-            return []
-        first = min((places[key] for key in keys if key in places), default=0)
-        return [other for other, place in places.items() if place < first]
-
-
-class TouchOrder:
-    """The order of a request's blocks from `touch`, which vLLM up to 0.30 calls with all its keys in prefix order."""
-
-    def __init__(self) -> None:
-        self._places: dict[bytes, int] = {}
-
-    def note(self, keys: Collection[bytes]) -> None:
-        """`keys` are those of one KV group, in prefix order."""
-        self._places.update(zip(keys, range(len(keys)), strict=True))
-
-    def position(self, key: bytes) -> int | None:
-        return self._places.get(key)
-
-    def before(self, keys: Sequence[bytes]) -> tuple[bytes, ...]:
-        return ()  # touch itself has refreshed all of the request's blocks
-
-
 def order_of(context: Any) -> SequenceOrder:
-    """A new order for the request of this ReqContext."""
-    return RequestOrder(context) if _HAS_POSITIONS else TouchOrder()
+    """A new order for the request of this ReqContext.
+
+    vLLM 0.31 and later note each key's end token, in a dict that has no public name. Before, `touch` tells the order.
+    """
+    return SequenceOrder(context._offload_key_positions if _HAS_POSITIONS else {})
 
 
 class NeverDrop:

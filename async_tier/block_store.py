@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 from async_tier.arena import Rows
-from async_tier.config import TierConfig, format_size
+from async_tier.config import TierConfig, format_size, load_policy
 from async_tier.engines import RowMemory, open_engine
-from async_tier.eviction import SequenceOrder
 from async_tier.index import BlockIndex
+from async_tier.order import SequenceOrder
 from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
 from async_tier.trace import Submitted, TierTrace, TraceWriter
 
@@ -113,6 +113,7 @@ class BlockStore:
         config = config or TierConfig()
         self.primary = primary
         capacity = _capacity(primary, config)
+        policy = load_policy(config.eviction_policy)
         writer = TraceWriter(config.trace_path) if config.trace_path is not None else None
         if engine is None or arena is None:
             try:
@@ -125,7 +126,7 @@ class BlockStore:
         # Also when nobody calls close().
         self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
         self._rows = self._arena.rows
-        self._index = BlockIndex(self._rows.count)
+        self._index = BlockIndex(self._rows.count, policy)
         self._index.usable = arena.ready
         self._load_stream: CopyStream = self._engine.load_stream
         self._store_stream: CopyStream = self._engine.store_stream
@@ -293,8 +294,7 @@ class BlockStore:
         self._advance()
         if self._step_hits:
             self._note_hits()
-        self.orders.pop(sequence, None)
-        self._index.finish(sequence)
+        self._index.finish(sequence, self.orders.pop(sequence, None))
 
     def fault(self, doing: str, reason: object) -> None:
         """Count something that went wrong, and say so once in the log."""

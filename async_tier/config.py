@@ -6,9 +6,12 @@ Every mistake is a ValueError of one sentence that names the key, the value and 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
 
 ENGINES = ("auto", "cuda", "host")
 LOCALITIES = ("LOCAL", "REMOTE")
@@ -61,6 +64,20 @@ def parse_threads(key: str, value: object) -> int:
     return value
 
 
+def load_policy(name: str) -> type[EvictionPolicy]:
+    """The policy called `name`: "lru", or "module:Class". Raises ValueError that names `eviction_policy`."""
+    if name == "lru":
+        return LeastRecentlyUsed
+    module, _, attribute = name.partition(":")
+    try:
+        policy = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a module that is imported raises
+        raise ValueError(f"eviction_policy {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(policy, type) and issubclass(policy, EvictionPolicy)):
+        raise ValueError(f"eviction_policy must name a class over async_tier.eviction.EvictionPolicy, not {name!r}")
+    return policy
+
+
 @dataclasses.dataclass(frozen=True)
 class TierConfig:
     """The checked configuration of one tier.
@@ -73,6 +90,7 @@ class TierConfig:
     max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
         that many.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
+    eviction_policy: "lru", or "module:Class" of an eviction.EvictionPolicy.
     locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
     trace_path: a file to write a trace to (see trace.TraceWriter), in which "{pid}" stands for the process; None: none.
     """
@@ -84,6 +102,7 @@ class TierConfig:
     staging_bytes: int = 64 << 20
     max_inflight_store_bytes: int = 256 << 20
     keep_on_reset: bool = False
+    eviction_policy: str = "lru"
     locality: str | None = None
     trace_path: str | None = None
 
@@ -121,6 +140,8 @@ class TierConfig:
             )
         if not isinstance(self.keep_on_reset, bool):
             raise ValueError(f"keep_on_reset must be true or false, not {self.keep_on_reset!r}")
+        if not isinstance(self.eviction_policy, str) or not re.fullmatch(r"lru|[\w.]+:\w+", self.eviction_policy):
+            raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {self.eviction_policy!r}")
         if self.locality is not None and self.locality not in LOCALITIES:
             raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {self.locality!r}")
         if self.trace_path is not None and (not isinstance(self.trace_path, str) or not self.trace_path):

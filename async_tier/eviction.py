@@ -1,31 +1,31 @@
-"""Which block goes when a row is needed: the interface, and least-recently-used by sequence.
+"""Which block goes when a row is needed: the interface, and the least recently used block that nothing continues.
 
-A policy knows keys and rows, no memory and no jobs. Another policy is one small class over `EvictionPolicy`.
+A policy knows keys and rows, no memory and no jobs. Another policy is one small class over `EvictionPolicy`, which the
+configuration names as "module:Class".
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from abc import ABC, abstractmethod
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from itertools import islice
 
-
-class SequenceOrder(Protocol):
-    """What is known of the order of a sequence's blocks."""
-
-    def position(self, key: bytes) -> int | None:
-        """The place of `key` in the sequence, or None if it is not known. Only compared, within one sequence."""
-
-    def before(self, keys: Sequence[bytes]) -> Iterable[bytes]:
-        """The keys known to come before all of `keys`, in order."""
+from async_tier.order import SequenceOrder
 
 
 class EvictionPolicy(ABC):
     """Told what is stored and used, asked what to evict.
 
     `rows` maps the keys held to their rows, `pins` counts by row what forbids to evict it. The index owns both; a
-    policy only takes out of `rows` what it evicts. A `sequence` is a request's name, or None for blocks of none.
+    policy only takes out of `rows` what it evicts. A `sequence` is a request's name, or None for blocks of none. An
+    `order`, if there is one, is that of all the sequence's blocks.
+
+    What the index relies on: `evict` takes no row with a pin, and none twice. What the tier's users rely on, of any
+    policy: for a sequence nothing is evicted that its own order knows.
     """
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
@@ -33,252 +33,262 @@ class EvictionPolicy(ABC):
         self._pins = pins
 
     @abstractmethod
-    def prepare(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """`keys`, at least one and all new, are about to be stored: what they are of use with counts as used."""
-
-    @abstractmethod
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        """`keys`, at least one and all new, are being stored into `rows` for the sequence."""
+        """`keys`, at least one and none held, are about to be stored into `rows` for the sequence."""
 
     @abstractmethod
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """`keys`, all in `rows`, were used by the sequence."""
+        """`keys`, all in `rows`, were used by the sequence, in this order if its own does not say."""
 
     @abstractmethod
-    def remove(self, row: int) -> None:
-        """The block in `row` is leaving `rows`, not by `evict`."""
-
-    @abstractmethod
-    def evict(self, count: int, sequence: str | None) -> list[int]:
+    def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
         """Take at most `count` keys without a pin out of `rows`, worst first; the rows they had.
 
         To make room for blocks of the sequence, which are stored into these rows next.
         """
 
     @abstractmethod
-    def finish(self, sequence: str) -> None:
+    def remove(self, row: int) -> None:
+        """The block in `row` is leaving `rows`, not by `evict`."""
+
+    @abstractmethod
+    def finish(self, sequence: str, order: SequenceOrder | None) -> None:
         """No more will be stored for the sequence; its name may come again for another."""
 
     @abstractmethod
     def clear(self) -> None:
         """Every key is leaving `rows`."""
 
+    def unpinned(self, rows: Collection[int]) -> None:  # noqa: B027 - not every policy needs to know
+        """Pins were taken off `rows`, of which some may have none now."""
 
-class _Run:
-    """Blocks of one sequence, from its start on. Entries whose row has another run are stale, and skipped."""
 
-    __slots__ = ("keys", "live", "prefix", "sequence")
-
-    def __init__(self, sequence: str | None) -> None:
-        self.sequence = sequence
-        self.keys: list[bytes] = []
-        self.live = 0
-        # The run that holds what comes before this one's blocks, if they are not all here.
-        self.prefix: _Run | None = None
+_NO_ORDER = SequenceOrder({})
 
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Evicts the sequence that was used least recently, from its end.
+    """Evicts the block used least recently among those that no block held continues.
 
-    A prefix is of use only from its start, so order within a sequence is by position and recency is a property of
-    whole sequences:
+    A prefix is of use only from its start, so a block stays while one stored behind it is held: those are the leaves'
+    ancestors, in what radix caches keep as a tree. Here it takes two numbers a row: its parent and how many children.
 
-        oldest run                    newest run
-        [a0 a1 a2 a3]  [b0 b1 b2]  [c0 c1]
-                   ^ evicted first
+        system prompt --- document --- question 1       leaves: question 1, question 2, chat;
+                      |            `-- question 2       the one used least recently goes, then what it leaves bare
+                      `-- chat                          is a leaf as well
 
-    - A block belongs to the run of the sequence that stored or used it last.
-    - A later job of a sequence puts its blocks behind the earlier ones and makes the whole run the newest; it never
-      evicts blocks of its own sequence or of its prefix.
-    - When a run becomes the newest, the run that holds its prefix becomes newer still.
+    - The parent of a block is the nearest before it in its sequence that is held when it is stored; without an order,
+      the last that the sequence has stored or used. Blocks of one job follow each other. A parent is older than its
+      children, so there are no cycles, whatever orders say.
+    - A block is used when a sequence stores it, hits it or, wherever it was served from, ends: all that the sequence's
+      order knows, its start the newest. Nothing else renews a block: not its children, and not a stranger's use.
+    - Leaves are in a list by their last use. What enters it in the middle (a parent that becomes a leaf, a leaf that
+      was pinned or belonged to who asked) waits in a heap beside it.
 
-    Cost per block: an append and a few list accesses; moving a run is O(1).
+    A block takes a few accesses to arrays when it is stored or used, and so when it goes: nothing depends on how many
+    are held, pinned or before it, but for the heap's logarithm.
     """
 
-    # Pinned blocks were used just now and are among the newest, so a search that has met this many of them has seen
-    # what there is. It bounds what a store costs the scheduler while everything is in flight: some 0.2 ms.
-    _MAX_PINNED_SEEN = 4096
-    # A run is rid of its stale entries when they are as many as the live ones and more than this.
-    _STALE_SLACK = 32
-    # How far a chain of prefixes is followed: turns of a conversation, in practice a few.
-    _MAX_PREFIX_CHAIN = 64
+    # Blocks before one that is stored, to be looked at for a parent. Not all are held: of a KV group with a sliding
+    # window vLLM stores only the last ones.
+    _NEAREST = 128
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         super().__init__(rows, pins)
-        self._runs: OrderedDict[_Run, None] = OrderedDict()
-        self._open: dict[str, _Run] = {}
-        self._run_of: list[_Run | None] = [None] * len(pins)
+        self.clear()
 
-    def prepare(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        if not sequence or order is None or sequence in self._open:
-            return
-        # The first we hear of the sequence. What comes before these blocks was used, but the primary or the GPU had it.
-        here = [key for key in order.before(keys) if key in self._rows]
-        if here:
-            self.use(here, sequence, order)
+    def clear(self) -> None:
+        count = len(self._pins)
+        self._clock = 0
+        # By row, lists where most entries share an object with their neighbours.
+        self._key_of: list[bytes] = [b""] * count
+        self._used_at = [0] * count
+        self._stored_at = [0] * count
+        self._children = [0] * count
+        # A parent is still there if it is the block that was stored at that time.
+        self._parent = [-1] * count
+        self._parent_stored_at = [0] * count
+        # The list of leaves, closed by an end that is no row. A row that is not in it has no newer one: -1.
+        self._end = count
+        self._older = array("i", [-1]) * count + array("i", [count])
+        self._newer = array("i", [-1]) * count + array("i", [count])
+        # (used at, row). An entry counts while the row is a leaf outside the list, not used since.
+        self._heap: list[tuple[int, int]] = []
+        # Leaves that `evict` has met with a pin: neither in the list nor in the heap.
+        self._met_pinned: set[int] = set()
+        # By sequence, the last block that it has stored or used; of as many sequences as there are rows.
+        self._last: OrderedDict[str, bytes] = OrderedDict()
 
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        run = self._run(sequence)
-        self._append(run, keys, order)
-        run_of = self._run_of
-        for row in rows:
-            run_of[row] = run
-        run.live += len(keys)
-        self._renew(run)
+        if order is not None:
+            keys, rows = order.sort(keys, rows)
+        above = parent = self._parent_for(keys[0], sequence, order)
+        key_of, used_at, stored_at, children = self._key_of, self._used_at, self._stored_at, self._children
+        parents, parent_stored_at = self._parent, self._parent_stored_at
+        self._clock = now = stored = self._clock + len(keys)
+        parent_stored = stored_at[parent]
+        for key, row in zip(keys, rows, strict=True):
+            key_of[row] = key
+            used_at[row] = now
+            stored_at[row] = stored
+            children[row] = 1
+            parents[row] = parent
+            parent_stored_at[row] = parent_stored
+            parent, parent_stored = row, stored
+            now -= 1
+        children[parent] = 0
+        self._put_newest(parent)
+        if above >= 0:
+            if self._newer[above] >= 0:
+                self._take_out(above)
+            children[above] += 1
+        self._note_last(sequence, keys[-1])
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        run = self._run(sequence)
-        rows, run_of = self._rows, self._run_of
-        moved = []
-        left: dict[_Run, int] = {}
-        for key in keys:
-            row = rows[key]
-            old = run_of[row]
-            if old is not run:
-                run_of[row] = run
-                moved.append(key)
-                if old is not None:
-                    left[old] = left.get(old, 0) + 1
-        for old, count in left.items():
-            old.prefix = run  # what stays there comes after what moved
-            self._leave(old, count)
-        if moved:
-            self._append(run, moved, order)
-            run.live += len(moved)
-        self._renew(run)
+        if order is not None:
+            keys, _ = order.sort(keys)
+        self._renew([self._rows[key] for key in keys])
+        self._note_last(sequence, keys[-1])
+
+    def finish(self, sequence: str, order: SequenceOrder | None) -> None:
+        last = self._rows.get(self._last.pop(sequence, b""), -1)
+        if order is not None:
+            self._renew([row for row in map(self._rows.get, order) if row is not None])
+        elif last >= 0:  # what it was stored behind, from the end on
+            lineage = [last]
+            while (parent := self._parent_of(lineage[-1])) >= 0:
+                lineage.append(parent)
+            self._renew(lineage[::-1])
+
+    def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
+        rows, pins, key_of, used_at, children = self._rows, self._pins, self._key_of, self._used_at, self._children
+        known = (order or _NO_ORDER).position
+        last = self._last.get(sequence) if sequence is not None else None
+        freed: list[int] = []
+        own = []
+        while len(freed) < count and (row := self._take_oldest()) >= 0:
+            others = self._oldest_use()
+            # The leaf, and then what it leaves bare as long as that is the oldest leaf.
+            while True:
+                key = key_of[row]
+                if pins[row]:
+                    self._met_pinned.add(row)
+                    break
+                if known(key) is not None or key == last:
+                    own.append(row)
+                    break
+                if len(freed) == count or used_at[row] > others:
+                    self._put_by_use(row)
+                    break
+                del rows[key]
+                used_at[row] = -1  # what the heap may have of it does not count any more
+                freed.append(row)
+                row = self._parent_of(row)
+                if row < 0:
+                    break
+                children[row] -= 1
+                if children[row]:
+                    break
+        for row in own:
+            self._put_by_use(row)
+        return freed
 
     def remove(self, row: int) -> None:
-        run = self._run_of[row]
-        if run is not None:
-            self._run_of[row] = None
-            self._leave(run)
+        if self._newer[row] >= 0:
+            self._take_out(row)
+        self._met_pinned.discard(row)
+        parent = self._parent_of(row)
+        self._stored_at[row] = self._used_at[row] = -1
+        if parent >= 0:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                self._put_by_use(parent)
 
-    def evict(self, count: int, sequence: str | None) -> list[int]:
-        own = self._chain(self._open.get(sequence) if sequence else None)
-        freed: list[int] = []
-        emptied = []
-        pinned_seen = 0
-        rows, pins, run_of = self._rows, self._pins, self._run_of
-        for run in self._runs:
-            if len(freed) >= count or pinned_seen > self._MAX_PINNED_SEEN:
-                break
-            if run in own:
-                continue
-            keys = run.keys
-            if run.live == len(keys) and (end := self._pop_end(keys, count - len(freed))):
-                freed += end
-                run.live -= len(end)
-                if run.live == 0:
-                    emptied.append(run)
-                continue
-            pinned: list[bytes] = []  # evictable later, and then in the same order
-            before = len(freed)
-            while keys and len(freed) < count and pinned_seen + len(pinned) <= self._MAX_PINNED_SEEN:
-                key = keys.pop()
-                row = rows.pop(key, -1)  # almost always a victim: one access instead of two
-                if row < 0:
-                    continue
-                if run_of[row] is run and not pins[row]:
-                    freed.append(row)
-                    continue
-                rows[key] = row
-                if run_of[row] is run:
-                    pinned.append(key)
-            keys.extend(reversed(pinned))
-            pinned_seen += len(pinned)
-            run.live -= len(freed) - before
-            if run.live == 0:
-                emptied.append(run)
-        for run in emptied:
-            self._drop(run)
-        return freed
+    def unpinned(self, rows: Collection[int]) -> None:
+        if self._met_pinned:
+            for row in self._met_pinned.intersection(rows):
+                if not self._pins[row]:
+                    self._met_pinned.remove(row)
+                    self._put_by_use(row)
 
-    def _pop_end(self, keys: list[bytes], most: int) -> list[int]:
-        """Take the last of a run's keys, none of them stale, out of `rows`: their rows, or none if one has a pin.
+    def _parent_for(self, key: bytes, sequence: str | None, order: SequenceOrder | None) -> int:
+        """The row of what a new block `key` comes behind; -1 if that is not known or not held."""
+        if order is not None:
+            for before in islice(order.preceding(key), self._NEAREST):
+                if before in self._rows:
+                    return self._rows[before]
+        last = self._last.get(sequence, b"") if sequence is not None else b""
+        if order is not None and order.precedes(key, last):
+            return -1
+        return self._rows.get(last, -1)
 
-        What nearly every victim is, in a few calls and not a few for each.
-        """
-        end = keys[: -most - 1 : -1]
-        freed = list(map(self._rows.pop, end))
-        if any(map(self._pins.__getitem__, freed)):
-            self._rows.update(zip(end, freed, strict=True))
-            return []
-        del keys[-len(end) :]
-        return freed
+    def _parent_of(self, row: int) -> int:
+        """The row of what the block in `row` was stored behind; -1 if that is not held any more."""
+        parent = self._parent[row]
+        return parent if parent >= 0 and self._stored_at[parent] == self._parent_stored_at[row] else -1
 
-    def finish(self, sequence: str) -> None:
-        run = self._open.pop(sequence, None)
-        if run is not None:
-            run.sequence = None
+    def _renew(self, rows: Sequence[int]) -> None:
+        """The blocks in `rows` are used now, the first the newest."""
+        used_at, children = self._used_at, self._children
+        now = self._clock
+        for row in reversed(rows):
+            now += 1
+            used_at[row] = now
+            if not children[row]:
+                self._put_newest(row)
+        self._clock = now
 
-    def clear(self) -> None:
-        for run in self._runs:  # break cycles of prefixes
-            run.prefix = None
-        self._runs.clear()
-        self._open.clear()
-        self._run_of = [None] * len(self._pins)
+    def _note_last(self, sequence: str | None, key: bytes) -> None:
+        if sequence is not None:
+            self._last[sequence] = key
+            if len(self._last) > self._end:
+                self._last.popitem(last=False)
 
-    def _run(self, sequence: str | None) -> _Run:
-        """The open run of the sequence; a new one for None, or if there is none."""
-        run = self._open.get(sequence) if sequence else None
-        if run is None:
-            run = _Run(sequence)
-            self._runs[run] = None
-            if sequence:
-                self._open[sequence] = run
-        return run
+    # --------------------------------------------------------------------------------------- leaves, by their last use
 
-    def _append(self, run: _Run, keys: Sequence[bytes], order: SequenceOrder | None) -> None:
-        """Put `keys` where they belong in `run`: by position if all are known, else behind what is there."""
-        if order is None:
-            run.keys.extend(keys)
-            return
-        try:
-            keys = sorted(keys, key=order.position)  # type: ignore[arg-type]
-        except TypeError:  # None does not compare: not all are known
-            run.keys.extend(keys)
-            return
-        if not run.keys:
-            run.keys = keys
-            return
-        last = order.position(run.keys[-1])
-        run.keys.extend(keys)
-        if last is not None and (first := order.position(keys[0])) is not None and first < last:
-            # Out of order, as with sliding windows. Keys of unknown place keep to the start.
-            run.keys.sort(key=lambda key: -1 if (place := order.position(key)) is None else place)
+    def _put_newest(self, row: int) -> None:
+        """A leaf was used, wherever it was before."""
+        if self._newer[row] >= 0:
+            self._take_out(row)
+        newest = self._older[self._end]
+        self._older[row], self._newer[row] = newest, self._end
+        self._newer[newest] = self._older[self._end] = row
+        if self._met_pinned:
+            self._met_pinned.discard(row)
 
-    def _renew(self, run: _Run) -> None:
-        """Make `run` the newest, and what it follows newer than it."""
-        if run.live == 0:
-            self._drop(run)
-            return
-        for link in self._chain(run) if run.prefix is not None else (run,):
-            self._runs.move_to_end(link)
+    def _take_out(self, row: int) -> None:
+        older, newer = self._older[row], self._newer[row]
+        self._newer[older], self._older[newer] = newer, older
+        self._newer[row] = -1
 
-    def _chain(self, run: _Run | None) -> dict[_Run, None]:
-        """`run`, the run that holds what comes before it, and so on, in this order."""
-        chain: dict[_Run, None] = {}
-        while run is not None and run in self._runs and run not in chain and len(chain) < self._MAX_PREFIX_CHAIN:
-            chain[run] = None
-            run = run.prefix
-        return chain
+    def _put_by_use(self, row: int) -> None:
+        """A leaf comes back that was not used just now."""
+        if len(self._heap) > self._end:  # most of these do not count any more
+            self._heap = [entry for entry in set(self._heap) if self._counts(*entry)]
+            heapq.heapify(self._heap)
+        heapq.heappush(self._heap, (self._used_at[row], row))
 
-    def _leave(self, run: _Run, count: int = 1) -> None:
-        """So many blocks of `run` are its no more; their entries are stale."""
-        run.live -= count
-        if run.live == 0:
-            self._drop(run)
-        elif len(run.keys) > 2 * run.live + self._STALE_SLACK:
-            rows, run_of = self._rows, self._run_of
-            run.keys = [key for key in run.keys if (row := rows.get(key)) is not None and run_of[row] is run]
+    def _counts(self, used_at: int, row: int) -> bool:
+        is_leaf = not self._children[row] and self._newer[row] < 0 and row not in self._met_pinned
+        return is_leaf and self._used_at[row] == used_at
 
-    def _drop(self, run: _Run) -> None:
-        del self._runs[run]
-        run.prefix = None
-        run.keys.clear()
-        if run.sequence is not None and self._open.get(run.sequence) is run:
-            del self._open[run.sequence]
+    def _oldest_use(self) -> float:
+        """When the leaf used least recently was used; never, if there is none."""
+        while self._heap and not self._counts(*self._heap[0]):
+            heapq.heappop(self._heap)
+        oldest = self._newer[self._end]
+        in_list = math.inf if oldest == self._end else self._used_at[oldest]
+        return min(in_list, self._heap[0][0]) if self._heap else in_list
+
+    def _take_oldest(self) -> int:
+        """Take the leaf used least recently out of the list or the heap; -1 if there is none."""
+        if (used_at := self._oldest_use()) == math.inf:
+            return -1
+        if self._heap and self._heap[0][0] == used_at:
+            return heapq.heappop(self._heap)[1]
+        oldest = self._newer[self._end]
+        self._take_out(oldest)
+        return oldest

@@ -13,10 +13,10 @@ collection walks references, and the dict not at all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed, SequenceOrder
+from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
+from async_tier.order import SequenceOrder
 
 FREE, FILLING, READY, ORPHAN = range(4)
 
@@ -82,23 +82,32 @@ class BlockIndex:
         """
         row_of = self._row_of
         new = keys
+        present: list[int] = []
         if not row_of.keys().isdisjoint(keys) or not (distinct or len(set(keys)) == len(keys)):
             new = [key for key in dict.fromkeys(keys) if key not in row_of]
             self.use([key for key in keys if key in row_of], sequence, order)
-        if new:
-            self._policy.prepare(new, sequence, order)
-        rows = self._take(len(new), sequence)
+            present = [row_of[key] for key in keys if key in row_of]
+            for row in present:  # not to go for the rest of their job
+                self._pins[row] += 1
+        rows = self._take(len(new), sequence, order)
+        if present:
+            self.unpin(present)
         if len(rows) < len(new):
             new = _first(new, len(rows), order)
         if not rows:
             return new, rows
+        try:
+            self._policy.store(new, rows, sequence, order)
+        except BaseException:  # of somebody else's policy
+            for row in rows:
+                self._give_back(row)
+            raise
         row_of.update(zip(new, rows, strict=True))
         self.filling += len(rows)
         state, pins = self._state, self._pins
         for row in rows:
             state[row] = FILLING
             pins[row] = 1
-        self._policy.store(new, rows, sequence, order)
         return new, rows
 
     def fill(self, rows: Collection[int]) -> None:
@@ -113,6 +122,7 @@ class BlockIndex:
             state[row] = ready
             pins[row] = 0  # only its store pins a row that is FILLING
         self.filling -= len(filled)
+        self._policy.unpinned(filled)
 
     def pin_ready(self, keys: Sequence[bytes]) -> list[int]:
         """The rows of `keys` in order, pinned once each; -1 for a key that is not READY."""
@@ -135,6 +145,7 @@ class BlockIndex:
                 if state[row] == ORPHAN and not pins[row]:
                     self._orphans -= 1
                     self._give_back(row)
+        self._policy.unpinned(rows)
 
     def use(self, keys: Iterable[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         """Those of `keys` that are here were used by the sequence, in the order given if `order` does not say."""
@@ -142,9 +153,9 @@ class BlockIndex:
         if here:
             self._policy.use(here, sequence, order)
 
-    def finish(self, sequence: str) -> None:
+    def finish(self, sequence: str, order: SequenceOrder | None) -> None:
         """The sequence is over; see EvictionPolicy.finish."""
-        self._policy.finish(sequence)
+        self._policy.finish(sequence, order)
 
     def drop(self, keys: Iterable[bytes]) -> None:
         """Forget `keys`; those not here are passed over."""
@@ -168,7 +179,7 @@ class BlockIndex:
         for row in rows:
             self._orphan(row)
 
-    def _take(self, count: int, sequence: str | None) -> list[int]:
+    def _take(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
         """At most `count` rows: given back, fresh, evicted."""
         rows: list[int] = []
         if self._free:
@@ -178,7 +189,7 @@ class BlockIndex:
         rows.extend(range(self._fresh, self._fresh + fresh))
         self._fresh += fresh
         if len(rows) < count:
-            evicted = self._policy.evict(count - len(rows), sequence)
+            evicted = self._policy.evict(count - len(rows), sequence, order)
             rows.extend(evicted)
             self.evictions += len(evicted)
         return rows
@@ -200,11 +211,5 @@ class BlockIndex:
 
 def _first(keys: Sequence[bytes], count: int, order: SequenceOrder | None) -> list[bytes]:
     """The `count` of `keys` that come first in the sequence, in the order of `keys`. Those of unknown place last."""
-    if order is None:
-        return list(keys[:count])
-
-    def place(key: bytes) -> float:
-        return math.inf if (place := order.position(key)) is None else place
-
-    chosen = set(sorted(keys, key=place)[:count])
+    chosen = set((keys if order is None else order.sort(keys)[0])[:count])
     return [key for key in keys if key in chosen]

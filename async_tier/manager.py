@@ -164,7 +164,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         try:
             sequence = req_context.req_id
             order = self._store.orders.get(sequence)
-            if isinstance(order, compat.TouchOrder):
+            if order is not None:
                 order.note(keys)
             self._store.touch(keys, sequence)
         except Exception as error:

@@ -110,6 +110,7 @@ def test_without_options_there_are_defaults():
         "staging_bytes": 64 << 20,
         "max_inflight_store_bytes": 256 << 20,
         "keep_on_reset": False,
+        "eviction_policy": "lru",
         "locality": None,
         "trace_path": None,
     }

@@ -1,4 +1,4 @@
-"""BlockIndex and its eviction policy: no vLLM, no memory, no streams."""
+"""BlockIndex: no vLLM, no memory, no streams. What policies do is in test_eviction.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from async_tier.eviction import LeastRecentlyUsed
 from async_tier.index import FREE, READY, BlockIndex
+from async_tier.order import SequenceOrder
+from benchmarks.plain_lru import PlainLru
 
 
 def names(text: str) -> list[bytes]:
@@ -16,17 +18,9 @@ def names(text: str) -> list[bytes]:
     return [word.encode() for word in text.split()]
 
 
-class Order:
-    """The order of a sequence, told."""
-
-    def __init__(self, text: str) -> None:
-        self.names = names(text)
-
-    def position(self, key: bytes) -> int | None:
-        return self.names.index(key) if key in self.names else None
-
-    def before(self, keys: list[bytes]) -> list[bytes]:
-        return self.names[: min((self.names.index(key) for key in keys if key in self.names), default=0)]
+def Order(text: str) -> SequenceOrder:
+    """The order of a sequence."""
+    return SequenceOrder({key: place for place, key in enumerate(names(text))})
 
 
 def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order | None = None) -> dict[bytes, int]:
@@ -38,15 +32,6 @@ def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order 
 
 def here(index: BlockIndex, text: str) -> str:
     return " ".join(word for word in text.split() if index.state(word.encode()) == READY)
-
-
-def eviction_order(index: BlockIndex, text: str) -> str:
-    """The words of `text` in the order in which they go when others are stored one by one."""
-    gone: list[str] = []
-    for turn in range(len(text.split())):
-        put(index, f"other{turn}")
-        gone += [word for word in text.split() if word not in gone and not here(index, word)]
-    return " ".join(gone)
 
 
 def test_rows_are_used_once_and_come_back():
@@ -82,138 +67,6 @@ def test_keys_of_unknown_place_are_left_out_first():
     assert set(put(index, "x b a", "r", Order("a b"))) == set(names("a b"))
 
 
-def test_pinned_blocks_are_passed_over():
-    index = BlockIndex(3)
-    put(index, "a")
-    put(index, "b")
-    put(index, "c")
-    assert index.pin_hit(b"a")
-    put(index, "d")
-    assert here(index, "a b c d") == "a c d"
-    index.end_step()
-    put(index, "e")
-    assert here(index, "a c d e") == "c d e"
-
-
-def test_a_pinned_end_of_a_sequence_does_not_protect_the_rest_of_the_tier():
-    index = BlockIndex(3)
-    put(index, "a b c", "r")
-    index.pin_hit(b"c")
-    put(index, "d")
-    assert here(index, "a b c d") == "a c d"
-
-
-def test_out_of_order_jobs_are_put_in_order_by_position():
-    index = BlockIndex(4)
-    order = Order("a b c d")
-    put(index, "c d", "r", order)
-    put(index, "a b", "r", order)
-    assert eviction_order(index, "a b c d") == "d c b a"
-
-
-def test_a_prefix_used_by_another_sequence_stays_newer_than_what_follows_it():
-    index = BlockIndex(6)
-    put(index, "a b c", "r1")
-    put(index, "x y")
-    index.use(names("a b"), "r2", None)
-    put(index, "d", "r1")
-    assert eviction_order(index, "a b c d x y") == "y x d c b a"
-
-
-def test_a_prefix_moved_away_whole_is_found_by_the_order():
-    index = BlockIndex(6)
-    order = Order("a b c d")
-    put(index, "a b", "r1", order)
-    put(index, "x y")
-    index.use(names("a b"), "r2", order)
-    put(index, "c d", "r1", order)
-    assert eviction_order(index, "a b c d x y") == "y x d c b a"
-
-
-def test_prefixes_that_point_at_each_other_end():
-    index = BlockIndex(8)
-    put(index, "a b", "r1")
-    put(index, "c d", "r2")
-    index.use(names("a"), "r2", None)
-    index.use(names("c"), "r1", None)
-    put(index, "e", "r1")
-    put(index, "f", "r2")
-    index.use(names("b"), "r1", None)
-    assert len(index) == 6
-
-
-@pytest.mark.parametrize("other", ["", "x"])
-def test_a_full_tier_does_not_give_up_a_prefix_for_what_follows_it(other):
-    index = BlockIndex(4 if not other else 5)
-    order = Order("a b c d e f")
-    put(index, "a b c d", "turn 1", Order("a b c d"))
-    index.finish("turn 1")
-    if other:
-        put(index, other)
-    put(index, "e f", "turn 2", order)
-    assert here(index, "a b c d e f x") == ("a b c d e" if other else "a b c d")
-
-
-def test_blocks_offered_again_are_not_evicted_for_the_rest_of_their_job():
-    index = BlockIndex(2)
-    order = Order("a b c")
-    put(index, "a b", "turn 1", order)
-    index.finish("turn 1")
-    put(index, "a b c", "turn 2", order)
-    assert here(index, "a b c") == "a b"
-
-
-def test_a_block_offered_again_counts_as_used_also_without_an_order():
-    index = BlockIndex(2)
-    put(index, "a", "turn 1")
-    index.finish("turn 1")
-    put(index, "x", "other")
-    put(index, "a c", "turn 2")
-    assert here(index, "a c x") == "a c"
-
-
-def test_a_shared_beginning_does_not_keep_the_rest_of_another_sequence():
-    index = BlockIndex(4)
-    put(index, "s a1 a2", "a", Order("s a1 a2"))
-    index.finish("a")
-    put(index, "b1 b2 b3", "b", Order("s b1 b2 b3"))
-    assert here(index, "s a1 a2 b1 b2 b3") == "s b1 b2 b3"
-
-
-def test_the_search_for_a_victim_is_bounded_when_everything_is_pinned(monkeypatch):
-    monkeypatch.setattr(LeastRecentlyUsed, "_MAX_PINNED_SEEN", 3)
-    index = BlockIndex(9)
-    for name in names("a b c d e"):
-        put(index, name.decode())
-    put(index, "f g h i", "long")
-    for name in names("a b c d e"):
-        index.pin_hit(name)
-    assert put(index, "j") == {}
-    index.end_step()
-    assert len(put(index, "j")) == 1
-
-
-def test_stale_entries_do_not_pile_up():
-    index = BlockIndex(100)
-    put(index, " ".join(f"k{at}" for at in range(100)), "long")
-    for turn in range(200):
-        index.use([f"k{at}".encode() for at in range(1, 100)], f"r{turn}", None)
-        index.finish(f"r{turn}")
-    policy = index._policy
-    assert sum(len(run.keys) for run in policy._runs) <= 2 * 100 + len(policy._runs) * policy._STALE_SLACK
-    assert len(policy._runs) <= 100
-    assert policy._open.keys() <= {"long"}
-
-
-def test_a_finished_sequence_gives_its_name_back():
-    index = BlockIndex(4)
-    put(index, "a b", "r")
-    index.finish("r")
-    put(index, "c d", "r")
-    put(index, "e")
-    assert here(index, "a b c d e") == "a c d e"
-
-
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="at least 1 row, not 0"):
         BlockIndex(0)
@@ -228,9 +81,11 @@ class IndexMachine(RuleBasedStateMachine):
 
     CAPACITY = 7
 
+    policy = LeastRecentlyUsed
+
     def __init__(self) -> None:
         super().__init__()
-        self.index = BlockIndex(self.CAPACITY)
+        self.index = BlockIndex(self.CAPACITY, self.policy)
         self.stores: list[dict[bytes, int]] = []
         self.loads: list[list[int]] = []
 
@@ -288,7 +143,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(sequence=st.sampled_from(["r1", "r2", "r3"]))
     def finish(self, sequence):
-        self.index.finish(sequence)
+        self.index.finish(sequence, None)
 
     @rule()
     def clear(self):
@@ -311,12 +166,23 @@ class IndexMachine(RuleBasedStateMachine):
         assert index.filling == filling
         used = set(held) | {row for row, pins in enumerate(expected) if pins}
         assert index.rows_used == len(used)
-        policy = index._policy
-        assert sum(run.live for run in policy._runs) == len(held)
-        assert all(run.live > 0 for run in policy._runs)
-        for key, row in index._row_of.items():
-            assert key in policy._run_of[row].keys
+
+    def teardown(self):
+        """No block is lost to the policy: with nothing pinned, all rows can be had."""
+        self.index.end_step()
+        for rows in self.loads:
+            self.index.unpin(rows)
+        for taken in self.stores:
+            self.index.fill(taken.values())
+        assert len(self.index.reserve([b"new %d" % at for at in range(self.CAPACITY)], None, None)[1]) == self.CAPACITY
 
 
-IndexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+class PlainIndexMachine(IndexMachine):
+    policy = PlainLru
+
+
+IndexMachine.TestCase.settings = PlainIndexMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None
+)
 TestIndexMachine = IndexMachine.TestCase
+TestPlainIndexMachine = PlainIndexMachine.TestCase

@@ -753,7 +753,7 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         tier.on_request_finished(context)
         end_step(tier)
     assert tier._store.orders == {}
-    assert tier._store._index._policy._open == {}
+    assert not tier._store._index._policy._last
 
 
 # ------------------------------------------------------------------------------------------------- refusals, in words
