@@ -18,8 +18,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ try:
     import vllm.platforms
     import vllm.v1.kv_offload.base as vllm_base
     import vllm.v1.kv_offload.tiering.base as vllm_tiering
+    from vllm.config import VllmConfig
     from vllm.v1.kv_offload.base import ReqContext
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 except ImportError as error:
@@ -57,6 +60,9 @@ row_numbers: Callable[[Any], np.ndarray] = operator.attrgetter(
 )
 _BASE_TAKES_DETECTOR = "backpressure_detector" in inspect.signature(SecondaryTierManager.__init__).parameters
 _HAS_POSITIONS = hasattr(ReqContext, "get_offload_key_position")
+
+# The KV group of a key.
+group_of: Callable[[Any], int] = vllm_base.get_offload_group_idx
 
 # Whether `drain_jobs` is vLLM's only word of a reset, because there is no detector to tell of it.
 DRAIN_MEANS_RESET = not _BASE_TAKES_DETECTOR
@@ -114,6 +120,29 @@ def has_one_worker(offloading_spec: Any) -> bool:
         parallel = getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None)
     workers = getattr(parallel, "world_size", None)
     return isinstance(workers, int) and workers == 1
+
+
+def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
+    """The tokens of one of our blocks, by KV group; empty if the spec does not say (up to 0.26, and mocks)."""
+    groups = getattr(offloading_spec, "tokens_per_block", None)
+    factor = getattr(offloading_spec, "blocks_per_chunk", None)
+    if not isinstance(groups, tuple) or not isinstance(factor, int):
+        return ()
+    return tuple(tokens * factor for tokens in groups)
+
+
+def tokens_per_step(offloading_spec: Any) -> int | None:
+    """vLLM's `max_num_batched_tokens`; None if that cannot be known.
+
+    Up to 0.26 the spec has vLLM's configuration. Later ones hide it from tiers, whose constructors run below that of
+    the connector, which was given it: it is among what these callers hold.
+    """
+    config = getattr(offloading_spec, "vllm_config", None)
+    frame: FrameType | None = sys._getframe(1)  # not this one, which would be in its own locals
+    while frame is not None and not isinstance(config, VllmConfig):
+        config = frame.f_locals.get("vllm_config")
+        frame = frame.f_back
+    return config.scheduler_config.max_num_batched_tokens if isinstance(config, VllmConfig) else None
 
 
 def order_of(context: Any) -> SequenceOrder:

@@ -24,7 +24,7 @@ import numpy as np
 from async_tier.arena import Rows
 from async_tier.config import TierConfig, format_size, load_policy
 from async_tier.engines import RowMemory, open_engine
-from async_tier.index import BlockIndex
+from async_tier.index import READY, BlockIndex
 from async_tier.order import SequenceOrder
 from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
 from async_tier.trace import Submitted, TierTrace, TraceWriter
@@ -152,6 +152,10 @@ class BlockStore:
         """What is known of the order of a sequence's blocks, until `finish_sequence`."""
         self._advance()
         self.orders[sequence] = order
+
+    def has(self, key: bytes) -> bool:
+        """Whether `key` can be loaded now; nobody asks for it."""
+        return self._index.state(key) == READY
 
     def lookup(self, key: bytes, sequence: str | None = None) -> bool:
         """Whether `key` can be loaded now. If so it stays loadable until the next `end_step`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -13,11 +13,14 @@ from async_tier import _vllm_compat as compat
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore, Statistics
 from async_tier.config import TierConfig, format_size
+from async_tier.promises import KEEP, REFUSE, WAIT, Promises
 
 # Under vLLM's logger, whose handlers and level it then has.
 logger = init_logger(f"vllm.{__name__}")
 # Asked for once a block: a member of an enum is slow to get at (Python 3.11).
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
+# What a promise is to vLLM, for a block that is here.
+_ANSWERS = {KEEP: _HIT, WAIT: LookupResult.RETRY, REFUSE: _MISS}
 
 
 class AsyncSecondaryTierManager(compat.TierBase):
@@ -71,31 +74,31 @@ class AsyncSecondaryTierManager(compat.TierBase):
             # The workers have processes of their own; a CUDA context here would only be for the tier.
             self.config = dataclasses.replace(self.config, engine="host")
         self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
-        # Lookups answer MISS until the step has ended: after a reset, workers may still write to rows of the primary
-        # that a promotion would be given, up to the end of the first step.
-        self._hold_lookups = False
-        statistics = self._store.statistics()
-        logger.info(
-            "Tier '%s' (%s engine) holds %d blocks of %s (%s)",
-            tier_type,
-            statistics.engine,
-            statistics.capacity,
-            format_size(statistics.row_bytes),
-            format_size(statistics.capacity * statistics.row_bytes),
-        )
+        self._promises = Promises(self._store.primary.count, self._store.has, compat.group_of)
+        # Steps that were planned and whose results are not in, and how many of them lookups answer MISS for, after a
+        # reset: up to the end of the first step planned after it, workers may write to rows of the primary that a
+        # promotion would be given.
+        self._steps_under_way = self._held_steps = 0
+        self._log_sizes(compat.tokens_per_block(offloading_spec), compat.tokens_per_step(offloading_spec))
 
     # ------------------------------------------------------------------------------------------ jobs and their ends
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
         """HIT if the block can be loaded, and stays so until the next `on_schedule_end`; else MISS.
 
-        A block on its way here is a MISS and not a RETRY, which would defer the whole request: it is still in the
-        primary tier.
+        RETRY while the primary has no room for the request's blocks beside those that others were promised, and MISS
+        for what it could not hold at all: see `promises`. A block on its way here is a MISS and not a RETRY, which
+        would defer the whole request: it is still in the primary tier.
         """
-        if self._hold_lookups:
+        if self._held_steps:
             return _MISS
         try:
-            return _HIT if self._store.lookup(key, req_context.req_id) else _MISS
+            request = req_context.req_id
+            if self._store.has(key):
+                answer = self._promises.ask(request, key, self._store.orders.get(request))
+                if answer != KEEP:
+                    return _ANSWERS[answer]
+            return _HIT if self._store.lookup(key, request) else _MISS
         except Exception as error:
             self._store.fault("look up a block", error)
             return _MISS
@@ -111,12 +114,14 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 context.req_id,
                 self._store.orders.get(context.req_id) or compat.order_of(context),
             )
+            self._promises.release(context.req_id)  # it runs
         except Exception as error:
             self._store.fail(job_metadata.job_id, "store blocks", error)
 
     def submit_load(self, job_metadata: Any) -> None:
         """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest loads."""
         try:
+            self._promises.note_load(job_metadata.job_id, job_metadata.req_context.req_id, job_metadata.keys)
             self._store.submit_load(job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata))
         except Exception as error:
             self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)
@@ -124,7 +129,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def get_finished_jobs(self) -> Iterable[Any]:
         """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""
         try:
-            return [compat.job_result(finished) for finished in self._store.poll()]
+            ended = self._store.poll()
+            for finished in ended:
+                self._promises.note_end(finished.job_id, finished.success)
+            return [compat.job_result(finished) for finished in ended]
         except Exception as error:
             self._store.fault("poll jobs", error)
             return []
@@ -147,6 +155,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Takes note of the request; has no wish for how its blocks are offloaded."""
         try:
+            self._promises.release(req_context.req_id)  # its name was another's before
             self._store.begin_sequence(req_context.req_id, compat.order_of(req_context))
         except Exception as error:
             self._store.fault("take note of a request", error)
@@ -155,6 +164,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def on_request_finished(self, req_context: Any) -> None:
         """Nothing more will be stored for the request."""
         try:
+            self._promises.release(req_context.req_id)
             self._store.finish_sequence(req_context.req_id)
         except Exception as error:
             self._store.fault("end a request", error)
@@ -172,14 +182,17 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     def on_schedule_end(self, context: Any) -> None:
         """The end of a scheduler step: hits of this step may be evicted again."""
-        self._hold_lookups = False
+        self._steps_under_way += 1
         try:
+            self._promises.end_step(context.new_req_ids)
             self._store.end_step()
         except Exception as error:
             self._store.fault("end a step", error)
 
     def get_stats(self) -> Any:
-        """No statistics of our own. vLLM asks when the results of a step have arrived, which the trace notes."""
+        """No statistics of our own. vLLM asks whenever the results of a step have arrived."""
+        self._steps_under_way = max(0, self._steps_under_way - 1)
+        self._held_steps = max(0, self._held_steps - 1)
         self._store.note_results()
         return super().get_stats()
 
@@ -206,11 +219,38 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """Counts since construction; see Statistics."""
         return self._store.statistics()
 
+    def _log_sizes(self, tokens_per_block: Sequence[int], tokens_per_step: int | None) -> None:
+        """What fits, once at start. tokens_per_block: by KV group, empty if vLLM does not say."""
+        statistics = self._store.statistics()
+        row_bytes, primary = statistics.row_bytes, self._store.primary.count
+        logger.info(
+            "Tier '%s' (%s engine) holds %d blocks of %s (%s); the primary before it holds %d blocks%s",
+            self.tier_type,
+            statistics.engine,
+            statistics.capacity,
+            format_size(row_bytes),
+            format_size(statistics.capacity * row_bytes),
+            primary,
+            f", {int(primary / sum(1 / tokens for tokens in tokens_per_block))} tokens" if tokens_per_block else "",
+        )
+        step_blocks = sum(-(-(tokens_per_step or 0) // tokens) for tokens in tokens_per_block)
+        if step_blocks > primary:
+            logger.warning(
+                "A step of max_num_batched_tokens=%d tokens makes %d blocks, but the primary holds %d: vLLM stores "
+                "nothing of a prompt that takes such a step. Set cpu_bytes_to_use to at least %d, or "
+                "max_num_batched_tokens to less",
+                tokens_per_step,
+                step_blocks,
+                primary,
+                step_blocks * row_bytes,
+            )
+
     def _on_reset(self) -> None:
         """vLLM has reset its caches: other weights, perhaps, and block hashes do not cover the weights."""
         try:
+            self._promises.clear()
             if self.config.keep_on_reset:
-                self._hold_lookups = True
+                self._held_steps = self._steps_under_way + 1
             else:
                 self._store.clear()
         except Exception as error:

@@ -55,10 +55,20 @@ class SequenceOrder:
                 yield from map(itemgetter(1), reversed(before))
                 return
         self._sort()
-        at = bisect_left(self._sorted_places, place)
-        while at < len(self._keys) and self._sorted_places[at] == place and self._keys[at] < key:
-            at += 1
-        yield from map(self._keys.__getitem__, range(at - 1, -1, -1))
+        yield from map(self._keys.__getitem__, range(self._index(place, key) - 1, -1, -1))
+
+    @property
+    def last_noted(self) -> bytes | None:
+        """The key that was added last: of several KV groups, one of the last group."""
+        return next(reversed(self._places), None)
+
+    def following(self, key: bytes) -> Iterator[bytes]:
+        """`key` and those that come after it, in order; `key` alone if its place is not known."""
+        place = self.position(key)
+        if place is None:
+            return iter((key,))
+        self._sort()
+        return map(self._keys.__getitem__, range(self._index(place, key), len(self._keys)))
 
     def sort(self, keys: Sequence[bytes], rows: Sequence[int] = ()) -> tuple[Sequence[bytes], Sequence[int]]:
         """`keys` in order, those of unknown place last as they are given, and as many `rows`, or none, with them."""
@@ -74,6 +84,13 @@ class SequenceOrder:
             return keys, rows
         _, sorted_keys, sorted_rows = zip(*triples, strict=True)
         return sorted_keys, sorted_rows
+
+    def _index(self, place: int, key: bytes) -> int:
+        """Where `key` is among all that are sorted."""
+        at = bisect_left(self._sorted_places, place)
+        while at < len(self._keys) and self._sorted_places[at] == place and self._keys[at] < key:
+            at += 1
+        return at
 
     def _sort(self) -> None:
         """Take in the keys that are new since the last time."""

@@ -496,7 +496,31 @@ def test_r10_keep_on_reset_keeps_but_holds_promotions_back_for_a_step(primary):
     reset(tier)
     assert tier.lookup(key(0), request("r")) is MISS
     end_step(tier)
+    assert tier.lookup(key(0), request("r")) is MISS
+    tier.get_stats()
     assert tier.lookup(key(0), request("r")) is HIT
+    tier.shutdown()
+
+
+def test_r10_kept_blocks_are_held_back_until_the_results_of_all_steps_planned_before_are_in(primary):
+    tier = make_tier(primary, blocks=4, keep_on_reset=True)
+    store(tier, 1, keys(0), [0])
+    for _ in range(5):  # results come after the next step was planned
+        end_step(tier)
+        end_step(tier)
+        tier.get_stats()
+        tier.get_stats()
+    end_step(tier)
+    end_step(tier)
+    reset(tier)
+    answers = []
+    for _ in range(4):
+        end_step(tier)
+        answers.append(tier.lookup(key(0), request("r")))
+        tier.get_stats()
+        answers.append(tier.lookup(key(0), request("r")))
+    # Two steps were under way, and the first after the reset has to end.
+    assert answers == [MISS] * 5 + [HIT] * 3
     tier.shutdown()
 
 
