@@ -26,7 +26,7 @@ C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parame
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
-	mutants-cuda demo bench lint clean
+	mutants-cuda demo bench bench-replay lint clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -41,6 +41,7 @@ help:
 	@echo "make sanitize       the emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
 	@echo "make bench          all benchmarks, a table and pictures, in some 15 minutes (TRACE=... for replay)"
+	@echo "make bench-replay   the eviction policy beside a plain LRU one, on TRACES='FILE FILE'"
 	@echo "make lint           ruff, mypy, C warnings"
 	@echo "make clean          remove what the above made"
 
@@ -109,6 +110,9 @@ demo: setup
 
 bench: setup
 	$(RUN) -m benchmarks.bench $(if $(TRACE),--trace '$(TRACE)')
+
+bench-replay: setup
+	$(RUN) -m benchmarks.policies $(TRACES)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -135,6 +135,7 @@ class Promises:
         """The request has what it was promised, or needs it no more."""
         promise = self._promises.pop(request, None)
         if promise is not None:
+            promise.keys.clear()  # the end of the step, if it was asked about, counts what it has
             self._resize(promise, 0)
 
     def clear(self) -> None:

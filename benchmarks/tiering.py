@@ -53,13 +53,17 @@ class Replay:
     Blocks are numbered as they are first asked for: ids may be larger than what a row or a name has room for.
     """
 
-    def __init__(self, primary_blocks: int, tier_blocks: int) -> None:
+    def __init__(self, primary_blocks: int, tier_blocks: int, policy: str = "lru") -> None:
         self._rows = np.zeros((primary_blocks, ROW_BYTES // 8), dtype=np.uint64)
         primary = CPUPrimaryTierOffloadingManager(num_chunks=primary_blocks, mmap_region=Region(self._bytes))
         self._tier: AsyncSecondaryTierManager | None = None
         if tier_blocks:
             self._tier = AsyncSecondaryTierManager(
-                SimpleNamespace(), primary.get_kv_memoryview(), "async", bytes_to_use=tier_blocks * ROW_BYTES
+                SimpleNamespace(),
+                primary.get_kv_memoryview(),
+                "async",
+                bytes_to_use=tier_blocks * ROW_BYTES,
+                eviction_policy=policy,
             )
         self._manager = TieringOffloadingManager(
             primary_tier=primary, secondary_tiers=[self._tier] if self._tier is not None else []
@@ -135,9 +139,9 @@ class Replay:
         return (np.array(blocks, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def replay(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int) -> Hits:
-    """The hits of a whole trace; without a tier if that has no blocks."""
-    world = Replay(primary_blocks, tier_blocks)
+def replay(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int, policy: str = "lru") -> Hits:
+    """The hits of a whole trace; without a tier if that has no blocks. policy: the tier's `eviction_policy`."""
+    world = Replay(primary_blocks, tier_blocks, policy)
     try:
         for blocks in requests:
             world.request(blocks)
