@@ -1,18 +1,17 @@
 """Which block goes when a row is needed: the interface, and the least recently used block that nothing continues.
 
-A policy knows keys and rows, no memory and no jobs. Another policy is one small class over `EvictionPolicy`, which the
-configuration names as "module:Class".
+A policy knows keys and rows, no memory and no jobs. The configuration may name another one as "module:Class".
 """
 
 from __future__ import annotations
 
 import heapq
-import math
+import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 from async_tier.order import SequenceOrder
 
@@ -24,8 +23,7 @@ class EvictionPolicy(ABC):
     policy only takes out of `rows` what it evicts. A `sequence` is a request's name, or None for blocks of none. An
     `order`, if there is one, is that of all the sequence's blocks.
 
-    What the index relies on: `evict` takes no row with a pin, and none twice. What the tier's users rely on, of any
-    policy: for a sequence nothing is evicted that its own order knows.
+    Of any policy it is expected that `evict` takes no row with a pin, and nothing that the sequence's order knows.
     """
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
@@ -44,10 +42,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
-        """Take at most `count` keys without a pin out of `rows`, worst first; the rows they had.
-
-        To make room for blocks of the sequence, which are stored into these rows next.
-        """
+        """Take at most `count` keys without a pin out of `rows`, worst first, for the sequence; the rows they had."""
 
     @abstractmethod
     def remove(self, row: int) -> None:
@@ -66,6 +61,7 @@ class EvictionPolicy(ABC):
 
 
 _NO_ORDER = SequenceOrder({})
+_NEVER = sys.maxsize
 
 
 class LeastRecentlyUsed(EvictionPolicy):
@@ -79,19 +75,16 @@ class LeastRecentlyUsed(EvictionPolicy):
                       `-- chat                          is a leaf as well
 
     - The parent of a block is the nearest before it in its sequence that is held when it is stored; without an order,
-      the last that the sequence has stored or used. Blocks of one job follow each other. A parent is older than its
-      children, so there are no cycles, whatever orders say.
+      the last that the sequence has stored or used. It was stored before, so there are no cycles, whatever orders say.
     - A block is used when a sequence stores it, hits it or, wherever it was served from, ends: all that the sequence's
       order knows, its start the newest. Nothing else renews a block: not its children, and not a stranger's use.
     - Leaves are in a list by their last use. What enters it in the middle (a parent that becomes a leaf, a leaf that
       was pinned or belonged to who asked) waits in a heap beside it.
 
-    A block takes a few accesses to arrays when it is stored or used, and so when it goes: nothing depends on how many
-    are held, pinned or before it, but for the heap's logarithm.
+    What a call costs depends on its keys, not on how many blocks are held, pinned or before them.
     """
 
-    # Blocks before one that is stored, to be looked at for a parent. Not all are held: of a KV group with a sliding
-    # window vLLM stores only the last ones.
+    # Blocks looked at for a parent. Not all are held: of a sliding window's group vLLM stores only the last ones.
     _NEAREST = 128
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
@@ -100,15 +93,13 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def clear(self) -> None:
         count = len(self._pins)
-        self._clock = 0
-        # By row, lists where most entries share an object with their neighbours.
+        self._clock = 0  # by row from here on
         self._key_of: list[bytes] = [b""] * count
         self._used_at = [0] * count
         self._stored_at = [0] * count
         self._children = [0] * count
-        # A parent is still there if it is the block that was stored at that time.
+        # Still there unless its row has another block, which was stored later, or none.
         self._parent = [-1] * count
-        self._parent_stored_at = [0] * count
         # The list of leaves, closed by an end that is no row. A row that is not in it has no newer one: -1.
         self._end = count
         self._older = array("i", [-1]) * count + array("i", [count])
@@ -125,25 +116,21 @@ class LeastRecentlyUsed(EvictionPolicy):
     ) -> None:
         if order is not None:
             keys, rows = order.sort(keys, rows)
-        above = parent = self._parent_for(keys[0], sequence, order)
+        above = self._parent_for(keys[0], sequence, order)
         key_of, used_at, stored_at, children = self._key_of, self._used_at, self._stored_at, self._children
-        parents, parent_stored_at = self._parent, self._parent_stored_at
-        self._clock = now = stored = self._clock + len(keys)
-        parent_stored = stored_at[parent]
-        for key, row in zip(keys, rows, strict=True):
+        parents, before = self._parent, self._clock
+        self._clock = now = before + len(keys)
+        for key, row, parent, used in zip(keys, rows, chain((above,), rows), range(now, before, -1), strict=False):
             key_of[row] = key
-            used_at[row] = now
-            stored_at[row] = stored
+            used_at[row] = used
+            stored_at[row] = now
             children[row] = 1
             parents[row] = parent
-            parent_stored_at[row] = parent_stored
-            parent, parent_stored = row, stored
-            now -= 1
-        children[parent] = 0
-        self._put_newest(parent)
+        used_at[rows[0]] = now  # the one object for both
+        children[row] = 0
+        self._put_newest(row)
         if above >= 0:
-            if self._newer[above] >= 0:
-                self._take_out(above)
+            self._take_out(above)
             children[above] += 1
         self._note_last(sequence, keys[-1])
 
@@ -165,10 +152,11 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
         rows, pins, key_of, used_at, children = self._rows, self._pins, self._key_of, self._used_at, self._children
+        parents, stored_at = self._parent, self._stored_at
         known = (order or _NO_ORDER).position
         last = self._last.get(sequence) if sequence is not None else None
         freed: list[int] = []
-        own = []
+        own: list[int] = []
         while len(freed) < count and (row := self._take_oldest()) >= 0:
             others = self._oldest_use()
             # The leaf, and then what it leaves bare as long as that is the oldest leaf.
@@ -180,32 +168,30 @@ class LeastRecentlyUsed(EvictionPolicy):
                 if known(key) is not None or key == last:
                     own.append(row)
                     break
-                if len(freed) == count or used_at[row] > others:
+                if used_at[row] > others or len(freed) == count:
                     self._put_by_use(row)
                     break
                 del rows[key]
                 used_at[row] = -1  # what the heap may have of it does not count any more
                 freed.append(row)
-                row = self._parent_of(row)
-                if row < 0:
+                # As `_leave` does; it is what an eviction mostly takes.
+                parent = parents[row]
+                if parent < 0 or stored_at[parent] > stored_at[row]:
                     break
-                children[row] -= 1
-                if children[row]:
+                children[parent] -= 1
+                if children[parent]:
                     break
+                row = parent
         for row in own:
             self._put_by_use(row)
         return freed
 
     def remove(self, row: int) -> None:
-        if self._newer[row] >= 0:
-            self._take_out(row)
+        self._take_out(row)
         self._met_pinned.discard(row)
-        parent = self._parent_of(row)
-        self._stored_at[row] = self._used_at[row] = -1
-        if parent >= 0:
-            self._children[parent] -= 1
-            if not self._children[parent]:
-                self._put_by_use(parent)
+        if (parent := self._leave(row)) >= 0:
+            self._put_by_use(parent)
+        self._used_at[row], self._stored_at[row] = -1, _NEVER
 
     def unpinned(self, rows: Collection[int]) -> None:
         if self._met_pinned:
@@ -228,18 +214,26 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _parent_of(self, row: int) -> int:
         """The row of what the block in `row` was stored behind; -1 if that is not held any more."""
         parent = self._parent[row]
-        return parent if parent >= 0 and self._stored_at[parent] == self._parent_stored_at[row] else -1
+        return parent if parent >= 0 and self._stored_at[parent] <= self._stored_at[row] else -1
+
+    def _leave(self, row: int) -> int:
+        """The block in `row` is gone: the row of its parent if that is a leaf now, else -1."""
+        parent = self._parent_of(row)
+        if parent < 0:
+            return -1
+        self._children[parent] -= 1
+        return -1 if self._children[parent] else parent
 
     def _renew(self, rows: Sequence[int]) -> None:
         """The blocks in `rows` are used now, the first the newest."""
         used_at, children = self._used_at, self._children
         now = self._clock
+        self._clock += len(rows)
         for row in reversed(rows):
             now += 1
             used_at[row] = now
             if not children[row]:
                 self._put_newest(row)
-        self._clock = now
 
     def _note_last(self, sequence: str | None, key: bytes) -> None:
         if sequence is not None:
@@ -251,8 +245,7 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def _put_newest(self, row: int) -> None:
         """A leaf was used, wherever it was before."""
-        if self._newer[row] >= 0:
-            self._take_out(row)
+        self._take_out(row)
         newest = self._older[self._end]
         self._older[row], self._newer[row] = newest, self._end
         self._newer[newest] = self._older[self._end] = row
@@ -261,8 +254,9 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def _take_out(self, row: int) -> None:
         older, newer = self._older[row], self._newer[row]
-        self._newer[older], self._older[newer] = newer, older
-        self._newer[row] = -1
+        if newer >= 0:
+            self._newer[older], self._older[newer] = newer, older
+            self._newer[row] = -1
 
     def _put_by_use(self, row: int) -> None:
         """A leaf comes back that was not used just now."""
@@ -275,17 +269,17 @@ class LeastRecentlyUsed(EvictionPolicy):
         is_leaf = not self._children[row] and self._newer[row] < 0 and row not in self._met_pinned
         return is_leaf and self._used_at[row] == used_at
 
-    def _oldest_use(self) -> float:
+    def _oldest_use(self) -> int:
         """When the leaf used least recently was used; never, if there is none."""
         while self._heap and not self._counts(*self._heap[0]):
             heapq.heappop(self._heap)
         oldest = self._newer[self._end]
-        in_list = math.inf if oldest == self._end else self._used_at[oldest]
+        in_list = _NEVER if oldest == self._end else self._used_at[oldest]
         return min(in_list, self._heap[0][0]) if self._heap else in_list
 
     def _take_oldest(self) -> int:
         """Take the leaf used least recently out of the list or the heap; -1 if there is none."""
-        if (used_at := self._oldest_use()) == math.inf:
+        if (used_at := self._oldest_use()) == _NEVER:
             return -1
         if self._heap and self._heap[0][0] == used_at:
             return heapq.heappop(self._heap)[1]

@@ -27,7 +27,14 @@ from benchmarks.common import BUILD, TMPFS, Figure, machine, on_stop, table
 # By benchmark, in the order that they run in: the figures that it must have, without its name.
 FIGURES = {
     "copy_rate": ("thread_vs_memmove", "store_vs_fs", "load_vs_fs"),
-    "scheduler_cost": ("submit_vs_fs", "growth", "bytes_per_block"),
+    "scheduler_cost": (
+        "submit_vs_fs",
+        "growth",
+        "store_vs_plain_lru",
+        "store_behind_prefix",
+        "request_end",
+        "bytes_per_block",
+    ),
     "head_of_line": ("p99_vs_idle",),
     "overlap": ("efficiency", "scheduler_slowdown"),
     "replay": ("hit_ratio_vs_optimal",),

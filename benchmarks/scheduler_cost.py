@@ -54,7 +54,13 @@ FEW_BLOCKS, MANY_BLOCKS = 10_000, 10_000_000
 BETWEEN = (100_000, 1_000_000)
 GROWTH_REPETITIONS, GROWTH_JOBS, GROWTH_LOOKUPS = 7, 200, 16_384
 MEMORY_BLOCKS = 1_000_000
+# Of the index's memory: blocks of a request.
+MEMORY_REQUESTS = (1, 2, 32)
+# Blocks before the one that is stored, and of a request that ends.
+PREFIXES = (100, 62_500)
+PREFIX_REPETITIONS, POLICY_JOBS = 15, 400
 SUBMIT_VS_FS, GROWTH_VS_DICT, BYTES_A_BLOCK = 0.6, 1.3, 300
+STORE_VS_PLAIN, BEHIND_LONG_PREFIX, END_OF_LONG_REQUEST = 1.2, 2, 2
 
 
 # ---------------------------------------------------------------------------------------------------------- submissions
@@ -234,9 +240,8 @@ def measure_lookups(run: Run) -> dict[str, Spread]:
     RETRY, and asked again what the thread has found, here that there is none.
     """
     jobs = tiers.Jobs()
-    size = 1000
+    size = LOOKUP_REQUESTS * LOOKUPS_A_REQUEST  # hits of a step are no more than the primary can hold
     primary = np.ones((size, SMALL_ROW_BYTES), dtype=np.uint8)
-    rows = np.arange(size, dtype=np.int32)
     keys = tiers.block_keys(LOOKUP_BLOCKS)
     table = {key: LookupResult.HIT for key in keys}
     draw = random.Random(LOOKUP_BLOCKS)
@@ -249,7 +254,7 @@ def measure_lookups(run: Run) -> dict[str, Spread]:
         tier = tiers.ours(stack, primary, LOOKUP_BLOCKS)
         fs = tiers.FileSystem(stack, primary).tier
         for some in tiers.groups(keys, size):
-            tiers.submit_alone(tier, jobs.store(some, rows))
+            tiers.submit_alone(tier, jobs.store(some, np.arange(len(some), dtype=np.int32)))
         for step in range(LOOKUP_STEPS):
             known = tiers.groups(draw.sample(keys, LOOKUP_REQUESTS * LOOKUPS_A_REQUEST), LOOKUPS_A_REQUEST)
             unknown = tiers.groups(tiers.block_keys(LOOKUP_REQUESTS * LOOKUPS_A_REQUEST), LOOKUPS_A_REQUEST)
@@ -427,8 +432,79 @@ def measure_growth(run: Run, sizes: Sequence[int]) -> dict[int, dict[str, Spread
     return found
 
 
-def measure_memory(blocks: int) -> float:
-    """Bytes of this process that a block of a full index takes, key included. To be called before memory is freed."""
+def measure_policies(run: Run) -> dict[str, Spread]:
+    """Microseconds of a store of 32 blocks for which 32 go, and of its request's end, with our policy and a plain LRU
+    one, in turns.
+    """
+    jobs = tiers.Jobs()
+    primary = np.ones((tiers.JOB_BLOCKS, SUBMIT_ROW_BYTES), dtype=np.uint8)
+    rows = np.arange(tiers.JOB_BLOCKS, dtype=np.int32)
+    times: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        compared = {
+            "ours": tiers.ours(stack, primary, HELD_BLOCKS),
+            "plain": tiers.ours(stack, primary, HELD_BLOCKS, eviction_policy="benchmarks.plain_lru:PlainLru"),
+        }
+        order, draw = list(compared.items()), random.Random(1)
+        for number, keys in enumerate(tiers.groups(tiers.block_keys(HELD_BLOCKS + POLICY_JOBS * tiers.JOB_BLOCKS))):
+            draw.shuffle(order)
+            for name, tier in order:
+                job = jobs.store(keys, rows[: len(keys)])
+                tier.on_new_request(job.req_context)
+                store = tiers.timed(tiers.submit, tier, job)
+                tiers.wait(tier, 1)
+                end = tiers.timed(tier.on_request_finished, job.req_context)
+                if number * tiers.JOB_BLOCKS > HELD_BLOCKS:
+                    times.setdefault(f"an evicting store, {name}", []).append(store)
+                    times.setdefault(f"a request ends, {name}", []).append(end)
+    found = {name: microseconds(each) for name, each in times.items()}
+    run.results["by_policy_us"] = {name: asdict(spread) for name, spread in found.items()}
+    return found
+
+
+def measure_prefixes(run: Run) -> dict[str, dict[int, Spread]]:
+    """By the blocks of a request: "store", microseconds of a store of its last one, for which another one goes, where
+    the others are here and nobody has spoken of it before; "end", nanoseconds a block of the call that it ends with.
+
+    Before each store as many keys are handled, whatever the request: to find the caches cold is not what is measured.
+    """
+    jobs = tiers.Jobs()
+    primary = np.ones((1, SMALL_ROW_BYTES), dtype=np.uint8)
+    row = np.zeros(1, dtype=np.int32)
+    found: dict[str, dict[int, Spread]] = {"store": {}, "end": {}}
+    longest = max(PREFIXES)
+    for prefix in PREFIXES:
+        run.progress(f"a store behind {prefix:,} blocks")
+        stores, ends = [], []
+        with ExitStack() as stack:
+            tier = tiers.ours(stack, primary, 2 * longest)
+            tier._store._store_stream = NullStream()  # type: ignore[assignment]
+            others, before = tiers.block_keys(2 * longest), tiers.block_keys(prefix)
+            for some in (*tiers.groups(others, 1000), *tiers.groups(before, 1000)):
+                tier._store.submit_store(0, some, np.zeros(len(some), dtype=np.int32))
+                tiers.collect(tier)
+            for key in tiers.block_keys(PREFIX_REPETITIONS):
+                job = jobs.store([key], row)
+                context = tiers.request(f"request {job.job_id}", [*before, key])
+                job.req_context = context
+                tier.on_new_request(context)
+                tiers.request("another one", others[:longest])
+                stores.append(tiers.timed(tier.submit_store, job))
+                tiers.collect(tier)
+                ends.append(tiers.timed(tier.on_request_finished, context) / (prefix + 1))
+        found["store"][prefix] = microseconds(stores)
+        found["end"][prefix] = Spread.of([each * NS for each in ends])
+    run.results["by_prefix"] = {
+        what: {prefix: asdict(spread) for prefix, spread in each.items()} for what, each in found.items()
+    }
+    return found
+
+
+def measure_memory(blocks: int, blocks_a_request: int) -> tuple[float, BlockIndex]:
+    """(bytes of this process that a block of a full index takes, key included; the index).
+
+    To be called before memory is freed.
+    """
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -436,12 +512,12 @@ def measure_memory(blocks: int) -> float:
     gc.collect()
     before = resident()
     index = BlockIndex(blocks)
-    for number in range(blocks // tiers.JOB_BLOCKS):
+    for number in range(blocks // blocks_a_request):
         name = f"request {number}"
-        index.fill(index.reserve(tiers.block_keys(tiers.JOB_BLOCKS), name, None)[1])
-        index.finish(name)
+        index.fill(index.reserve(tiers.block_keys(blocks_a_request), name, None)[1])
+        index.finish(name, None)
     gc.collect()
-    return (resident() - before) / len(index)
+    return (resident() - before) / len(index), index
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -460,13 +536,22 @@ def main() -> int:
         options.output,
     )
     run.progress("memory of the index")
-    memory = measure_memory(MEMORY_BLOCKS // (10 if options.quick else 1))
-    run.results["index_bytes_a_block"] = memory
+    memories = {}
+    kept = []  # memory that one gives back would be used again by the next, and not show
+    for blocks_a_request in MEMORY_REQUESTS:
+        took, index = measure_memory(MEMORY_BLOCKS // (10 if options.quick else 1), blocks_a_request)
+        memories[blocks_a_request] = took
+        kept.append(index)
+    del kept
+    memory = max(memories.values())
+    run.results["index_bytes_a_block"] = memories
     run.progress("submissions")
     submissions = measure_submissions(run, jobs)
     by_blocks = measure_blocks_a_job(run)
     run.progress("polls and lookups")
     hooks = measure_hooks(run)
+    policies = measure_policies(run)
+    prefixes = measure_prefixes(run)
     polls = measure_polls(run)
     lookups = measure_lookups(run)
     held = measure_growth(run, sizes)
@@ -497,8 +582,38 @@ def main() -> int:
             limit=growth[f"{worse}, dict"],
         ),
         Figure(
+            key="scheduler_cost.store_vs_plain_lru",
+            what="submit_store of 32 blocks for which 32 go / with a plain LRU (baseline)",
+            unit="us",
+            ratio=policies["an evicting store, ours"].median / policies["an evicting store, plain"].median,
+            goal=STORE_VS_PLAIN,
+            goal_is="<=",
+            ours=policies["an evicting store, ours"].median,
+            limit=policies["an evicting store, plain"].median,
+        ),
+        Figure(
+            key="scheduler_cost.store_behind_prefix",
+            what=f"a store of one block behind {PREFIXES[1]:,} / behind {PREFIXES[0]} (baseline)",
+            unit="us",
+            ratio=prefixes["store"][PREFIXES[1]].median / prefixes["store"][PREFIXES[0]].median,
+            goal=BEHIND_LONG_PREFIX,
+            goal_is="<=",
+            ours=prefixes["store"][PREFIXES[1]].median,
+            limit=prefixes["store"][PREFIXES[0]].median,
+        ),
+        Figure(
+            key="scheduler_cost.request_end",
+            what=f"the end of a request of {PREFIXES[1]:,} blocks, a block / of {PREFIXES[0]} (baseline)",
+            unit="ns",
+            ratio=prefixes["end"][PREFIXES[1]].median / prefixes["end"][PREFIXES[0]].median,
+            goal=END_OF_LONG_REQUEST,
+            goal_is="<=",
+            ours=prefixes["end"][PREFIXES[1]].median,
+            limit=prefixes["end"][PREFIXES[0]].median,
+        ),
+        Figure(
             key="scheduler_cost.bytes_per_block",
-            what="memory of the index, key included",
+            what="memory of the index, key included, whatever the blocks of a request",
             unit="bytes",
             ratio=memory,
             goal=BYTES_A_BLOCK,
@@ -507,6 +622,7 @@ def main() -> int:
         ),
     ]
     print(cost_table(submissions, by_blocks, polls, lookups, held))
+    print("\n".join(beside("policies, jobs of 32, us", policies, ("plain",))))
     print(f"asking whether there is a trace, where there is none: {hooks:.0f} ns a job")
     draw(run, by_blocks, held)
     run.finish()
