@@ -184,7 +184,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """The end of a scheduler step: hits of this step may be evicted again."""
         self._steps_under_way += 1
         try:
-            self._promises.end_step(context.new_req_ids)
+            self._promises.end_step(context.new_req_ids, context.preempted_req_ids)
             self._store.end_step()
         except Exception as error:
             self._store.fault("end a step", error)

@@ -6,8 +6,8 @@ again, for ever: a prompt of more blocks than the primary has, or several waitin
 #50014, #42371, #49902).
 
 So account is kept by request of what it was promised and has not taken up. vLLM says when a request is scheduled for
-the first time, which is after its blocks have arrived, and when it is over; one that it resumes after a preemption
-shows by what it stores, or by asking no more.
+the first time, which is after its blocks have arrived, and when it is over. That it resumes one after a preemption it
+does not say: it shows by what the request stores, or by asking no more.
 
     KEEP     the block fits beside what its request was promised before, and beside what others were
     WAIT     it does not fit beside the others, who will take theirs up
@@ -15,9 +15,9 @@ shows by what it stores, or by asking no more.
 
 - A request is promised all of its blocks that are here, or none yet: with parts of two, neither could go on.
 - Who asks first in a step has precedence: while it waits, nothing is promised to those behind it.
-- Every wait ends: promises that nobody has asked about for STALE_STEPS are void, and who has waited PATIENCE_STEPS is
-  refused. A request that loses what it was promised, because running ones take the rows, is promised it again
-  MOST_RENEWALS times.
+- Every wait ends: promises that nobody has asked about for STALE_STEPS (after a preemption: RESUMED_STEPS) are void,
+  and who has waited PATIENCE_STEPS is refused. A request that loses what it was promised, because running ones take the
+  rows, is promised it again MOST_RENEWALS times.
 
 No vLLM. Called by one thread at a time.
 """
@@ -33,6 +33,7 @@ KEEP, WAIT, REFUSE = range(3)
 # In steps, because what is waited for takes steps: blocks that are here go on to the GPU, and the request is scheduled.
 # A step in which nothing can run takes a millisecond or less.
 STALE_STEPS = 128
+RESUMED_STEPS = 16
 PATIENCE_STEPS = 512
 # What a step counts while promised blocks are on their way, which may take long, but not for ever.
 _LOADING_STEP = 1 / 16
@@ -79,6 +80,7 @@ class Promises:
         self._loads: dict[int, str] = {}
         self._step = 0
         self._asked: list[_Promise] = []
+        self._preempted: set[str] = set()
         # Somebody waits for room in this step.
         self._is_short = False
 
@@ -116,23 +118,22 @@ class Promises:
             promise.keys = set(filter(self._is_here, promise.keys))
             self._resize(promise, len(promise.keys))
 
-    def end_step(self, scheduled: Iterable[str] = ()) -> None:
-        """The end of a scheduler step, in which the requests `scheduled` were scheduled for the first time."""
+    def end_step(self, scheduled: Iterable[str] = (), preempted: Iterable[str] = ()) -> None:
+        """The end of a scheduler step, in which requests were scheduled for the first time, and others preempted."""
         for promise in self._asked:
             self._resize(promise, len(promise.keys))
         self._asked.clear()
         self._is_short = False
         for request in scheduled:
             self.release(request)
+        self._preempted.update(preempted)
         self._step += 1
         if self._step % STALE_STEPS == 0:
-            loading = set(self._loads.values())
-            for request, promise in list(self._promises.items()):
-                if promise.step < self._step - STALE_STEPS and request not in loading:
-                    self.release(request)
+            self._release_stale()
 
     def release(self, request: str) -> None:
         """The request has what it was promised, or needs it no more."""
+        self._preempted.discard(request)
         promise = self._promises.pop(request, None)
         if promise is not None:
             promise.keys.clear()  # the end of the step, if it was asked about, counts what it has
@@ -177,7 +178,17 @@ class Promises:
                 break
         return None
 
+    def _release_stale(self) -> None:
+        """Void what nobody asks about any more."""
+        loading = set(self._loads.values())
+        for request, promise in list(self._promises.items()):
+            most = RESUMED_STEPS if request in self._preempted else STALE_STEPS
+            if promise.step < self._step - most and request not in loading:
+                self.release(request)
+
     def _wait(self, promise: _Promise) -> int:
+        if not self._is_short and self._step % RESUMED_STEPS == 0:
+            self._release_stale()
         promise.waited += _LOADING_STEP if self._loads else 1
         if promise.waited > PATIENCE_STEPS:
             return REFUSE

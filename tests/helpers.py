@@ -201,7 +201,15 @@ class Region:
 class World:
     """vLLM's real tiering manager and primary tier above our tier."""
 
-    def __init__(self, primary_blocks: int, tier_blocks: int, row_bytes: int = 64, **options: Any) -> None:
+    def __init__(
+        self,
+        primary_blocks: int,
+        tier_blocks: int,
+        row_bytes: int = 64,
+        peer: Callable[[memoryview], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """peer: makes another tier over the primary."""
         self.primary = zero_rows(primary_blocks, row_bytes)
         primary_tier = CPUPrimaryTierOffloadingManager(**{_COUNT: primary_blocks, "mmap_region": Region(self.primary)})
         self.tier = AsyncSecondaryTierManager(
@@ -212,7 +220,8 @@ class World:
             **{**ENGINE_OPTIONS, **options},
         )
         remember(self.tier._store, self.primary)
-        self.manager = TieringOffloadingManager(primary_tier=primary_tier, secondary_tiers=[self.tier])
+        peers = [peer(primary_tier.get_kv_memoryview())] if peer is not None else []
+        self.manager = TieringOffloadingManager(primary_tier=primary_tier, secondary_tiers=[self.tier, *peers])
 
     def step(self) -> None:
         """The end of a scheduler step, with statistics and events taken as vLLM does."""

@@ -8,7 +8,16 @@ import pytest
 
 from async_tier import promises
 from async_tier.order import SequenceOrder
-from async_tier.promises import KEEP, MOST_RENEWALS, PATIENCE_STEPS, REFUSE, STALE_STEPS, WAIT, Promises
+from async_tier.promises import (
+    KEEP,
+    MOST_RENEWALS,
+    PATIENCE_STEPS,
+    REFUSE,
+    RESUMED_STEPS,
+    STALE_STEPS,
+    WAIT,
+    Promises,
+)
 
 
 def blocks(request: str, count: int, group: int = 0) -> list[bytes]:
@@ -196,8 +205,23 @@ def test_a_promise_that_nobody_asks_about_any_more_is_void():
     while scheduler.moved == 8 and steps < 3 * STALE_STEPS:
         scheduler.step({"b": b}, take_up=False)
         steps += 1
-    assert STALE_STEPS <= steps <= 2 * STALE_STEPS + 1
+    assert STALE_STEPS <= steps <= STALE_STEPS + RESUMED_STEPS + 1
     assert scheduler.moved == 16
+
+
+def test_a_promise_to_a_request_that_was_preempted_is_void_sooner():
+    scheduler = Scheduler(10)
+    a, b = scheduler.add("a", blocks("a", 8)), scheduler.add("b", blocks("b", 8))
+    scheduler.promises.end_step(preempted=["a"])
+    scheduler.step({"a": a}, take_up=False)
+    steps = 0
+    while scheduler.moved == 8 and steps < STALE_STEPS:
+        scheduler.step({"b": b}, take_up=False)
+        steps += 1
+    assert RESUMED_STEPS <= steps <= 2 * RESUMED_STEPS + 1
+    assert scheduler.moved == 16
+    scheduler.promises.release("a")
+    assert not scheduler.promises._preempted
 
 
 def test_who_has_waited_too_long_is_refused():
