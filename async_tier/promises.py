@@ -24,7 +24,7 @@ No vLLM. Called by one thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from async_tier.order import SequenceOrder
 
@@ -103,12 +103,12 @@ class Promises:
         self._total += 1
         return KEEP
 
-    def note_load(self, job: int, request: str, keys: Sequence[bytes]) -> None:
+    def note_load(self, job: int, request: str, keys: Collection[bytes]) -> None:
         """Of what was promised in this step, in the order of asking, only what is loaded stays so when it ends."""
         promise = self._promises.get(request)
-        if promise is not None:
+        if promise is not None and keys:
             promise.keys.update(keys)
-            promise.last = keys[-1]
+            *_, promise.last = keys
             self._loads[job] = request
 
     def note_end(self, job: int, success: bool) -> None:
