@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -71,11 +72,12 @@ def load_policy(name: str) -> type[EvictionPolicy]:
     module, _, attribute = name.partition(":")
     try:
         policy = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a module that is imported raises
-        raise ValueError(f"eviction_policy {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not (isinstance(policy, type) and issubclass(policy, EvictionPolicy)):
-        raise ValueError(f"eviction_policy must name a class over async_tier.eviction.EvictionPolicy, not {name!r}")
-    return policy
+        why = "a class over async_tier.eviction.EvictionPolicy with all its methods"
+        if isinstance(policy, type) and issubclass(policy, EvictionPolicy) and not inspect.isabstract(policy):
+            return policy
+    except Exception as error:  # whatever a module raises that is imported
+        why = f"one that can be imported ({type(error).__name__}: {error})".replace("\n", " ")
+    raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)

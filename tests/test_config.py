@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_tier.config import MAX_COPY_THREADS, TierConfig, format_size, parse_size, parse_threads
+from async_tier.config import MAX_COPY_THREADS, TierConfig, format_size, load_policy, parse_size, parse_threads
+from async_tier.eviction import LeastRecentlyUsed
 
 POWERS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 POWERS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -132,6 +133,8 @@ def test_without_options_there_are_defaults():
         ({"copy_threads": 64}, {"copy_threads": 64}),
         ({"copy_threads": None}, {"copy_threads": None}),
         ({"keep_on_reset": True}, {"keep_on_reset": True}),
+        ({"eviction_policy": "lru"}, {"eviction_policy": "lru"}),
+        ({"eviction_policy": "a.b:C"}, {"eviction_policy": "a.b:C"}),
         ({"locality": "LOCAL"}, {"locality": "LOCAL"}),
         ({"locality": "REMOTE"}, {"locality": "REMOTE"}),
         ({"locality": None}, {"locality": None}),
@@ -185,6 +188,24 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
         ),
         ("staging_bytes", 65535, "staging_bytes must be at least 65536 bytes"),
         *(("keep_on_reset", value, "keep_on_reset must be true or false") for value in (0, 1, None, "true", "no")),
+        *(
+            ("eviction_policy", value, "eviction_policy must be 'lru' or 'module:Class'")
+            for value in (
+                "LRU",
+                "arc",
+                "",
+                None,
+                1,
+                [],
+                "module",
+                ":Class",
+                "module:",
+                "a:b:c",
+                "a b:C",
+                "a:b.c",
+                "lru\n",
+            )
+        ),
         *(("locality", value, "locality must be null, 'LOCAL' or 'REMOTE'") for value in ("local", "", True, 1, [])),
     ],
 )
@@ -197,3 +218,26 @@ def test_a_wrong_value_is_refused_by_key_and_value(key: str, value: object, mess
 def test_a_pool_on_a_gpu_is_not_for_copy_threads():
     with pytest.raises(ValueError, match=r"^pool 'cuda:0' needs engine 'cuda' or 'auto', not 'host'$"):
         TierConfig.parse({"pool": "cuda:0", "engine": "host"})
+
+
+def test_a_policy_is_found_by_its_name():
+    assert load_policy("lru") is LeastRecentlyUsed
+    assert load_policy("benchmarks.plain_lru:PlainLru").__name__ == "PlainLru"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("no_such_module:Class", "that one that can be imported"),
+        ("async_tier.eviction:NoSuchClass", "that one that can be imported"),
+        (".eviction:LeastRecentlyUsed", "that one that can be imported"),
+        ("async_tier.config:TierConfig", "a class over async_tier.eviction.EvictionPolicy"),
+        ("async_tier.config:load_policy", "a class over async_tier.eviction.EvictionPolicy"),
+        ("async_tier.eviction:EvictionPolicy", "with all its methods"),
+    ],
+)
+def test_a_policy_that_is_none_is_refused_in_one_sentence(name: str, why: str):
+    with pytest.raises(ValueError, match=f"^eviction_policy must be 'lru' or 'module:Class', .*{why}") as error:
+        load_policy(name)
+    assert str(error.value).endswith(f"not {name!r}")
+    assert "\n" not in str(error.value)

@@ -196,6 +196,31 @@ def test_rows_of_blocks_that_are_forgotten_come_back(policy):
     assert tier.store("e f g h", "s") == 4
 
 
+class FailingPolicy(PlainLru):
+    """Of somebody else, and wrong."""
+
+    def store(self, keys, rows, sequence, order):
+        raise LookupError("out of luck")
+
+
+def test_a_policy_that_fails_loses_no_row():
+    tier = Tier(4, FailingPolicy)
+    for _ in range(3):
+        with pytest.raises(LookupError):
+            tier.store("a b c")
+    assert tier.index.rows_used == len(tier.index) == 0
+
+
+def test_what_is_kept_of_requests_that_never_end_is_bounded(policy):
+    tier = Tier(4, policy)
+    for number in range(100):
+        tier.store(blocks("r", number, number + 1), f"request {number}")
+        tier.hit(blocks("r", number, number + 1), f"request {number}")
+    if policy is LeastRecentlyUsed:
+        assert len(tier.index._policy._last) <= 4
+        assert len(tier.index._policy._heap) <= 4 + 1
+
+
 # ------------------------------------------------------------------- what only follows from "nothing that continues it"
 
 

@@ -706,6 +706,17 @@ def test_r13_a_later_job_never_evicts_an_earlier_one_of_its_request(primary):
     tier.shutdown()
 
 
+def test_a_policy_of_ones_own_is_used(primary):
+    """Which this one is told by: it gives up a beginning that a held block continues."""
+    tier = make_tier(primary, blocks=4, eviction_policy="benchmarks.plain_lru:PlainLru")
+    context = request("r")
+    store(tier, 1, keys(0, 1), [0, 1], context=context)
+    store(tier, 2, keys(2, 3), [2, 3], context=context)
+    store(tier, 3, keys(50), [0])
+    assert held(tier, keys(0, 1, 2, 3)) == [True, False, True, True]
+    tier.shutdown()
+
+
 def test_r13_without_an_order_that_of_the_jobs_counts(primary):
     tier = make_tier(primary, blocks=4)
     context = request("r")
@@ -820,6 +831,8 @@ def test_replicas_on_several_nodes_are_not(primary):
         ({"engine": "cuda", "pool": "cuda:99"}, "pool 'cuda:99' n"),
         ({"copy_threads": 0}, "copy_threads must be an integer from 1 to 64, not 0"),
         ({"keep_on_reset": "yes"}, "keep_on_reset must be true or false, not 'yes'"),
+        ({"eviction_policy": "mru"}, "eviction_policy must be .*'mru'"),
+        ({"eviction_policy": "no_such_module:Class"}, "eviction_policy must be .*'no_such_module:Class'"),
         ({"locality": "HERE"}, "locality must be .*'HERE'"),
         ({"custom_param": "x"}, "custom_param must be an integer, not 'x'"),
     ],
