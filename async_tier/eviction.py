@@ -118,15 +118,13 @@ class LeastRecentlyUsed(EvictionPolicy):
             keys, rows = order.sort(keys, rows)
         above = self._parent_for(keys[0], sequence, order)
         key_of, used_at, stored_at, children = self._key_of, self._used_at, self._stored_at, self._children
-        parents, before = self._parent, self._clock
-        self._clock = now = before + len(keys)
-        for key, row, parent, used in zip(keys, rows, chain((above,), rows), range(now, before, -1), strict=False):
+        parents = self._parent
+        self._clock = now = self._clock + 1
+        for key, row, parent in zip(keys, rows, chain((above,), rows), strict=False):
             key_of[row] = key
-            used_at[row] = used
-            stored_at[row] = now
+            used_at[row] = stored_at[row] = now
             children[row] = 1
             parents[row] = parent
-        used_at[rows[0]] = now  # the one object for both
         children[row] = 0
         self._put_newest(row)
         if above >= 0:

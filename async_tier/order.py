@@ -12,8 +12,9 @@ class SequenceOrder:
 
     places: key -> its place in the sequence (vLLM: the end token's). Kept, not copied: whoever owns it adds to it.
 
-    Of one KV group vLLM notes all blocks in order, at even places: then the dict is in order as it is, and nothing here
-    takes longer for a longer sequence, but for some ns a block to get to its middle. Else keys are sorted, each once.
+    Of one KV group vLLM notes all blocks in order, at even places. A dict whose ends say so is taken as it is, and then
+    nothing here takes longer for a longer sequence, but for some ns a block to get to its middle. Else keys are sorted,
+    each once.
     """
 
     def __init__(self, places: dict[bytes, int]) -> None:
@@ -35,7 +36,8 @@ class SequenceOrder:
 
     def __iter__(self) -> Iterator[bytes]:
         """All keys, from the start of the sequence on."""
-        if self._step():
+        step, places = self._step(), self._places.values()
+        if step and list(places) == list(range(next(iter(places)), next(reversed(places)) + 1, step)):
             return iter(self._places)
         self._sort()
         return iter(self._keys)

@@ -246,7 +246,6 @@ MUTANTS = [
     Mutant("R13 by position", "eviction.py", "            keys, rows = order.sort(keys, rows)\n", "            pass\n", EVICTION),
     Mutant("R13 hits by position", "eviction.py", "            keys, _ = order.sort(keys)\n", "            pass\n", EVICTION),
     Mutant("R13 the start is the newest", "eviction.py", "        for row in reversed(rows):\n", "        for row in rows:\n", EVICTION),
-    Mutant("R13 of a store too", "eviction.py", "range(now, before, -1)", "range(before + 1, now + 1)", EVICTION),
     Mutant("R13 a request does not evict its own", "eviction.py", "if known(key) is not None or key == last:", "if key == last:", EVICTION),
     Mutant("R13 nor what it stored before, without an order", "eviction.py", "if known(key) is not None or key == last:", "if known(key) is not None:", EVICTION),
     Mutant("R13 its own may go for others", "eviction.py", "        for row in own:\n            self._put_by_use(row)\n", "", EVICTION),

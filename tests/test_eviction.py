@@ -386,6 +386,20 @@ def test_a_parent_that_is_gone_is_no_parent_in_its_next_life():
     assert tier.eviction_order("a b c x") == "b x c a"
 
 
+def test_what_is_left_bare_twice_goes_once():
+    tier = Tier(4)
+    tier.begin("r", "a b c")
+    tier.store("a", "r")
+    tier.store("x y")
+    for name in names("b c"):  # their stores fail
+        tier.store([name], "r")
+        tier.index.drop([name])
+    tier.finish("r")
+    tier.store("z")
+    assert tier.store("new1 new2 new3 new4") == 4
+    assert tier.index.rows_used == 4
+
+
 def test_a_pinned_end_keeps_what_comes_before_it():
     tier = Tier(4)
     tier.store("x")
@@ -426,6 +440,62 @@ def calls_of(call) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+class Counted(dict):
+    """Notes how many of its keys were looked at from the end."""
+
+    seen = 0
+
+    def __reversed__(self):
+        for key in super().__reversed__():
+            self.seen += 1
+            yield key
+
+
+def test_r1_what_comes_before_the_end_of_a_sequence_is_known_without_looking_at_all_of_it():
+    places = Counted({key: 16 * at for at, key in enumerate(blocks("r", 1000), start=1)})
+    order = SequenceOrder(places)
+    assert next(order.preceding(b"r 999")) == b"r 998"
+    assert places.seen < 10
+    assert list(order)[:3] == blocks("r", 3)
+    assert next(order.following(b"r 5")) == b"r 5"
+    assert places.seen < 10
+
+
+def test_an_order_is_right_as_vllm_notes_places():
+    """One KV group after the other, more when the request grows, and now and then a boundary within a block."""
+    draw = random.Random(1)
+    for _ in range(300):
+        groups = draw.choice([1, 1, 2, 3])
+        tokens = [draw.choice([16, 16, 32]) for _ in range(groups)]
+        places: dict[bytes, int] = {}
+        order = SequenceOrder(places)
+        length = 0
+        for _ in range(draw.randint(1, 4)):
+            length += draw.randint(1, 200)
+            for group in range(groups):
+                for end in range(tokens[group], length + 1, tokens[group]):
+                    places.setdefault(b"%04d %d" % (end, group), end)
+            if draw.random() < 0.2:
+                for group in range(groups):
+                    places[b"%04d boundary %d" % (length, group)] = length
+            expected = sorted(places, key=lambda key: (places[key], key))
+            assert list(order) == expected
+            for at, key in enumerate(expected):
+                assert list(order.preceding(key)) == expected[:at][::-1]
+                assert list(order.following(key)) == expected[at:]
+    assert list(order.preceding(b"unknown")) == []
+    assert list(order.following(b"unknown")) == [b"unknown"]
+
+
+def test_an_order_is_right_whatever_way_its_places_are_noted():
+    draw = random.Random(2)
+    for _ in range(300):
+        noted = blocks("r", draw.randint(1, 12))
+        draw.shuffle(noted)
+        places = {key: draw.randint(0, 6) for key in noted}
+        assert list(SequenceOrder(places)) == sorted(places, key=lambda key: (places[key], key))
 
 
 @pytest.mark.parametrize("is_full", [False, True])

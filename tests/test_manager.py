@@ -524,6 +524,28 @@ def test_r10_kept_blocks_are_held_back_until_the_results_of_all_steps_planned_be
     tier.shutdown()
 
 
+def test_r10_after_a_reset_nothing_is_promised_that_was_before_it():
+    primary = primary_rows(4)
+    tier = make_tier(primary, blocks=8, keep_on_reset=True)
+    store(tier, 1, keys(0, 1, 2, 3), [0, 1, 2, 3])
+    store(tier, 2, keys(4, 5, 6, 7), [0, 1, 2, 3])
+    contexts = [request("r", keys(0, 1, 2, 3)), request("s", keys(4, 5, 6, 7))]
+    for context in contexts:
+        tier.on_new_request(context)
+    assert [tier.lookup(name, contexts[0]) for name in keys(0, 1, 2, 3)] == [HIT] * 4
+    tier.submit_load(job(3, keys(0, 1, 2, 3), [0, 1, 2, 3], contexts[0], load=True))
+    end_step(tier)
+    assert tier.lookup(key(4), contexts[1]) is LookupResult.RETRY
+    finish(tier)
+    reset(tier)
+    for _ in range(2):
+        end_step(tier)
+        tier.get_stats()
+        tier.get_stats()
+    assert tier.lookup(key(4), contexts[1]) is HIT
+    tier.shutdown()
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_r10_vllms_reset_cache_is_heard(keep):
     world = World(primary_blocks=4, tier_blocks=16, keep_on_reset=keep)

@@ -143,6 +143,25 @@ def test_blocks_that_are_not_here_are_not_waited_for():
     assert scheduler.moved == 10
 
 
+def test_blocks_behind_one_that_is_not_here_are_not_waited_for():
+    scheduler = Scheduler(10)
+    waiting = {"a": scheduler.add("a", blocks("a", 6)), "b": scheduler.add("b", blocks("b", 12))}
+    scheduler.here.remove(blocks("b", 12)[4])
+    scheduler.step(waiting, take_up=False)
+    assert scheduler.moved == 10
+
+
+def test_whoever_is_over_within_a_step_has_nothing_when_that_ends():
+    scheduler = Scheduler(10)
+    a, b = scheduler.add("a", blocks("a", 8)), scheduler.add("b", blocks("b", 10))
+    for key in a:
+        scheduler.promises.ask("a", key, scheduler.orders["a"])
+    scheduler.promises.note_load(1, "a", a)
+    scheduler.promises.release("a")
+    scheduler.promises.end_step()
+    assert [scheduler.promises.ask("b", key, scheduler.orders["b"]) for key in b] == [KEEP] * 10
+
+
 def test_who_asks_first_has_precedence():
     scheduler = Scheduler(10)
     waiting = {"a": scheduler.add("a", blocks("a", 6)), "b": scheduler.add("b", blocks("b", 8))}
