@@ -218,7 +218,18 @@ def test_what_is_kept_of_requests_that_never_end_is_bounded(policy):
         tier.hit(blocks("r", number, number + 1), f"request {number}")
     if policy is LeastRecentlyUsed:
         assert len(tier.index._policy._last) <= 4
-        assert len(tier.index._policy._heap) <= 4 + 1
+
+
+def test_what_is_kept_of_leaves_that_were_pinned_and_used_is_bounded():
+    tier = Tier(4)
+    for name in names("a b c d"):
+        tier.store([name])
+    for _ in range(50):
+        rows = tier.index.pin_ready(names("a b c d"))
+        assert tier.store("e") == 0  # each of them is met
+        tier.index.unpin(rows)
+        tier.index.use(names("a b c d"), None, None)
+    assert len(tier.index._policy._heap) <= 4 + 1
 
 
 # ------------------------------------------------------------------- what only follows from "nothing that continues it"
@@ -394,7 +405,6 @@ def test_what_is_left_bare_twice_goes_once():
     for name in names("b c"):  # their stores fail
         tier.store([name], "r")
         tier.index.drop([name])
-    tier.finish("r")
     tier.store("z")
     assert tier.store("new1 new2 new3 new4") == 4
     assert tier.index.rows_used == 4
