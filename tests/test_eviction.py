@@ -220,15 +220,13 @@ def test_what_is_kept_of_requests_that_never_end_is_bounded(policy):
         assert len(tier.index._policy._last) <= 4
 
 
-def test_what_is_kept_of_leaves_that_were_pinned_and_used_is_bounded():
+def test_what_is_kept_of_a_block_that_is_left_bare_again_and_again_is_bounded():
     tier = Tier(4)
-    for name in names("a b c d"):
-        tier.store([name])
+    tier.begin("r", "a b")
+    tier.store("a", "r")
     for _ in range(50):
-        rows = tier.index.pin_ready(names("a b c d"))
-        assert tier.store("e") == 0  # each of them is met
-        tier.index.unpin(rows)
-        tier.index.use(names("a b c d"), None, None)
+        tier.store("b", "r")
+        tier.index.drop(names("b"))  # the store has failed
     assert len(tier.index._policy._heap) <= 4 + 1
 
 
