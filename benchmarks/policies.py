@@ -14,7 +14,7 @@ from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Run, arguments, figure
+from benchmarks.common import Figure, Run, arguments, figure
 from benchmarks.replay import QUICK_REQUESTS, REQUESTS, Trace, processes
 
 PRIMARY_DIVISORS = (8, 4, 2)
@@ -96,11 +96,21 @@ def main() -> int:
     points = measure(run, traces)
     run.results = {"points": points, "most_below": MOST_BELOW}
     print(table(points))
-    worst = min(point["ours"] - point["plain"] for point in points)
-    print(f"ours is at least {worst:+.4f} above plain LRU; the goal is {-MOST_BELOW:+.2f}")
+    worst = min(points, key=lambda point: point["ours"] - point["plain"])
+    run.figures.append(
+        Figure(
+            key="policies.above_plain_lru",
+            what="hit ratio above that of a plain LRU (baseline), where it is least",
+            unit="hits",
+            ratio=worst["ours"] - worst["plain"],
+            goal=-MOST_BELOW,
+            goal_is=">=",
+            ours=worst["ours"],
+            limit=worst["plain"],
+        )
+    )
     draw(run, points, traces)
-    run.finish()
-    return 0 if worst >= -MOST_BELOW else 1
+    return run.finish()
 
 
 if __name__ == "__main__":

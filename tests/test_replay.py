@@ -17,7 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from benchmarks import replay, tiering
+from benchmarks import policies, replay, tiering
+from benchmarks.plain_lru import PlainLru
 
 WAIT_S = 30
 
@@ -292,3 +293,37 @@ def test_wrong_bytes_are_noticed():
     with pytest.raises(RuntimeError, match="wrong bytes"):
         world.request([1, 2])
     world.close()
+
+
+def test_the_policy_is_compared_with_a_plain_one_at_all_sizes(monkeypatch, tmp_path, capsys):
+    """In few requests, of which some are longer than the primary."""
+    requests = replay.synthetic_trace(150)
+    trace = tmp_path / "trace.jsonl"
+    write(trace, *(json.dumps({"hash_ids": ids}) for ids in requests))
+    output = tmp_path / "policies.json"
+    monkeypatch.setattr("sys.argv", ["policies", "--quick", "--output", str(output), str(trace)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert policies.main() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        gc.unfreeze()
+    report = json.loads(output.read_text())
+    points = report["results"]["points"]
+    assert len(points) == len(replay.DIVISORS) * len(policies.PRIMARY_DIVISORS)
+    assert min(point["primary"] for point in points) < max(map(len, requests))
+    worst = min(point["ours"] - point["plain"] for point in points)
+    assert report["summary"]["policies.above_plain_lru"]["ratio"] == worst >= -policies.MOST_BELOW
+    assert output.with_suffix(".png").exists()
+    out = capsys.readouterr().out
+    assert all(f"{point['ours']:.4f}" in out for point in points)
+
+
+def test_a_worse_policy_would_be_seen(monkeypatch):
+    """The comparison is of two policies and not of one with itself."""
+    requests = replay.synthetic_trace(150)
+    monkeypatch.setattr(PlainLru, "use", lambda *arguments: None)
+    monkeypatch.setattr(PlainLru, "finish", lambda *arguments: None)
+    ours = policies.replay_ratio(requests, 60, 120, policies.POLICIES["ours"])
+    assert ours > policies.replay_ratio(requests, 60, 120, policies.POLICIES["plain"]) + 0.01
