@@ -111,6 +111,7 @@ demo: setup
 bench: setup
 	$(RUN) -m benchmarks.bench $(if $(TRACE),--trace '$(TRACE)')
 
+bench-replay: TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 bench-replay: setup
 	$(RUN) -m benchmarks.policies $(TRACES)
 

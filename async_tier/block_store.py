@@ -172,6 +172,12 @@ class BlockStore:
             self._step_hits[sequence] = [key]
         return True
 
+    def withdraw_hit(self, sequence: str | None = None) -> None:
+        """The last lookup, which was the sequence's and a hit, is not answered with it: neither a use nor a pin."""
+        self._index.withdraw_hit()
+        self._step_hits[sequence].pop()
+        self._hits -= 1
+
     def end_step(self) -> None:
         """The end of a scheduler step: release the pins of its hits."""
         self._advance()
@@ -291,7 +297,7 @@ class BlockStore:
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
         """The sequence used `keys`, in this order if its own does not say; those not here are passed over."""
-        self._index.use(keys, sequence, self.orders.get(sequence))
+        self._index.use(list(keys), sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from itertools import chain, islice
+from itertools import islice
 
 from async_tier.order import SequenceOrder
 
@@ -34,11 +34,14 @@ class EvictionPolicy(ABC):
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        """`keys`, at least one and none held, are about to be stored into `rows` for the sequence."""
+        """`keys`, at least one and none held, are about to be stored into `rows` (often a range) for the sequence.
+
+        Here and in `use` keys may come in any order, which is theirs only where `order` does not say.
+        """
 
     @abstractmethod
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """`keys`, all in `rows`, were used by the sequence, in this order if its own does not say."""
+        """`keys`, all in `rows`, were used by the sequence."""
 
     @abstractmethod
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
@@ -86,6 +89,8 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     # Blocks looked at for a parent. Not all are held: of a sliding window's group vLLM stores only the last ones.
     _NEAREST = 128
+    # Far more than run at a time: a caller may never say that one has ended.
+    _MOST_SEQUENCES = 1 << 14
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         super().__init__(rows, pins)
@@ -104,37 +109,52 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._end = count
         self._older = array("i", [-1]) * count + array("i", [count])
         self._newer = array("i", [-1]) * count + array("i", [count])
-        # (used at, row). An entry counts while the row is a leaf outside the list, not used since.
-        self._heap: list[tuple[int, int]] = []
+        # When a row was used, times the number of rows, plus the row. It counts while that is a leaf outside the list,
+        # not used since.
+        self._heap: list[int] = []
         # Leaves that `evict` has met with a pin: neither in the list nor in the heap.
         self._met_pinned: set[int] = set()
-        # By sequence, the last block that it has stored or used; of as many sequences as there are rows.
+        # By sequence, the last block that it has stored or used.
         self._last: OrderedDict[str, bytes] = OrderedDict()
 
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        if order is not None:
-            keys, rows = order.sort(keys, rows)
-        above = self._parent_for(keys[0], sequence, order)
+        sorted_rows = rows
+        first, last = keys[0], keys[-1]
+        if order is not None and len(keys) > 1:
+            at = order.permutation(keys)
+            sorted_rows = [rows[each] for each in at]
+            first, last = keys[at[0]], keys[at[-1]]
+        above = self._parent_for(first, sequence, order)
         key_of, used_at, stored_at, children = self._key_of, self._used_at, self._stored_at, self._children
-        parents = self._parent
-        self._clock = now = self._clock + 1
-        for key, row, parent in zip(keys, rows, chain((above,), rows), strict=False):
-            key_of[row] = key
-            used_at[row] = stored_at[row] = now
-            children[row] = 1
+        self._clock = now = self._clock + len(keys)
+        if isinstance(rows, range):
+            run = slice(rows.start, rows.stop)
+            key_of[run] = keys
+            stored_at[run] = [now] * len(rows)
+            children[run] = [1] * len(rows)
+        else:
+            for key, row in zip(keys, rows, strict=True):
+                key_of[row] = key
+                stored_at[row] = now
+                children[row] = 1
+        parents, parent = self._parent, above
+        for row in sorted_rows:
             parents[row] = parent
-        children[row] = 0
-        self._put_newest(row)
+            used_at[row] = now
+            now -= 1
+            parent = row
+        children[parent] = 0
+        self._put_newest(parent)
         if above >= 0:
             self._take_out(above)
             children[above] += 1
-        self._note_last(sequence, keys[-1])
+        self._note_last(sequence, last)
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         if order is not None:
-            keys, _ = order.sort(keys)
+            keys = order.sort(keys)
         self._renew([self._rows[key] for key in keys])
         self._note_last(sequence, keys[-1])
 
@@ -200,13 +220,15 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def _parent_for(self, key: bytes, sequence: str | None, order: SequenceOrder | None) -> int:
         """The row of what a new block `key` comes behind; -1 if that is not known or not held."""
-        if order is not None:
+        last = self._last.get(sequence, b"") if sequence is not None else b""
+        if order is not None and order.position(key) is not None:
+            if last in self._rows and order.is_next(last, key):
+                return self._rows[last]
             for before in islice(order.preceding(key), self._NEAREST):
                 if before in self._rows:
                     return self._rows[before]
-        last = self._last.get(sequence, b"") if sequence is not None else b""
-        if order is not None and order.precedes(key, last):
-            return -1
+            if not order.precedes(last, key):
+                return -1
         return self._rows.get(last, -1)
 
     def _parent_of(self, row: int) -> int:
@@ -236,7 +258,7 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _note_last(self, sequence: str | None, key: bytes) -> None:
         if sequence is not None:
             self._last[sequence] = key
-            if len(self._last) > self._end:
+            if len(self._last) > self._MOST_SEQUENCES:
                 self._last.popitem(last=False)
 
     # --------------------------------------------------------------------------------------- leaves, by their last use
@@ -259,28 +281,29 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _put_by_use(self, row: int) -> None:
         """A leaf comes back that was not used just now."""
         if len(self._heap) > self._end:  # most of these do not count any more
-            self._heap = [entry for entry in set(self._heap) if self._counts(*entry)]
+            self._heap = list(filter(self._counts, set(self._heap)))
             heapq.heapify(self._heap)
-        heapq.heappush(self._heap, (self._used_at[row], row))
+        heapq.heappush(self._heap, self._used_at[row] * self._end + row)
 
-    def _counts(self, used_at: int, row: int) -> bool:
+    def _counts(self, entry: int) -> bool:
+        used_at, row = divmod(entry, self._end)
         is_leaf = not self._children[row] and self._newer[row] < 0 and row not in self._met_pinned
         return is_leaf and self._used_at[row] == used_at
 
     def _oldest_use(self) -> int:
         """When the leaf used least recently was used; never, if there is none."""
-        while self._heap and not self._counts(*self._heap[0]):
+        while self._heap and not self._counts(self._heap[0]):
             heapq.heappop(self._heap)
         oldest = self._newer[self._end]
         in_list = _NEVER if oldest == self._end else self._used_at[oldest]
-        return min(in_list, self._heap[0][0]) if self._heap else in_list
+        return min(in_list, self._heap[0] // self._end) if self._heap else in_list
 
     def _take_oldest(self) -> int:
         """Take the leaf used least recently out of the list or the heap; -1 if there is none."""
         if (used_at := self._oldest_use()) == _NEVER:
             return -1
-        if self._heap and self._heap[0][0] == used_at:
-            return heapq.heappop(self._heap)[1]
+        if self._heap and self._heap[0] // self._end == used_at:
+            return heapq.heappop(self._heap) % self._end
         oldest = self._newer[self._end]
         self._take_out(oldest)
         return oldest

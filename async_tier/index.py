@@ -65,6 +65,10 @@ class BlockIndex:
         self._step_pins.append(row)
         return True
 
+    def withdraw_hit(self) -> None:
+        """The last `pin_hit` that answered yes is not to be."""
+        self.unpin([self._step_pins.pop()])
+
     def end_step(self) -> None:
         """Release the pins of this step's hits."""
         if self._step_pins:
@@ -77,8 +81,8 @@ class BlockIndex:
         """(new keys, their rows): those of `keys` that are neither here nor on their way, now FILLING and pinned once.
 
         Takes free rows, then evicts. Keys for which there is no row are left out, those that come last in the
-        sequence first: a prefix without its end is of use, an end without its prefix is not. The new keys are in the
-        order of `keys`, and `keys` itself where all are new. distinct: no key is known to come twice.
+        sequence first: a prefix without its end is of use, an end without its prefix is not. The new keys are `keys`
+        itself where all are new. distinct: no key is known to come twice.
         """
         row_of = self._row_of
         new = keys
@@ -89,22 +93,29 @@ class BlockIndex:
             present = [row_of[key] for key in keys if key in row_of]
             for row in present:  # not to go for the rest of their job
                 self._pins[row] += 1
-        rows = self._take(len(new), sequence, order)
-        if present:
-            self.unpin(present)
-        if len(rows) < len(new):
-            new = _first(new, len(rows), order)
-        if not rows:
-            return new, rows
-        try:
-            self._policy.store(new, rows, sequence, order)
-        except BaseException:  # of somebody else's policy
+        rows: list[int] | range = []
+        try:  # the policy may be somebody else's
+            rows = self._take(len(new), sequence, order)
+            if len(rows) < len(new):
+                new = (new if order is None else order.sort(new))[: len(rows)]
+            if rows:
+                self._policy.store(new, rows, sequence, order)
+        except BaseException:
             for row in rows:
                 self._give_back(row)
             raise
+        finally:
+            if present:
+                self.unpin(present)
+        if not rows:
+            return new, []
         row_of.update(zip(new, rows, strict=True))
         self.filling += len(rows)
         state, pins = self._state, self._pins
+        if isinstance(rows, range):
+            state[rows.start : rows.stop] = bytes([FILLING]) * len(rows)
+            pins[rows.start : rows.stop] = [1] * len(rows)
+            return new, list(rows)
         for row in rows:
             state[row] = FILLING
             pins[row] = 1
@@ -147,13 +158,14 @@ class BlockIndex:
                     self._give_back(row)
         self._policy.unpinned(rows)
 
-    def use(self, keys: Iterable[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
+    def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         """Those of `keys` that are here were used by the sequence, in the order given if `order` does not say."""
-        here = [key for key in keys if key in self._row_of]
-        if here:
-            self._policy.use(here, sequence, order)
+        if not all(map(self._row_of.__contains__, keys)):
+            keys = [key for key in keys if key in self._row_of]
+        if keys:
+            self._policy.use(keys, sequence, order)
 
-    def finish(self, sequence: str, order: SequenceOrder | None) -> None:
+    def finish(self, sequence: str, order: SequenceOrder | None = None) -> None:
         """The sequence is over; see EvictionPolicy.finish."""
         self._policy.finish(sequence, order)
 
@@ -179,20 +191,30 @@ class BlockIndex:
         for row in rows:
             self._orphan(row)
 
-    def _take(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
-        """At most `count` rows: given back, fresh, evicted."""
+    def _take(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int] | range:
+        """At most `count` rows: given back, fresh, evicted. As a range if they adjoin each other, which is written to
+        as a slice: fresh ones do, and most that go, because a sequence is stored from its start and goes from its end.
+        """
         rows: list[int] = []
         if self._free:
             rows = self._free[-count:] if count else []
             del self._free[len(self._free) - len(rows) :]
-        fresh = min(count - len(rows), self.usable - self._fresh)
-        rows.extend(range(self._fresh, self._fresh + fresh))
-        self._fresh += fresh
+        fresh = range(self._fresh, self._fresh + min(count - len(rows), self.usable - self._fresh))
+        self._fresh = fresh.stop
+        if len(fresh) == count:
+            return fresh
+        rows.extend(fresh)
         if len(rows) < count:
-            evicted = self._policy.evict(count - len(rows), sequence, order)
-            rows.extend(evicted)
+            try:
+                evicted = self._policy.evict(count - len(rows), sequence, order)
+            except BaseException:
+                for row in rows:
+                    self._give_back(row)
+                raise
+            rows.extend(reversed(evicted))
             self.evictions += len(evicted)
-        return rows
+        adjoining = range(rows[0], rows[0] + len(rows)) if rows else range(0)
+        return adjoining if rows == list(adjoining) else rows
 
     def _orphan(self, row: int) -> None:
         """The key of `row` has just left."""
@@ -207,9 +229,3 @@ class BlockIndex:
     def _give_back(self, row: int) -> None:
         self._state[row] = FREE
         self._free.append(row)
-
-
-def _first(keys: Sequence[bytes], count: int, order: SequenceOrder | None) -> list[bytes]:
-    """The `count` of `keys` that come first in the sequence, in the order of `keys`. Those of unknown place last."""
-    chosen = set((keys if order is None else order.sort(keys)[0])[:count])
-    return [key for key in keys if key in chosen]

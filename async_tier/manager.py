@@ -93,12 +93,16 @@ class AsyncSecondaryTierManager(compat.TierBase):
         if self._held_steps:
             return _MISS
         try:
-            request = req_context.req_id
-            if self._store.has(key):
-                answer = self._promises.ask(request, key, self._store.orders.get(request))
-                if answer != KEEP:
-                    return _ANSWERS[answer]
-            return _HIT if self._store.lookup(key, request) else _MISS
+            request, promises = req_context.req_id, self._promises
+            if not self._store.lookup(key, request):
+                return _MISS
+            if request == promises.asking and promises.room > 0:
+                promises.room -= 1
+                return _HIT
+            answer = promises.ask(request, key, self._store.orders.get(request))
+            if answer != KEEP:
+                self._store.withdraw_hit(request)
+            return _ANSWERS[answer]
         except Exception as error:
             self._store.fault("look up a block", error)
             return _MISS
@@ -155,7 +159,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Takes note of the request; has no wish for how its blocks are offloaded."""
         try:
-            self._promises.release(req_context.req_id)  # its name was another's before
+            self._promises.finish(req_context.req_id)  # who had the name before
             self._store.begin_sequence(req_context.req_id, compat.order_of(req_context))
         except Exception as error:
             self._store.fault("take note of a request", error)
@@ -164,7 +168,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def on_request_finished(self, req_context: Any) -> None:
         """Nothing more will be stored for the request."""
         try:
-            self._promises.release(req_context.req_id)
+            self._promises.finish(req_context.req_id)
             self._store.finish_sequence(req_context.req_id)
         except Exception as error:
             self._store.fault("end a request", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
@@ -17,10 +18,15 @@ class SequenceOrder:
     each once.
     """
 
+    # Keys taken at once from the middle of the dict; and late ones that are put in one by one.
+    _NEAR = 128
+    _FEW = 8
+
     def __init__(self, places: dict[bytes, int]) -> None:
         self._places = places
         # The place of a key, or None if it is not known.
         self.position = places.get
+        self._is_one_group = False
         # All keys as far as they were sorted, and their places.
         self._keys: list[bytes] = []
         self._sorted_places: list[int] = []
@@ -47,39 +53,63 @@ class SequenceOrder:
         place, other_place = self.position(one), self.position(other)
         return place is not None and other_place is not None and (place, one) < (other_place, other)
 
+    def is_next(self, one: bytes, other: bytes) -> bool:
+        """Whether `other` is known to come right behind `one`; False may also mean that it is not known."""
+        place, step = self.position(one), self._step()
+        return place is not None and step > 0 and self.position(other) == place + step
+
     def preceding(self, key: bytes) -> Iterator[bytes]:
         """The keys that come before `key`, the nearest first; none if its place is not known."""
-        place = self.position(key)
+        place, step = self.position(key), self._step()
         if place is None:
-            return iter(())
-        if step := self._step():
-            behind = (next(reversed(self._places.values())) - place) // step
-            return islice(reversed(self._places), behind + 1, None)
-        return map(self._keys.__getitem__, range(self._index(place, key) - 1, -1, -1))
+            return
+        expected = place
+        if step:
+            count, first = len(self._places), next(iter(self._places.values()))
+            at = (place - first) // step
+            if 0 <= at < count // 2:  # from the nearer end of the dict
+                nearest = reversed(list(islice(self._places, max(0, at - self._NEAR), at + 1)))
+            else:
+                nearest = islice(reversed(self._places), max(0, count - 1 - at), None)
+            for each in nearest:
+                if self._places[each] != expected or (each == key) != (expected == place):
+                    break  # its ends have deceived us
+                if each != key:
+                    yield each
+                expected -= step
+            if expected < first:
+                return
+        for at in range(self._index(place, key) - 1, -1, -1):
+            if not step or self._sorted_places[at] <= expected:
+                yield self._keys[at]
 
     def following(self, key: bytes) -> Iterator[bytes]:
         """`key` and those that come after it, in order; `key` alone if its place is not known."""
-        place = self.position(key)
+        place, step = self.position(key), self._step()
         if place is None:
             return iter((key,))
-        if step := self._step():
-            return islice(self._places, (place - next(iter(self._places.values()))) // step, None)
+        if step:
+            at = max(0, (place - next(iter(self._places.values()))) // step)
+            if next(islice(self._places, at, None), None) == key:
+                return islice(self._places, at, None)
         return map(self._keys.__getitem__, range(self._index(place, key), len(self._keys)))
 
-    def sort(self, keys: Sequence[bytes], rows: Sequence[int] = ()) -> tuple[Sequence[bytes], Sequence[int]]:
-        """`keys` in order, those of unknown place last as they are given, and as many `rows`, or none, with them."""
-        if len(keys) == 1:
-            return keys, rows
-        triples = list(zip(map(self.position, keys), keys, rows or keys, strict=True))
-        try:
-            triples.sort()
-        except TypeError:  # None does not compare
-            known = sorted(triple for triple in triples if triple[0] is not None)
-            triples = known + [triple for triple in triples if triple[0] is None]
-        if triples[0][0] is None:  # nothing is known
-            return keys, rows
-        _, sorted_keys, sorted_rows = zip(*triples, strict=True)
-        return sorted_keys, sorted_rows
+    def permutation(self, keys: Sequence[bytes]) -> Sequence[int]:
+        """The numbers of `keys` as they come in the sequence, those of unknown place last as they are given."""
+        places = list(map(self.position, keys))
+        if self._is_one_group or (self._step() and not self._keys):
+            self._is_one_group = True  # no two blocks have one place, whatever is added
+            with contextlib.suppress(TypeError):  # None does not compare
+                return sorted(range(len(keys)), key=places.__getitem__)  # type: ignore[arg-type]
+
+        def place(at: int) -> tuple[object, ...]:
+            return (True,) if places[at] is None else (False, places[at], keys[at])
+
+        return sorted(range(len(keys)), key=place)
+
+    def sort(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """`keys` as they come in the sequence, those of unknown place last as they are given."""
+        return [keys[at] for at in self.permutation(keys)]
 
     def _step(self) -> int:
         """The distance of neighbours if the dict is in order, at even places; else 0."""
@@ -93,6 +123,10 @@ class SequenceOrder:
     def _index(self, place: int, key: bytes) -> int:
         """Where `key` is among all keys, sorted."""
         self._sort()
+        return self._place_of(place, key)
+
+    def _place_of(self, place: int, key: bytes) -> int:
+        """Where `key` is, or would be, among those that are sorted."""
         at = bisect_left(self._sorted_places, place)
         while at < len(self._keys) and self._sorted_places[at] == place and self._keys[at] < key:
             at += 1
@@ -107,7 +141,14 @@ class SequenceOrder:
             zip(islice(reversed(self._places.values()), new), islice(reversed(self._places), new), strict=True)
         )
         if self._keys and added[0] < (self._sorted_places[-1], self._keys[-1]):
-            added = sorted([*zip(self._sorted_places, self._keys, strict=True), *added])
-            self._sorted_places, self._keys = [], []
+            if len(added) > self._FEW:
+                added = sorted([*zip(self._sorted_places, self._keys, strict=True), *added])
+                self._sorted_places, self._keys = [], []
+            else:
+                for place, key in added:
+                    at = self._place_of(place, key)
+                    self._sorted_places.insert(at, place)
+                    self._keys.insert(at, key)
+                return
         self._sorted_places += [place for place, _ in added]
         self._keys += [key for _, key in added]

@@ -15,9 +15,11 @@ does not say: it shows by what the request stores, or by asking no more.
 
 - A request is promised all of its blocks that are here, or none yet: with parts of two, neither could go on.
 - Who asks first in a step has precedence: while it waits, nothing is promised to those behind it.
+- Who waits is told so once a step for each KV group, and that the rest is not here: else vLLM would ask for all of it.
 - Every wait ends: promises that nobody has asked about for STALE_STEPS (after a preemption: RESUMED_STEPS) are void,
-  and who has waited PATIENCE_STEPS is refused. A request that loses what it was promised, because running ones take the
-  rows, is promised it again MOST_RENEWALS times.
+  and who has waited PATIENCE_STEPS in which nobody took up anything, or LONGEST_WAIT_STEPS, is refused.
+- A request that loses what it was promised, because running ones take the rows, is promised it again MOST_RENEWALS
+  times.
 
 No vLLM. Called by one thread at a time.
 """
@@ -35,6 +37,7 @@ KEEP, WAIT, REFUSE = range(3)
 STALE_STEPS = 128
 RESUMED_STEPS = 16
 PATIENCE_STEPS = 512
+LONGEST_WAIT_STEPS = 1 << 14
 # What a step counts while promised blocks are on their way, which may take long, but not for ever.
 _LOADING_STEP = 1 / 16
 MOST_RENEWALS = 8
@@ -43,7 +46,10 @@ MOST_RENEWALS = 8
 class _Promise:
     """What one request was promised. `step`, `answer`, `beyond` and `room` are of the last step that it asked in."""
 
-    __slots__ = ("answer", "beyond", "keys", "last", "order", "renewals", "renewed", "room", "size", "step", "waited")
+    __slots__ = (
+        *("answer", "beyond", "firsts", "keys", "last", "order", "patience", "renewals", "renewed", "room", "size"),
+        *("step", "take_ups", "waited"),
+    )
 
     def __init__(self, order: SequenceOrder | None) -> None:
         self.order = order
@@ -58,7 +64,12 @@ class _Promise:
         # How many more blocks may be promised, and, of a request with several KV groups, from which one on none.
         self.room = 0
         self.beyond: bytes | None = None
-        self.waited = 0.0
+        # While it waits: by KV group, what it asked for first in this step; steps in all; what is left of its patience,
+        # which is new whenever others have taken up theirs.
+        self.firsts: dict[int, bytes] = {}
+        self.waited = 0
+        self.patience = 0.0
+        self.take_ups = -1
         self.renewals = 0
         self.renewed = -1
 
@@ -81,30 +92,39 @@ class Promises:
         self._step = 0
         self._asked: list[_Promise] = []
         self._preempted: set[str] = set()
+        # How often a request had what it was promised.
+        self._take_ups = 0
         # Somebody waits for room in this step.
         self._is_short = False
+        # The request that asks now, of whose blocks so many more are KEEP, whatever their keys: whoever tells it that
+        # one is here takes one off `room`. To ask for each would take longer than to look for it.
+        self.asking: str | None = None
+        self.room = 0
 
     def ask(self, request: str, key: bytes, order: SequenceOrder | None) -> int:
         """KEEP, WAIT or REFUSE: may the request be told that `key` is here, which it is?"""
+        self._settle()
         promise = self._promises.get(request)
         if promise is None or promise.step != self._step:
             promise = self._begin(request, key, order)
-        if promise.answer is not None:
-            return promise.answer
-        if promise.keys and key in promise.keys:
+        if promise.answer is None and promise.keys and key in promise.keys:
             return self._renew(promise)
-        if promise.room <= 0 and not self._make_room(promise, key):
-            promise.answer = REFUSE
-            return REFUSE
+        if promise.answer is None and promise.room <= 0 and not self._make_room(promise, key):
+            promise.answer = self._wait(promise) if self._total > promise.size else REFUSE
+        if promise.answer is not None:
+            is_first = promise.firsts.setdefault(self._group_of(key), key) == key
+            return promise.answer if is_first else REFUSE
         if promise.beyond is not None and order is not None and not order.precedes(key, promise.beyond):
             return REFUSE
         promise.room -= 1
-        promise.size += 1
-        self._total += 1
+        self._resize(promise, promise.size + 1)
+        if not promise.keys and promise.beyond is None:
+            self.asking, self.room = request, promise.room
         return KEEP
 
     def note_load(self, job: int, request: str, keys: Collection[bytes]) -> None:
         """Of what was promised in this step, in the order of asking, only what is loaded stays so when it ends."""
+        self._settle()
         promise = self._promises.get(request)
         if promise is not None and keys:
             promise.keys.update(keys)
@@ -120,11 +140,14 @@ class Promises:
 
     def end_step(self, scheduled: Iterable[str] = (), preempted: Iterable[str] = ()) -> None:
         """The end of a scheduler step, in which requests were scheduled for the first time, and others preempted."""
+        self.asking = None  # what was promised to it without a question counts as the rest: if it is loaded
         for promise in self._asked:
             self._resize(promise, len(promise.keys))
         self._asked.clear()
         self._is_short = False
         for request in scheduled:
+            if request in self._promises and self._promises[request].keys:
+                self._take_ups += 1
             self.release(request)
         self._preempted.update(preempted)
         self._step += 1
@@ -133,14 +156,20 @@ class Promises:
 
     def release(self, request: str) -> None:
         """The request has what it was promised, or needs it no more."""
-        self._preempted.discard(request)
+        self._settle()
         promise = self._promises.pop(request, None)
         if promise is not None:
             promise.keys.clear()  # the end of the step, if it was asked about, counts what it has
             self._resize(promise, 0)
 
+    def finish(self, request: str) -> None:
+        """The request is over; its name may come again for another."""
+        self.release(request)
+        self._preempted.discard(request)
+
     def clear(self) -> None:
         """Nothing is promised any more."""
+        self.asking = None
         self._promises.clear()
         self._loads.clear()
         self._asked.clear()
@@ -148,12 +177,21 @@ class Promises:
 
     # ------------------------------------------------------------------------------------------------------- details
 
+    def _settle(self) -> None:
+        """Count what the request that asks was promised without a question."""
+        if self.asking is not None:
+            promise = self._promises[self.asking]
+            self._resize(promise, promise.size + promise.room - self.room)
+            promise.room = self.room
+            self.asking = None
+
     def _begin(self, request: str, key: bytes, order: SequenceOrder | None) -> _Promise:
         """The first question of a request in this step."""
         promise = self._promises.get(request)
         if promise is None:
             promise = self._promises[request] = _Promise(order)
         promise.step, promise.answer, promise.beyond = self._step, None, None
+        promise.firsts.clear()
         self._asked.append(promise)
         others = self._total - promise.size
         promise.room = self._rows - self._total
@@ -189,8 +227,11 @@ class Promises:
     def _wait(self, promise: _Promise) -> int:
         if not self._is_short and self._step % RESUMED_STEPS == 0:
             self._release_stale()
-        promise.waited += _LOADING_STEP if self._loads else 1
-        if promise.waited > PATIENCE_STEPS:
+        if promise.take_ups != self._take_ups:
+            promise.take_ups, promise.patience = self._take_ups, PATIENCE_STEPS
+        promise.waited += 1
+        promise.patience -= _LOADING_STEP if self._loads else 1
+        if promise.patience < 0 or promise.waited > LONGEST_WAIT_STEPS:
             return REFUSE
         self._is_short = True
         return WAIT

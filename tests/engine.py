@@ -1045,6 +1045,9 @@ class Engine:
         statistics = self.statistics()
         assert not statistics.faults, statistics
         assert not statistics.failed_jobs, statistics
+        promises = self.tier._promises
+        left = [promises._total, promises._promises, promises._loads, promises._preempted]
+        assert not any(left), f"still promised: {left}"
         assert not self.live, self.describe()
 
     # ------------------------------------------------------------------------------------------------------------ end

@@ -244,7 +244,7 @@ MUTANTS = [
     Mutant("R13 what it leaves bare is a leaf", "eviction.py", "        if (parent := self._leave(row)) >= 0:\n            self._put_by_use(parent)\n", "        self._leave(row)\n", EVICTION),
     Mutant("R13 a row that goes is no leaf twice", "eviction.py", "                used_at[row] = -1  #", "                pass  #", EVICTION),
     Mutant("R13 by position", "eviction.py", "            keys, rows = order.sort(keys, rows)\n", "            pass\n", EVICTION),
-    Mutant("R13 hits by position", "eviction.py", "            keys, _ = order.sort(keys)\n", "            pass\n", EVICTION),
+    Mutant("R13 hits by position", "eviction.py", " and not order.is_sorted(keys):\n            keys, _ = order.sort(keys)\n", ":\n            pass\n", EVICTION),
     Mutant("R13 the start is the newest", "eviction.py", "        for row in reversed(rows):\n", "        for row in rows:\n", EVICTION),
     Mutant("R13 a request does not evict its own", "eviction.py", "if known(key) is not None or key == last:", "if key == last:", EVICTION),
     Mutant("R13 nor what it stored before, without an order", "eviction.py", "if known(key) is not None or key == last:", "if known(key) is not None:", EVICTION),

@@ -45,6 +45,37 @@ def test_waiting_requests_get_all_their_blocks_from_the_tier_each_moved_once(blo
 
 
 @SCHEDULING
+@pytest.mark.parametrize("copies", ["prompt", "random"])
+def test_in_a_long_queue_too(copies, async_scheduling):
+    sizes = {"gpu_blocks": 400, "primary_blocks": 26, "tier_blocks": 2100, "max_num_batched_tokens": 16}
+    with Engine(**sizes, max_num_seqs=16, copies=copies, async_scheduling=async_scheduling) as engine:
+        prompts = prompts_in_the_tier(engine, 100, 20)
+        requests = [engine.add(prompt) for prompt in prompts]
+        engine.run(ENOUGH_STEPS)
+        assert [engine.served[request].from_tier for request in requests] == [20] * 100
+        assert moved(engine) == 100 * 20
+        engine.check_quiet()
+
+
+@SCHEDULING
+def test_requests_that_need_a_window_alone_get_it(async_scheduling):
+    """Of 30 blocks the last 20. vLLM asks for them from the end on."""
+    sizes = {"gpu_blocks": 300, "primary_blocks": 26, "max_num_batched_tokens": 16, "groups": (20 * BLOCK_TOKENS,)}
+    with Engine(**sizes, async_scheduling=async_scheduling) as engine:
+        prompts = [text(seed, 30 * BLOCK_TOKENS + 1) for seed in range(8)]
+        for prompt in prompts:
+            engine.add(prompt)
+            engine.settle()
+        assert engine.evict_gpu()
+        engine.evict_primary()
+        requests = [engine.add(prompt) for prompt in prompts]
+        engine.run(ENOUGH_STEPS)
+        assert [engine.served[request].from_tier for request in requests] == [20] * 8
+        assert moved(engine) < 2 * 8 * 20
+        engine.check_quiet()
+
+
+@SCHEDULING
 @pytest.mark.parametrize("blocks", [21, 60, 300])
 def test_a_prompt_longer_than_the_primary_gets_as_much_as_that_holds(blocks, async_scheduling):
     sizes = {"gpu_blocks": 310, "primary_blocks": 20, "tier_blocks": 320, "max_num_batched_tokens": 16}

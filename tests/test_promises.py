@@ -216,6 +216,45 @@ def test_whoever_is_over_or_runs_holds_nobody_up(end):
     assert scheduler.moved == 16
 
 
+def test_the_last_of_a_long_queue_loses_nothing_for_its_patience():
+    scheduler = Scheduler(26)
+    names = [f"r{number}" for number in range(PATIENCE_STEPS)]
+    waiting = {name: scheduler.add(name, blocks(name, 20)) for name in names}
+    assert scheduler.run(waiting, most=4 * PATIENCE_STEPS) == dict.fromkeys(names, 20)
+    assert scheduler.moved == 20 * len(names)
+
+
+def test_no_wait_is_longer_than_the_longest(monkeypatch):
+    """Whoever is always asked before may be scheduled all the time."""
+    monkeypatch.setattr(promises, "LONGEST_WAIT_STEPS", 100)
+    scheduler = Scheduler(10)
+    low = scheduler.add("low", blocks("low", 8))
+    steps = 0
+    while scheduler.asked.get("low") != (0, False) and steps < 1000:
+        name = f"high{steps // 2}"
+        scheduler.step({name: scheduler.add(name, blocks(name, 8)), "low": low})
+        steps += 1
+    assert 100 <= steps <= 102
+
+
+def test_who_waits_is_asked_no_more_than_it_takes_to_defer_it():
+    scheduler = Scheduler(10)
+    a, b = scheduler.add("a", blocks("a", 8)), scheduler.add("b", blocks("b", 8))
+    scheduler.step({"a": a}, take_up=False)
+    ask = scheduler.promises.ask
+    assert [ask("b", key, scheduler.orders["b"]) for key in b] == [WAIT] + [REFUSE] * 7
+    assert ask("b", b[0], scheduler.orders["b"]) == WAIT, "vLLM may ask for it again in the step"
+
+
+def test_who_runs_out_of_room_beside_others_waits():
+    """vLLM looks for a sliding window from its end on: what it needs is not known from the first block."""
+    scheduler = Scheduler(10)
+    a, b = scheduler.add("a", blocks("a", 6)), scheduler.add("b", blocks("b", 8))
+    scheduler.step({"a": a}, take_up=False)
+    answers = [scheduler.promises.ask("b", key, scheduler.orders["b"]) for key in reversed(b)]
+    assert answers == [KEEP] * 4 + [WAIT] + [REFUSE] * 3
+
+
 def test_a_promise_that_nobody_asks_about_any_more_is_void():
     scheduler = Scheduler(10)
     a, b = scheduler.add("a", blocks("a", 8)), scheduler.add("b", blocks("b", 8))
@@ -239,7 +278,9 @@ def test_a_promise_to_a_request_that_was_preempted_is_void_sooner():
         steps += 1
     assert RESUMED_STEPS <= steps <= 2 * RESUMED_STEPS + 1
     assert scheduler.moved == 16
-    scheduler.promises.release("a")
+    scheduler.promises.release("a")  # a store of it that was under way ends
+    assert scheduler.promises._preempted
+    scheduler.promises.finish("a")
     assert not scheduler.promises._preempted
 
 
