@@ -216,7 +216,12 @@ class BlockStore:
             return
         if self._step_hits:
             self._note_hits()
-        new, arena_rows = self._index.reserve(keys, sequence, order or self.orders.get(sequence), distinct)
+        order = order or self.orders.get(sequence)
+        if order is not None and len(keys) > 1:  # vLLM hands over a set
+            places = order.permutation(keys)
+            keys = [keys[at] for at in places]
+            sources = [sources[at] for at in places]
+        new, arena_rows = self._index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
             row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
@@ -296,7 +301,7 @@ class BlockStore:
         self._index.clear()
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
-        """The sequence used `keys`, in this order if its own does not say; those not here are passed over."""
+        """The sequence used `keys`, in this order; those not here are passed over."""
         self._index.use(list(keys), sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
@@ -445,7 +450,10 @@ class BlockStore:
         """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
         hits, self._step_hits = self._step_hits, {}
         for sequence, keys in hits.items():
-            self._index.use(keys, sequence, self.orders.get(sequence))
+            order = self.orders.get(sequence)
+            if order is not None and len(keys) > 1:  # a sliding window is looked for from its end
+                keys = [keys[at] for at in order.permutation(keys)]
+            self._index.use(keys, sequence, order)
 
     def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int] | None:
         """The row numbers as a list, or None, with a log line, if they do not fit the keys or the primary."""

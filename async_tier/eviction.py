@@ -36,7 +36,7 @@ class EvictionPolicy(ABC):
     ) -> None:
         """`keys`, at least one and none held, are about to be stored into `rows` (often a range) for the sequence.
 
-        Here and in `use` keys may come in any order, which is theirs only where `order` does not say.
+        Here and in `use` they come as in the sequence, as far as that is known.
         """
 
     @abstractmethod
@@ -120,41 +120,31 @@ class LeastRecentlyUsed(EvictionPolicy):
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        sorted_rows = rows
-        first, last = keys[0], keys[-1]
-        if order is not None and len(keys) > 1:
-            at = order.permutation(keys)
-            sorted_rows = [rows[each] for each in at]
-            first, last = keys[at[0]], keys[at[-1]]
-        above = self._parent_for(first, sequence, order)
-        key_of, used_at, stored_at, children = self._key_of, self._used_at, self._stored_at, self._children
-        self._clock = now = self._clock + len(keys)
+        above = self._parent_for(keys[0], sequence, order)
+        before = self._clock
+        self._clock = now = before + len(keys)
         if isinstance(rows, range):
             run = slice(rows.start, rows.stop)
-            key_of[run] = keys
-            stored_at[run] = [now] * len(rows)
-            children[run] = [1] * len(rows)
+            self._key_of[run] = keys
+            self._used_at[run] = range(now, before, -1)  # the start is the newest
+            self._stored_at[run] = [now] * len(rows)
+            self._children[run] = [1] * len(rows)
+            self._parent[run] = [above, *rows[:-1]]
         else:
-            for key, row in zip(keys, rows, strict=True):
-                key_of[row] = key
-                stored_at[row] = now
-                children[row] = 1
-        parents, parent = self._parent, above
-        for row in sorted_rows:
-            parents[row] = parent
-            used_at[row] = now
-            now -= 1
-            parent = row
-        children[parent] = 0
-        self._put_newest(parent)
+            for key, row, used_at, parent in zip(keys, rows, range(now, before, -1), [above, *rows[:-1]], strict=True):
+                self._key_of[row] = key
+                self._used_at[row] = used_at
+                self._stored_at[row] = now
+                self._children[row] = 1
+                self._parent[row] = parent
+        self._children[rows[-1]] = 0
+        self._put_newest(rows[-1])
         if above >= 0:
             self._take_out(above)
-            children[above] += 1
-        self._note_last(sequence, last)
+            self._children[above] += 1
+        self._note_last(sequence, keys[-1])
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        if order is not None:
-            keys = order.sort(keys)
         self._renew([self._rows[key] for key in keys])
         self._note_last(sequence, keys[-1])
 
@@ -222,6 +212,8 @@ class LeastRecentlyUsed(EvictionPolicy):
         """The row of what a new block `key` comes behind; -1 if that is not known or not held."""
         last = self._last.get(sequence, b"") if sequence is not None else b""
         if order is not None and order.position(key) is not None:
+            if order.begins_with(key):
+                return -1
             if last in self._rows and order.is_next(last, key):
                 return self._rows[last]
             for before in islice(order.preceding(key), self._NEAREST):

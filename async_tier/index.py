@@ -80,9 +80,9 @@ class BlockIndex:
     ) -> tuple[Sequence[bytes], list[int]]:
         """(new keys, their rows): those of `keys` that are neither here nor on their way, now FILLING and pinned once.
 
-        Takes free rows, then evicts. Keys for which there is no row are left out, those that come last in the
-        sequence first: a prefix without its end is of use, an end without its prefix is not. The new keys are `keys`
-        itself where all are new. distinct: no key is known to come twice.
+        `keys` come as in the sequence, as far as that is known. Takes free rows, then evicts. Keys for which there is
+        no row are left out, the last first: a prefix without its end is of use, an end without its prefix is not. The
+        new keys are `keys` itself where all are new. distinct: no key is known to come twice.
         """
         row_of = self._row_of
         new = keys
@@ -97,7 +97,7 @@ class BlockIndex:
         try:  # the policy may be somebody else's
             rows = self._take(len(new), sequence, order)
             if len(rows) < len(new):
-                new = (new if order is None else order.sort(new))[: len(rows)]
+                new = new[: len(rows)]
             if rows:
                 self._policy.store(new, rows, sequence, order)
         except BaseException:

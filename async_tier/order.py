@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
@@ -53,6 +52,10 @@ class SequenceOrder:
         place, other_place = self.position(one), self.position(other)
         return place is not None and other_place is not None and (place, one) < (other_place, other)
 
+    def begins_with(self, key: bytes) -> bool:
+        """Whether nothing comes before `key`; False may also mean that it is not known."""
+        return key == next(iter(self._places), None) and self._step() > 0
+
     def is_next(self, one: bytes, other: bytes) -> bool:
         """Whether `other` is known to come right behind `one`; False may also mean that it is not known."""
         place, step = self.position(one), self._step()
@@ -99,17 +102,13 @@ class SequenceOrder:
         places = list(map(self.position, keys))
         if self._is_one_group or (self._step() and not self._keys):
             self._is_one_group = True  # no two blocks have one place, whatever is added
-            with contextlib.suppress(TypeError):  # None does not compare
+            if None not in places:
                 return sorted(range(len(keys)), key=places.__getitem__)  # type: ignore[arg-type]
 
         def place(at: int) -> tuple[object, ...]:
             return (True,) if places[at] is None else (False, places[at], keys[at])
 
         return sorted(range(len(keys)), key=place)
-
-    def sort(self, keys: Sequence[bytes]) -> Sequence[bytes]:
-        """`keys` as they come in the sequence, those of unknown place last as they are given."""
-        return [keys[at] for at in self.permutation(keys)]
 
     def _step(self) -> int:
         """The distance of neighbours if the dict is in order, at even places; else 0."""

@@ -28,11 +28,11 @@ class PlainLru(EvictionPolicy):
     ) -> None:
         for key, row in zip(keys, rows, strict=True):
             self._key_of[row] = key
-        for key in reversed(keys if order is None else order.sort(keys)):
+        for key in reversed(keys):
             self._keys[key] = None
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        for key in reversed(keys if order is None else order.sort(keys)):
+        for key in reversed(keys):
             self._keys.move_to_end(key)
 
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:

@@ -44,7 +44,10 @@ class Tier:
     def store(self, keys: str | Sequence[bytes], request: str | None = None) -> int:
         """Store those of `keys` that are not here; how many that were."""
         keys = names(keys) if isinstance(keys, str) else keys
-        new, rows = self.index.reserve(list(keys), request, self.orders.get(request or ""))
+        order, keys = self.orders.get(request or ""), list(keys)
+        if order is not None:  # as BlockStore does
+            keys = [keys[at] for at in order.permutation(keys)]
+        new, rows = self.index.reserve(keys, request, order)
         self.index.fill(rows)
         return len(new)
 
@@ -694,6 +697,7 @@ class History:
         before = set(self.model.held)
         expected = self.model.store(keys, name, order)
         self.draw.shuffle(keys)
+        keys = [keys[at] for at in self.orders[name].permutation(keys)]
         new, rows = self.index.reserve(keys, name, self.orders[name], True)
         assert sorted(new) == sorted(expected)
         self.index.fill(rows)

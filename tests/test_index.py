@@ -25,7 +25,10 @@ def Order(text: str) -> SequenceOrder:
 
 def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order | None = None) -> dict[bytes, int]:
     """Store, and be done."""
-    new, rows = index.reserve(names(text), sequence, order)
+    keys = names(text)
+    if order is not None:  # as BlockStore does
+        keys = [keys[at] for at in order.permutation(keys)]
+    new, rows = index.reserve(keys, sequence, order)
     index.fill(rows)
     return dict(zip(new, rows, strict=True))
 
