@@ -61,10 +61,8 @@ class Jobs:
         self._made = 0
 
     def store(self, keys: Sequence[bytes], rows: np.ndarray) -> TransferJob:
-        """A store of `keys`, in prefix order, which lie in `rows`. The scheduler hands over their set, in no order."""
-        row_of = dict(zip(keys, rows, strict=True))
-        names = set(keys)
-        return self._make(names, keys, np.array([row_of[key] for key in names], dtype=rows.dtype), promotion=False)
+        """A store of `keys`, in prefix order, whose set the scheduler hands over in no order."""
+        return self._make(set(keys), keys, rows, promotion=False)
 
     def load(self, keys: Sequence[bytes], rows: np.ndarray) -> TransferJob:
         return self._make(list(keys), keys, rows, promotion=True)
