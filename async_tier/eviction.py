@@ -126,7 +126,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         if isinstance(rows, range):
             run = slice(rows.start, rows.stop)
             self._key_of[run] = keys
-            self._used_at[run] = range(now, before, -1)  # the start is the newest
+            self._used_at[run] = [now, *range(now - 1, before, -1)]  # the start is the newest
             self._stored_at[run] = [now] * len(rows)
             self._children[run] = [1] * len(rows)
             self._parent[run] = [above, *rows[:-1]]
