@@ -239,13 +239,15 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _renew(self, rows: Sequence[int]) -> None:
         """The blocks in `rows` are used now, the first the newest."""
         used_at, children = self._used_at, self._children
-        now = self._clock
-        self._clock += len(rows)
-        for row in reversed(rows):
-            now += 1
+        self._clock = now = self._clock + len(rows)
+        leaves = []
+        for row in rows:
             used_at[row] = now
+            now -= 1
             if not children[row]:
-                self._put_newest(row)
+                leaves.append(row)
+        for row in reversed(leaves):
+            self._put_newest(row)
 
     def _note_last(self, sequence: str | None, key: bytes) -> None:
         if sequence is not None:

@@ -83,6 +83,22 @@ def test_keys_handed_over_as_a_set_keep_their_rows(tier, primary):
         assert np.array_equal(primary[31], before[row])
 
 
+@pytest.mark.parametrize("shuffle", range(4))
+def test_keys_of_a_request_whose_order_is_known_keep_their_rows(tier, primary, shuffle):
+    before = primary.copy()
+    names = keys(*range(12))
+    context = request("r", names)
+    tier.on_new_request(context)
+    tier.touch(names, context)
+    offered = names[shuffle::2] + names[:shuffle] + names[1 + shuffle :: 2]
+    rows = np.random.default_rng(shuffle).permutation(32)[: len(offered)]
+    assert store(tier, 1, offered, rows, context=context).success
+    for name, row in zip(offered, rows, strict=True):
+        primary[:] = 0
+        assert load(tier, 10 + row, [name], [31]).success
+        assert np.array_equal(primary[31], before[row])
+
+
 def test_constructs_where_the_reference_tier_does():
     view = memoryview(np.zeros((10, 16), dtype=np.int8))
     tier = AsyncSecondaryTierManager(MagicMock(), view, "example", 67)
@@ -766,6 +782,22 @@ def test_r13_lookups_refresh_their_blocks_in_reverse(primary):
         assert tier.lookup(name, context) is HIT
     end_step(tier)
     assert eviction_order(tier, keys(*range(6))) == [3, 2, 5, 4, 1, 0]
+    tier.shutdown()
+
+
+@pytest.mark.skipif(not helpers.HAS_POSITIONS, reason="touch refreshes the prefix up to 0.30")
+def test_r13_lookups_from_the_end_on_refresh_their_blocks_in_reverse_too(primary):
+    """As vLLM looks for a sliding window; here of blocks that do not follow each other in the tier."""
+    tier = make_tier(primary, blocks=5)
+    for number in range(3):
+        store(tier, number, keys(number), [0])
+    store(tier, 3, keys(50, 51), [0, 1])
+    context = request("again", keys(0, 1, 2))
+    tier.on_new_request(context)
+    for name in reversed(keys(0, 1, 2)):
+        assert tier.lookup(name, context) is HIT
+    end_step(tier)
+    assert eviction_order(tier, keys(0, 1, 2, 50, 51)) == [4, 3, 2, 1, 0]
     tier.shutdown()
 
 
