@@ -307,9 +307,11 @@ class BlockStore:
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
         self._advance()
-        if self._step_hits:
-            self._note_hits()
-        self._index.finish(sequence, self.orders.pop(sequence, None))
+        order = self.orders.pop(sequence, None)
+        hits = self._step_hits.pop(sequence, None)
+        if hits and (order is None or any(order.position(key) is None for key in hits)):
+            self._index.use(hits, sequence, None)  # else its end is a use of these as well
+        self._index.finish(sequence, order)
 
     def fault(self, doing: str, reason: object) -> None:
         """Count something that went wrong, and say so once in the log."""
