@@ -100,7 +100,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         count = len(self._pins)
         self._clock = 0  # by row from here on
         self._key_of: list[bytes] = [b""] * count
-        self._used_at = [0] * count
+        self._used_at = array("q", [0]) * count  # in a list each would be an object of its own
         self._stored_at = [0] * count
         self._children = [0] * count
         # Still there unless its row has another block, which was stored later, or none.
@@ -126,7 +126,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         if isinstance(rows, range):
             run = slice(rows.start, rows.stop)
             self._key_of[run] = keys
-            self._used_at[run] = [now, *range(now - 1, before, -1)]  # the start is the newest
+            self._used_at[run] = array("q", range(now, before, -1))  # the start is the newest
             self._stored_at[run] = [now] * len(rows)
             self._children[run] = [1] * len(rows)
             self._parent[run] = [above, *rows[:-1]]
@@ -180,7 +180,8 @@ class LeastRecentlyUsed(EvictionPolicy):
                     self._put_by_use(row)
                     break
                 del rows[key]
-                used_at[row] = -1  # what the heap may have of it does not count any more
+                if self._heap:
+                    used_at[row] = -1  # what that may have of it does not count any more
                 freed.append(row)
                 # As `_leave` does; it is what an eviction mostly takes.
                 parent = parents[row]

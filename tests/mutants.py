@@ -234,7 +234,7 @@ MUTANTS = [
     Mutant("R13 a new block has a parent", "eviction.py", "        above = self._parent_for(keys[0], sequence, order)", "        above = -1", EVICTION),
     Mutant("R13 blocks of a job follow each other", "eviction.py", "            self._parent[run] = [above, *rows[:-1]]", "            self._parent[run] = [-1] * len(rows)", EVICTION),
     Mutant("R13 also in rows that do not adjoin", "eviction.py", "                self._parent[row] = parent\n", "                self._parent[row] = -1\n", EVICTION),
-    Mutant("R13 of a job the start is the newest", "eviction.py", "            self._used_at[run] = [now, *range(now - 1, before, -1)]", "            self._used_at[run] = range(before + 1, now + 1)", EVICTION),
+    Mutant("R13 of a job the start is the newest", "eviction.py", '            self._used_at[run] = array("q", range(now, before, -1))', '            self._used_at[run] = array("q", range(before + 1, now + 1))', EVICTION),
     Mutant("R13 a parent has one child more", "eviction.py", "            self._children[above] += 1\n", "            self._children[above] = 1\n", EVICTION),
     Mutant("R13 what has a child is no leaf", "eviction.py", "            self._take_out(above)\n", "", EVICTION),
     Mutant("R13 what is left bare is a leaf", "eviction.py", "                if parent < 0 or stored_at[parent] > stored_at[row]:\n                    break\n", "                break\n", EVICTION),
