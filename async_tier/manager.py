@@ -111,6 +111,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """Queue the copy of a job's blocks from the primary tier. Costs by the number of keys, not of bytes."""
         try:
             context = job_metadata.req_context
+            self._promises.release(context.req_id)  # it runs
             self._store.submit_store(
                 job_metadata.job_id,
                 job_metadata.keys,
@@ -118,7 +119,6 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 context.req_id,
                 self._store.orders.get(context.req_id) or compat.order_of(context),
             )
-            self._promises.release(context.req_id)  # it runs
         except Exception as error:
             self._store.fail(job_metadata.job_id, "store blocks", error)
 
