@@ -34,14 +34,11 @@ class EvictionPolicy(ABC):
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        """`keys`, at least one and none held, are about to be stored into `rows` (often a range) for the sequence.
-
-        Here and in `use` they come as in the sequence, as far as that is known.
-        """
+        """`keys`, at least one, none held, as they come in the sequence, will be stored into `rows`, often a range."""
 
     @abstractmethod
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """`keys`, all in `rows`, were used by the sequence."""
+        """`keys`, all in `rows`, as they come in the sequence, were used by it."""
 
     @abstractmethod
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
@@ -70,8 +67,8 @@ _NEVER = sys.maxsize
 class LeastRecentlyUsed(EvictionPolicy):
     """Evicts the block used least recently among those that no block held continues.
 
-    A prefix is of use only from its start, so a block stays while one stored behind it is held: those are the leaves'
-    ancestors, in what radix caches keep as a tree. Here it takes two numbers a row: its parent and how many children.
+    A prefix is of use only from its start, so a block stays while one stored behind it is held. That takes two numbers
+    a row, its parent and how many children, where radix caches keep a tree.
 
         system prompt --- document --- question 1       leaves: question 1, question 2, chat;
                       |            `-- question 2       the one used least recently goes, then what it leaves bare
@@ -83,8 +80,6 @@ class LeastRecentlyUsed(EvictionPolicy):
       order knows, its start the newest. Nothing else renews a block: not its children, and not a stranger's use.
     - Leaves are in a list by their last use. What enters it in the middle (a parent that becomes a leaf, a leaf that
       was pinned or belonged to who asked) waits in a heap beside it.
-
-    What a call costs depends on its keys, not on how many blocks are held, pinned or before them.
     """
 
     # Blocks looked at for a parent. Not all are held: of a sliding window's group vLLM stores only the last ones.
@@ -109,8 +104,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._end = count
         self._older = array("i", [-1]) * count + array("i", [count])
         self._newer = array("i", [-1]) * count + array("i", [count])
-        # When a row was used, times the number of rows, plus the row. It counts while that is a leaf outside the list,
-        # not used since.
+        # Used at, times the number of rows, plus row: counts while that is a leaf outside the list, not used since.
         self._heap: list[int] = []
         # Leaves that `evict` has met with a pin: neither in the list nor in the heap.
         self._met_pinned: set[int] = set()
@@ -165,8 +159,11 @@ class LeastRecentlyUsed(EvictionPolicy):
         last = self._last.get(sequence) if sequence is not None else None
         freed: list[int] = []
         own: list[int] = []
-        while len(freed) < count and (row := self._take_oldest()) >= 0:
-            others = self._oldest_use()
+        while len(freed) < count and (entry := self._oldest()) < _NEVER:
+            if self._heap and self._heap[0] == entry:
+                heapq.heappop(self._heap)
+            self._take_out(row := entry % self._end)
+            others = self._oldest() // self._end
             # The leaf, and then what it leaves bare as long as that is the oldest leaf.
             while True:
                 key = key_of[row]
@@ -183,7 +180,6 @@ class LeastRecentlyUsed(EvictionPolicy):
                 if self._heap:
                     used_at[row] = -1  # what that may have of it does not count any more
                 freed.append(row)
-                # As `_leave` does; it is what an eviction mostly takes.
                 parent = parents[row]
                 if parent < 0 or stored_at[parent] > stored_at[row]:
                     break
@@ -198,8 +194,10 @@ class LeastRecentlyUsed(EvictionPolicy):
     def remove(self, row: int) -> None:
         self._take_out(row)
         self._met_pinned.discard(row)
-        if (parent := self._leave(row)) >= 0:
-            self._put_by_use(parent)
+        if (parent := self._parent_of(row)) >= 0:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                self._put_by_use(parent)
         self._used_at[row], self._stored_at[row] = -1, _NEVER
 
     def unpinned(self, rows: Collection[int]) -> None:
@@ -229,14 +227,6 @@ class LeastRecentlyUsed(EvictionPolicy):
         parent = self._parent[row]
         return parent if parent >= 0 and self._stored_at[parent] <= self._stored_at[row] else -1
 
-    def _leave(self, row: int) -> int:
-        """The block in `row` is gone: the row of its parent if that is a leaf now, else -1."""
-        parent = self._parent_of(row)
-        if parent < 0:
-            return -1
-        self._children[parent] -= 1
-        return -1 if self._children[parent] else parent
-
     def _renew(self, rows: Sequence[int]) -> None:
         """The blocks in `rows` are used now, the first the newest."""
         used_at, children = self._used_at, self._children
@@ -264,8 +254,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         newest = self._older[self._end]
         self._older[row], self._newer[row] = newest, self._end
         self._newer[newest] = self._older[self._end] = row
-        if self._met_pinned:
-            self._met_pinned.discard(row)
+        self._met_pinned.discard(row)
 
     def _take_out(self, row: int) -> None:
         older, newer = self._older[row], self._newer[row]
@@ -285,20 +274,10 @@ class LeastRecentlyUsed(EvictionPolicy):
         is_leaf = not self._children[row] and self._newer[row] < 0 and row not in self._met_pinned
         return is_leaf and self._used_at[row] == used_at
 
-    def _oldest_use(self) -> int:
-        """When the leaf used least recently was used; never, if there is none."""
+    def _oldest(self) -> int:
+        """The leaf used least recently, as the heap has them; _NEVER if there is none."""
         while self._heap and not self._counts(self._heap[0]):
             heapq.heappop(self._heap)
-        oldest = self._newer[self._end]
-        in_list = _NEVER if oldest == self._end else self._used_at[oldest]
-        return min(in_list, self._heap[0] // self._end) if self._heap else in_list
-
-    def _take_oldest(self) -> int:
-        """Take the leaf used least recently out of the list or the heap; -1 if there is none."""
-        if (used_at := self._oldest_use()) == _NEVER:
-            return -1
-        if self._heap and self._heap[0] // self._end == used_at:
-            return heapq.heappop(self._heap) % self._end
-        oldest = self._newer[self._end]
-        self._take_out(oldest)
-        return oldest
+        row = self._newer[self._end]
+        listed = _NEVER if row == self._end else self._used_at[row] * self._end + row
+        return min(listed, self._heap[0]) if self._heap else listed

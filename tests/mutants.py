@@ -243,7 +243,7 @@ MUTANTS = [
     Mutant("R13 a parent's row may be another's", "eviction.py", "parent < 0 or stored_at[parent] > stored_at[row]", "parent < 0", EVICTION),
     Mutant("R13 also when a block is forgotten", "eviction.py", "parent >= 0 and self._stored_at[parent] <= self._stored_at[row]", "parent >= 0", EVICTION),
     Mutant("R13 a block that is forgotten has no children", "eviction.py", "self._used_at[row], self._stored_at[row] = -1, _NEVER", "self._used_at[row] = -1", EVICTION),
-    Mutant("R13 what it leaves bare is a leaf", "eviction.py", "        if (parent := self._leave(row)) >= 0:\n            self._put_by_use(parent)\n", "        self._leave(row)\n", EVICTION),
+    Mutant("R13 what it leaves bare is a leaf", "eviction.py", "            if not self._children[parent]:\n                self._put_by_use(parent)\n", "", EVICTION),
     Mutant("R13 a row that goes is no leaf twice", "eviction.py", "                used_at[row] = -1  #", "                pass  #", EVICTION),
     Mutant("R13 by position", "block_store.py", "            keys = [keys[at] for at in places]\n            sources = [sources[at] for at in places]\n", ""),
     Mutant("rows go with their keys", "block_store.py", "            sources = [sources[at] for at in places]\n", ""),
