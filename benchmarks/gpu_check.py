@@ -34,7 +34,7 @@ from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig, format_size
 from benchmarks.gpu_facts import FACTS, MIB, ROOT, VOLUME, Bench
-from tests.helpers import zero_rows
+from tests.rows import zero_rows
 
 ROW_BYTES = 64 << 10 if EMULATED else MIB
 SUBMIT_SIZES = [MIB, 4 * MIB, 16 * MIB] if EMULATED else [MIB, 16 * MIB, 128 * MIB, 1 << 30]

@@ -23,7 +23,7 @@ from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig, format_size
 from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
-from tests.helpers import zero_rows
+from tests.rows import zero_rows
 
 EMULATED = os.environ.get("ASYNC_TIER_CUDA") == "emulated"
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,7 +28,8 @@ from async_tier.streams import cuda, cuda_driver, registration
 from async_tier.streams.cuda import CudaEngine
 from tests import helpers
 from tests.cuda_emulator import Kind
-from tests.helpers import keys, make_tier, primary_rows, returns, until
+from tests.helpers import keys, make_tier, returns, until
+from tests.rows import map_anew, primary_rows
 
 ROW_BYTES = 4096
 POOLS = ["host", "cuda:0"]
@@ -489,7 +490,7 @@ def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, 
     stream.release()
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     # Other memory at the same addresses: copies would go to the pages that were pinned.
-    helpers.map_anew(primary)
+    map_anew(primary)
     primary[:] = primary_rows(128, ROW_BYTES, seed=3)
     later = make_store(primary)
     assert later.statistics().engine == "host"
@@ -801,7 +802,8 @@ from tests import cuda_emulator
 emulator = cuda_emulator.load()
 import torch
 from tests.test_cuda_engine import ROW_BYTES, assert_round_trip, make_store
-from tests.helpers import primary_rows, returns
+from tests.helpers import returns
+from tests.rows import primary_rows
 primary = primary_rows(128, ROW_BYTES)
 torch.cuda.init()
 free = [torch.cuda.mem_get_info(device)[0] for device in (0, 1)]

@@ -9,7 +9,7 @@ from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams import host
-from tests.helpers import primary_rows
+from tests.rows import primary_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_engine.py has what is there with a GPU")
 

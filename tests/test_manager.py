@@ -25,12 +25,12 @@ from tests.helpers import (
     keys,
     load,
     make_tier,
-    primary_rows,
     request,
     returns,
     store,
     until,
 )
+from tests.rows import primary_rows
 
 HIT, MISS = LookupResult.HIT, LookupResult.MISS
 pytestmark = pytest.mark.contract

@@ -20,7 +20,8 @@ from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.trace import TraceWriter
 from tests import helpers
-from tests.helpers import job, keys, make_tier, primary_rows, until
+from tests.helpers import job, keys, make_tier, until
+from tests.rows import primary_rows
 
 ROW_BYTES = 4096
 MS = 10**6
