@@ -90,8 +90,12 @@ test-cuda: setup-cuda
 test-gpu:
 	ASYNC_TIER_CUDA=real $(GPU_PYTHON) -m pytest $(CUDA_TESTS)
 
+# Where nothing can be installed: the package from its own folder, and its extension built in place.
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.gpu_check
+	@$(GPU_PYTHON) -c 'import async_tier._host_copy' 2>/dev/null || $(CC) -shared -fPIC -O3 -std=gnu11 -pthread \
+		-I$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+		-o async_tier/_host_copy.abi3.so async_tier/_host_copy.c
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(JSON),--json '$(JSON)')
 
 test-versions: setup
 	$(RUN) -m tests.versions $(VERSIONS)
