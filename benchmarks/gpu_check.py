@@ -29,20 +29,11 @@ if EMULATED:  # before anything imports torch
 
     emulator = cuda_emulator.load()
 
-import numpy as np
 import torch
 
-from async_tier.arena import Rows
-from async_tier.block_store import BlockStore
-from async_tier.config import TierConfig
-from benchmarks import gpu_figures
-from benchmarks.gpu_facts import FACTS, MIB, ROOT, Bench
-from tests.rows import primary_rows
+from benchmarks import gpu_bytes, gpu_figures
+from benchmarks.gpu_facts import FACTS, ROOT, Bench
 
-# (rows, bytes of one): small rows in many pieces, rows of a real model, and one that is no multiple of anything.
-SHAPES = [(64, 4 << 10), (32, 64 << 10)] if EMULATED else [(4096, 4 << 10), (512, 2 * MIB), (512, 1_000_003)]
-BYTES_ROUNDS = 2 if EMULATED else 4
-POISON = 0xA5
 # Attributes of a device that explain what was measured, by CUdevice_attribute.
 ATTRIBUTES = {
     40: "copy engines",
@@ -58,57 +49,6 @@ NVIDIA_SMI = (
 
 class NotRunError(Exception):
     """Says what is missing."""
-
-
-def wrong_bytes(pool: str) -> dict[str, int]:
-    """By shape, bytes that came back wrong; kernels run, and every destination is poison before it is loaded."""
-    report = {}
-    matrix = torch.ones(256, 256, device="cuda")
-    for count, row_bytes in SHAPES:
-        draw = np.random.default_rng(row_bytes)
-        primary = primary_rows(count, row_bytes, seed=row_bytes)
-        options = {"engine": "cuda", "pool": pool, "bytes_to_use": count * row_bytes}
-        store = BlockStore(Rows.of_view(memoryview(primary)), TierConfig.parse(options))
-        wrong = 0
-        try:
-            if store.statistics().engine != "cuda":
-                raise RuntimeError("CUDA refused to pin the memory of this check: see the warning above")
-            while store._arena.ready < count:
-                time.sleep(0.01)
-            for turn in range(BYTES_ROUNDS):
-                original = primary.copy()
-                order = draw.permutation(count)
-                keys = [b"%d %d" % (turn, row) for row in range(count)]
-                _in_parts(store, store.submit_store, keys, order, matrix)
-                primary[:] = POISON
-                store.end_step()
-                back = draw.permutation(count)
-                _in_parts(store, store.submit_load, keys, back, matrix)
-                wrong += int((primary[back] != original[order]).sum())
-                store.clear()
-        finally:
-            store.close()
-        report[f"{count} x {row_bytes}"] = wrong
-    return report
-
-
-def _in_parts(
-    store: BlockStore, submit: Callable[..., None], keys: list[bytes], rows: np.ndarray, matrix: torch.Tensor
-) -> None:
-    """Submit `keys` in jobs of all sizes and await their end."""
-    at, job = 0, 0
-    while at < len(keys):
-        size = 1 + (job * 37) % 61
-        submit(job, keys[at : at + size], rows[at : at + size].tolist())
-        at, job = at + size, job + 1
-        if not EMULATED:
-            torch.matmul(matrix, matrix)
-    ended = 0
-    while ended < job:
-        for end in store.poll():
-            if not end.success:
-                raise RuntimeError(f"job {end.job_id} failed")
-            ended += 1
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -182,6 +122,10 @@ class Report:
         print(f"{verdict:7} {name} ({seconds:.1f} s): {_said(seen)}", flush=True)
 
 
+def _none_is_wrong(seen: dict[str, str]) -> bool:
+    return all(said.startswith("0 of ") for said in seen.values())
+
+
 def _said(seen: Any) -> str:
     """A line or some, for a person."""
     if isinstance(seen, dict):
@@ -212,7 +156,7 @@ def main() -> int:
     report.content["emulated"] = EMULATED
     try:
         for pool in pools:
-            report.ask(f"bytes, pool {pool}", lambda pool=pool: wrong_bytes(pool), lambda seen: not any(seen.values()))
+            report.ask(f"wrong blocks, pool {pool}", lambda pool=pool: gpu_bytes.wrong_blocks(pool), _none_is_wrong)
         with bench.context:
             report.ask("machine", lambda: machine(bench))
             for number, (name, check) in FACTS.items():
