@@ -176,8 +176,8 @@ MUTANTS = [
     Mutant(
         "R7 loads before stores",
         "streams/host.py",
-        "self.load_stream = HostStream(engine, 1)\n        self.store_stream = HostStream(engine, 2)",
-        "self.load_stream = HostStream(engine, 2)\n        self.store_stream = HostStream(engine, 1)",
+        "self.load_stream = HostStream(engine, 0)\n        self.store_stream = HostStream(engine, 1)",
+        "self.load_stream = HostStream(engine, 1)\n        self.store_stream = HostStream(engine, 0)",
         ENGINE,
     ),
     Mutant(
@@ -364,13 +364,6 @@ MUTANTS = [
         "while queue:",
         BACKEND,
     ),
-    Mutant(
-        "CPU backend: expedited loads pass others",
-        "cpu_backend.py",
-        "self.engine.expedited_stream",
-        "self.engine.load_stream",
-        BACKEND,
-    ),
     Mutant("C: the end of a job is signalled", "_host_copy.c", "    if (core->signal >= 0 && !job->populates) {", "    if (0) {", ENGINE),
     Mutant("C: the signal comes after the end", "_host_copy.c", "    atomic_store_explicit(&job->state, job->cancelled ? JOB_CANCELLED : JOB_DONE, memory_order_release);\n    if (queue->running", "    if (core->signal >= 0) write(core->signal, &(uint64_t){1}, 8), usleep(2000);\n    atomic_store_explicit(&job->state, job->cancelled ? JOB_CANCELLED : JOB_DONE, memory_order_release);\n    if (queue->running", ENGINE),
     Mutant("asyncio: cancelling an await loses no job", "aio.py", "return await asyncio.shield(ended)", "return await ended", ASYNCIO),
@@ -430,7 +423,7 @@ MUTANTS = [
     Mutant("trace: a failing trace loses no end", "block_store.py", "            except Exception as error:  # nor must its end", "            except OSError as error:", TRACE),
     Mutant("arena: kept memory stays mapped", "arena.py", "        self._release.detach()\n", "", MEMORY),
     Mutant("R1 population by the huge page", "_host_copy.c", "populate_piece(segment->dst + off, size);", "populate_piece(segment->dst, segment->size);", ENGINE),
-    Mutant("R7 population comes last", "streams/host.py", "_POPULATION = 3", "_POPULATION = 0", ENGINE),
+    Mutant("R7 population comes last", "streams/host.py", "_POPULATION = 2", "_POPULATION = 0", ENGINE),
     Mutant("the tier's memory is populated", "engines.py", "        engine.populate(arena.rows)\n", "", ("test_engines.py",)),
     Mutant("population wakes nobody", "_host_copy.c", "core->signal >= 0 && !job->populates", "core->signal >= 0", ENGINE),
     Mutant("population starts on a page", "_host_copy.c", "    if (address != 0 && address % PAGE == 0)", "    if (1)", MEMORY),

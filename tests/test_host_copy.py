@@ -611,11 +611,10 @@ def test_a_piece_of_very_small_copies_is_bounded_by_their_number(streams: list[H
 
 
 def test_holding_one_stream_leaves_the_others(engine: HostEngine):
-    engine.expedited_stream.hold()
     engine.load_stream.hold()
-    held = [move(stream, SCRATCH[:64], SOURCE[:64]) for stream in (engine.expedited_stream, engine.load_stream)]
+    held = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
-    assert not any(event.is_done for event in held)
+    assert not held.is_done
 
 
 def resident(memory: Rows) -> int:
@@ -700,10 +699,8 @@ def first_of(sooner: HostStream, later: HostStream) -> str:
     pytest.fail("the long job was never long enough")
 
 
-def test_a_free_thread_takes_expedited_loads_before_loads_before_stores(engine: HostEngine):
+def test_a_free_thread_takes_loads_before_stores(engine: HostEngine):
     assert first_of(engine.load_stream, engine.store_stream) == "sooner"
-    assert first_of(engine.expedited_stream, engine.load_stream) == "sooner"
-    assert first_of(engine.expedited_stream, engine.store_stream) == "sooner"
 
 
 def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
@@ -712,7 +709,7 @@ def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
 
 
 def test_r7_population_comes_last(engine: HostEngine):
-    population = HostStream(engine._engine, 3)
+    population = HostStream(engine._engine, 2)
     assert first_of(engine.store_stream, population) == "sooner"
     arena = Arena(4, PIECE)
     population.hold()

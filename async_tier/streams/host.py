@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # For `limit`: no limit.
 _UNLIMITED = -1
 # The queue that is served last.
-_POPULATION = 3
+_POPULATION = 2
 
 
 class HostStream:
@@ -79,7 +79,7 @@ class HostStream:
 
 
 class HostEngine:
-    """`threads` native threads that serve four queues: expedited loads before loads before stores before population.
+    """`threads` native threads that serve three queues: loads before stores before population.
 
     A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one, so a load waits
     for at most one piece a thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
@@ -92,10 +92,9 @@ class HostEngine:
     broken: str | None = None  # threads do not break
 
     def __init__(self, threads: int, *, ordered: bool = False, kernel: str | None = None) -> None:
-        self._engine = engine = _host_copy.Engine(threads, queues=4, ordered=ordered, kernel=kernel)
-        self.expedited_stream = HostStream(engine, 0)
-        self.load_stream = HostStream(engine, 1)
-        self.store_stream = HostStream(engine, 2)
+        self._engine = engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
+        self.load_stream = HostStream(engine, 0)
+        self.store_stream = HostStream(engine, 1)
         self.kernel = engine.kernel
         self.thread_ids = tuple(engine.thread_ids)
         try:
