@@ -317,12 +317,23 @@ MUTANTS = [
     ),
     Mutant("several nodes are refused", "manager.py", "        if nodes > 1:", "        if False:"),
     Mutant(
-        "copy threads run where the user allows",
+        "copy threads stay where the user allows",
         "streams/host.py",
-        "                os.sched_setaffinity(thread, cpus)",
-        "                pass",
+        "                if cpus is not None:\n",
+        "                cpus = cpus or set(range(os.cpu_count() or 1))\n                if cpus:\n",
         ENGINE,
     ),
+    Mutant(
+        "copy threads leave the CPU of vLLM's worker",
+        "streams/host.py",
+        "                    os.sched_setaffinity(thread, cpus)",
+        "                    pass",
+        ENGINE,
+    ),
+    Mutant("but only for what its engine process has", "streams/host.py", "cpus |= os.sched_getaffinity(parent.pid)", "cpus |= set(range(os.cpu_count() or 1))", ENGINE),
+    Mutant("nor for the user's own binding", "streams/host.py", ' and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":', ":", ENGINE),
+    Mutant("nor for numactl's", "streams/host.py", " and not has_numactl", "", ENGINE),
+    Mutant("an engine process that may not be asked", "streams/host.py", "contextlib.suppress(OSError)", "contextlib.suppress(ValueError)", ENGINE),
     Mutant(
         "copy threads do not preempt the scheduler's",
         "streams/host.py",
@@ -428,7 +439,11 @@ MUTANTS = [
     Mutant("population wakes nobody", "_host_copy.c", "core->signal >= 0 && !job->populates", "core->signal >= 0", ENGINE),
     Mutant("population starts on a page", "_host_copy.c", "    if (address != 0 && address % PAGE == 0)", "    if (1)", MEMORY),
     Mutant("population to the end", "_host_copy.c", "at < size; at += PIECE_BYTES)", "at + PIECE_BYTES < size; at += PIECE_BYTES)", MEMORY),
-    Mutant("a core is left to the scheduler", "streams/host.py", "len(_allowed_cpus()) - 1", "len(_allowed_cpus())", ("test_engines.py",)),
+    Mutant("a core is left to the scheduler", "streams/host.py", "min(2, cores - 1)", "min(2, cores)", ("test_engines.py",)),
+    Mutant("quotas count", "streams/host.py", ", *_cpu_quotas(root)])", "])", ("test_engines.py",)),
+    Mutant("quotas of version 1 count", "streams/host.py", ', ["cpu.cfs_quota_us", "cpu.cfs_period_us"])', ",)", ("test_engines.py",)),
+    Mutant("a part of a core is none", "streams/host.py", "yield quota // period", "yield -(-quota // period)", ("test_engines.py",)),
+    Mutant("no quota is no limit", "streams/host.py", "            if quota > 0:  # version 1", "            if True:  # version 1", ("test_engines.py",)),
 ]  # fmt: skip
 
 

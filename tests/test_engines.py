@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +17,8 @@ from tests.helpers import primary_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_engine.py has what is there with a GPU")
 
+CPUS = os.sched_getaffinity(0)
+
 
 @pytest.mark.parametrize("options", [{}, {"engine": "auto"}, {"engine": "host"}])
 def test_copy_threads_copy(options):
@@ -21,10 +27,66 @@ def test_copy_threads_copy(options):
     store.close()
 
 
+def threads_with(monkeypatch: pytest.MonkeyPatch, root: Path, cpus: int, files: Mapping[str, str]) -> int:
+    """The default number of copy threads on so many CPUs, with these files of /proc and /sys."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)))
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return host.default_threads(root)
+
+
 @pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (3, 2), (64, 2)])
-def test_a_core_is_left_to_the_scheduler(monkeypatch, cpus, threads):
-    monkeypatch.setattr(host, "_allowed_cpus", lambda: set(range(cpus)))
-    assert host.default_threads() == threads
+def test_a_core_is_left_to_the_scheduler(monkeypatch, tmp_path, cpus, threads):
+    assert threads_with(monkeypatch, tmp_path, cpus, {}) == threads
+
+
+VERSION_2 = {"proc/self/cgroup": "0::/pod/container\n"}
+VERSION_1 = {"proc/self/cgroup": "7:memory:/elsewhere\n3:cpu,cpuacct:/pod/container\n0::/\n"}
+GROUP_1 = "sys/fs/cgroup/cpu/pod/container"
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [("max", 2), ("300000", 2), ("299999", 1), ("250000", 1), ("200000", 1), ("100000", 1), ("50000", 1)],
+)
+@pytest.mark.parametrize("folder", ["sys/fs/cgroup/pod/container", "sys/fs/cgroup/pod", "sys/fs/cgroup"])
+def test_a_core_that_the_quota_does_not_pay_for_whole_is_none(monkeypatch, tmp_path, folder, quota, threads):
+    files = {**VERSION_2, "sys/fs/cgroup/pod/cpu.max": "max 100000\n", f"{folder}/cpu.max": f"{quota} 100000\n"}
+    assert threads_with(monkeypatch, tmp_path, 64, files) == threads
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("-1", 2), ("150000", 2), ("149999", 1), ("100000", 1), ("20000", 1)])
+@pytest.mark.parametrize("folder", [GROUP_1, "sys/fs/cgroup/cpu/pod", "sys/fs/cgroup/cpu"])
+def test_a_quota_of_cgroups_of_version_1_counts(monkeypatch, tmp_path, folder, quota, threads):
+    none = {f"{GROUP_1}/cpu.cfs_quota_us": "-1\n", f"{GROUP_1}/cpu.cfs_period_us": "100000\n"}
+    its_own = {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": "50000\n"}
+    assert threads_with(monkeypatch, tmp_path, 64, {**VERSION_1, **none, **its_own}) == threads
+
+
+def test_the_least_of_cpus_and_quotas_counts(monkeypatch, tmp_path):
+    quotas = {"sys/fs/cgroup/pod/container/cpu.max": "800000 100000\n", "sys/fs/cgroup/pod/cpu.max": "1600000 100000\n"}
+    assert threads_with(monkeypatch, tmp_path, 2, {**VERSION_2, **quotas}) == 1
+    assert threads_with(monkeypatch, tmp_path, 64, {**VERSION_2, **quotas}) == 2
+    quotas["sys/fs/cgroup/pod/cpu.max"] = "200000 100000\n"
+    assert threads_with(monkeypatch, tmp_path, 64, {**VERSION_2, **quotas}) == 1
+
+
+def test_quotas_of_other_cgroups_do_not_count(monkeypatch, tmp_path):
+    files = {**VERSION_2, "sys/fs/cgroup/neighbour/cpu.max": "100000 100000\n"}
+    assert threads_with(monkeypatch, tmp_path, 64, files) == 2
+
+
+@pytest.mark.skipif(len(CPUS) == 1, reason="needs a second CPU to leave")
+def test_a_store_stays_on_the_cpus_of_who_makes_it():
+    os.sched_setaffinity(0, {max(CPUS)})
+    try:
+        store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse({"engine": "host"}))
+    finally:
+        os.sched_setaffinity(0, CPUS)
+    assert [os.sched_getaffinity(thread) for thread in store._engine.thread_ids] == [{max(CPUS)}]
+    store.close()
 
 
 @pytest.mark.parametrize("options", [{}, {"copy_threads": 3}])
