@@ -366,7 +366,8 @@ MUTANTS = [
     Mutant("C: synchronize lets go of the GIL", "_host_copy.c", "    do { /* in slices, so that Ctrl-C is heard */\n        Py_BEGIN_ALLOW_THREADS", "    do {\n        {", ENGINE),
     Mutant("C: the tail of a copy", "_host_copy.c", "        memcpy(dst, src, n);                                                                                           \\\n        _mm_sfence();", "        _mm_sfence();", ENGINE),
     Mutant("CPU backend: wait waits", "cpu_backend.py", "                event.synchronize()", "                pass", BACKEND),
-    Mutant("CPU backend: jobs in order", "cpu_backend.py", "HostEngine(threads, ordered=True)", "HostEngine(threads)", BACKEND),
+    Mutant("CPU backend: jobs in order", "cpu_backend.py", "ordered=True, ", "", BACKEND),
+    Mutant("CPU backend: copy threads leave the worker's CPU", "cpu_backend.py", "cpus=cpus_before_openmp()", "cpus=None", ("test_engines.py",)),
     Mutant("CPU backend: partial first chunk", "cpu_backend.py", "skipped = index % factor", "skipped = 0", BACKEND),
     Mutant(
         "CPU backend: a job is reported when done",

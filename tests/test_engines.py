@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
@@ -76,6 +79,33 @@ def test_the_least_of_cpus_and_quotas_counts(monkeypatch, tmp_path):
 def test_quotas_of_other_cgroups_do_not_count(monkeypatch, tmp_path):
     files = {**VERSION_2, "sys/fs/cgroup/neighbour/cpu.max": "100000 100000\n"}
     assert threads_with(monkeypatch, tmp_path, 64, files) == 2
+
+
+# What vLLM's executor does to start a worker of the CPU backend. This one has no KV caches, and says where it may run.
+START_A_WORKER = """
+import multiprocessing
+from vllm.config import VllmConfig
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+work = '''
+import os
+from vllm.v1.kv_offload.base import CanonicalKVCaches
+from async_tier.cpu_backend import HostOffloadingWorker
+worker = HostOffloadingWorker(CanonicalKVCaches([], []), 1, None, 1)
+print([sorted(os.sched_getaffinity(thread)) for thread in (0, *worker.engine.thread_ids)])
+'''
+with OMPProcessManager(VllmConfig()).configure_omp_envs(rank=0, local_rank=0):
+    process = multiprocessing.get_context("spawn").Process(target=exec, args=(work, {}))
+    process.start()
+process.join()
+"""
+
+
+@pytest.mark.skipif(not current_platform.is_cpu() or len(CPUS) == 1, reason="needs vLLM's CPU build and two CPUs")
+def test_copy_threads_leave_the_cpu_that_vllms_cpu_backend_binds_its_worker_to():
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(max(CPUS))}
+    command = [sys.executable, "-c", START_A_WORKER]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == f"[[{max(CPUS)}], {sorted(CPUS)}]"
 
 
 @pytest.mark.skipif(len(CPUS) == 1, reason="needs a second CPU to leave")
