@@ -842,7 +842,7 @@ def test_synchronize_hears_ctrl_c():
 
 CPUS = os.sched_getaffinity(0)
 needs_two_cpus = pytest.mark.skipif(len(CPUS) == 1, reason="needs a second CPU to leave")
-# What the copy threads of `engine` may run on, each once; the kernel's word for it. For run_python.
+# What the copy threads may run on, each once, in the kernel's words. For run_python.
 PRINT_CPUS = """
 tasks = [f"/proc/self/task/{thread}/status" for thread in os.listdir("/proc/self/task")]
 status = [dict(line.split(":\\t", 1) for line in open(task).read().splitlines()) for task in tasks]
@@ -868,12 +868,13 @@ def test_copy_threads_stay_on_the_cpus_that_the_thread_was_given():
 def worker_cpus(parent: set[int], environment: str = "") -> set[int]:
     """What the copy threads of a worker of vLLM's CPU backend may run on that was started on the CPUs `parent`, with
     variables such as "NAME=value", and whose first thread was bound to the first CPU of these afterwards."""
+    variables = f"VLLM_CPU_OMP_THREADS_BIND=auto {environment}"
     done = run_python(
         f"""
         import multiprocessing
         from async_tier.streams.host import cpus_before_openmp
         def work():
-            os.environ.update(pair.split("=", 1) for pair in {environment!r}.split())
+            os.environ.update(pair.split("=", 1) for pair in {variables!r}.split())
             os.sched_setaffinity(0, {{ {min(parent)} }})
             engine = HostEngine(3, cpus=cpus_before_openmp())
             assert os.sched_getaffinity(0) == {{ {min(parent)} }}
