@@ -125,7 +125,7 @@ def _available(root: Path = Path("/")) -> Iterator[tuple[str, int]]:
     for line in (root / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             yield "the machine", int(line.split()[1]) * 1024
-    for group in _memory_cgroups(root):
+    for group in cgroups(root, "memory"):
         for limit_name, usage_name, inactive_name in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -140,8 +140,8 @@ def _available(root: Path = Path("/")) -> Iterator[tuple[str, int]]:
             yield "the memory cgroup", max(0, limit - usage + int(stat.get(inactive_name, 0)))
 
 
-def _memory_cgroups(root: Path) -> Iterator[Path]:
-    """The folders of this process's memory cgroup, version 1 or 2, and of all its parents."""
+def cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's cgroup for "memory" or "cpu", version 1 or 2, and of all its parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -150,8 +150,8 @@ def _memory_cgroups(root: Path) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mount = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
+        elif controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / controller
         else:
             continue
         group = mount / path.lstrip("/")

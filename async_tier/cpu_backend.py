@@ -33,7 +33,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier.config import parse_threads
 from async_tier.streams.base import CopyEvent
-from async_tier.streams.host import HostEngine, HostStream
+from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
 
 DEFAULT_COPY_THREADS = 1
 
@@ -118,7 +118,7 @@ class HostOffloadingWorker(OffloadingWorker):
         ]
         self._groups = kv_caches.group_data_refs
         self._region: SharedOffloadRegion | None = region
-        self.engine = HostEngine(threads, ordered=True)
+        self.engine = HostEngine(threads, ordered=True, cpus=cpus_before_openmp())
         # By stream, oldest first; together the jobs not yet reported.
         self._stores: deque[_Transfer] = deque()
         self._loads: deque[_Transfer] = deque()

@@ -11,6 +11,7 @@ import gc
 import itertools
 import json
 import mmap
+import multiprocessing
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from hypothesis import strategies as st
 from async_tier import _host_copy
 from async_tier.arena import Arena, Rows
 from async_tier.streams.base import CopyEvent
-from async_tier.streams.host import HostEngine, HostStream
+from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
 
 # Far beyond what anything here takes; only a failure waits that long.
 PATIENCE_S = 20
@@ -136,9 +138,14 @@ def gone(threads: Iterable[int]) -> bool:
     return eventually(lambda: not thread_ids() & set(threads))
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, cpus: set[int] | None = None) -> subprocess.CompletedProcess[str]:
+    """The end of a process that ran the code, started on these CPUs as taskset would."""
     return subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENCE_S
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        preexec_fn=cpus and (lambda: os.sched_setaffinity(0, cpus)),
     )
 
 
@@ -611,11 +618,10 @@ def test_a_piece_of_very_small_copies_is_bounded_by_their_number(streams: list[H
 
 
 def test_holding_one_stream_leaves_the_others(engine: HostEngine):
-    engine.expedited_stream.hold()
     engine.load_stream.hold()
-    held = [move(stream, SCRATCH[:64], SOURCE[:64]) for stream in (engine.expedited_stream, engine.load_stream)]
+    held = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
-    assert not any(event.is_done for event in held)
+    assert not held.is_done
 
 
 def resident(memory: Rows) -> int:
@@ -700,10 +706,8 @@ def first_of(sooner: HostStream, later: HostStream) -> str:
     pytest.fail("the long job was never long enough")
 
 
-def test_a_free_thread_takes_expedited_loads_before_loads_before_stores(engine: HostEngine):
+def test_a_free_thread_takes_loads_before_stores(engine: HostEngine):
     assert first_of(engine.load_stream, engine.store_stream) == "sooner"
-    assert first_of(engine.expedited_stream, engine.load_stream) == "sooner"
-    assert first_of(engine.expedited_stream, engine.store_stream) == "sooner"
 
 
 def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
@@ -712,7 +716,7 @@ def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
 
 
 def test_r7_population_comes_last(engine: HostEngine):
-    population = HostStream(engine._engine, 3)
+    population = HostStream(engine._engine, 2)
     assert first_of(engine.store_stream, population) == "sooner"
     arena = Arena(4, PIECE)
     population.hold()
@@ -836,19 +840,93 @@ def test_synchronize_hears_ctrl_c():
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) == 1, reason="needs a second CPU to leave")
-def test_copy_threads_are_not_bound_as_their_caller_is():
-    """vLLM's CPU backend binds the thread that constructs us to one core."""
-    done = run_python("""
-        mine = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {min(mine)})
-        engine = HostEngine(3)
-        assert os.sched_getaffinity(0) == {min(mine)}
-        print(json.dumps([sorted(os.sched_getaffinity(thread)) for thread in engine.thread_ids]))
-    """)
+CPUS = os.sched_getaffinity(0)
+needs_two_cpus = pytest.mark.skipif(len(CPUS) == 1, reason="needs a second CPU to leave")
+# What the copy threads may run on, each once, in the kernel's words. For run_python.
+PRINT_CPUS = """
+tasks = [f"/proc/self/task/{thread}/status" for thread in os.listdir("/proc/self/task")]
+status = [dict(line.split(":\\t", 1) for line in open(task).read().splitlines()) for task in tasks]
+print({one["Cpus_allowed_list"] for one in status if one["Name"] == "async-tier-copy"})
+"""
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("given", [min, max])
+def test_copy_threads_stay_on_the_cpus_that_the_process_was_given(given: Callable[[set[int]], int]):
+    """As by taskset and numactl; the process that starts this one has more."""
+    engine = "engine = HostEngine(3)"
+    done = run_python(engine + PRINT_CPUS, cpus={given(CPUS)})
+    assert (done.stdout, done.stderr) == (f"{{'{given(CPUS)}'}}\n", "")
+
+
+@needs_two_cpus
+def test_copy_threads_stay_on_the_cpus_that_the_thread_was_given():
+    done = run_python(f"os.sched_setaffinity(0, {{ {max(CPUS)} }}); engine = HostEngine(3)" + PRINT_CPUS)
+    assert (done.stdout, done.stderr) == (f"{{'{max(CPUS)}'}}\n", "")
+
+
+def worker_cpus(parent: set[int], environment: str = "") -> set[int]:
+    """What the copy threads of a worker of vLLM's CPU backend may run on that was started on the CPUs `parent`, with
+    variables such as "NAME=value", and whose first thread was bound to the first CPU of these afterwards."""
+    variables = f"VLLM_CPU_OMP_THREADS_BIND=auto {environment}"
+    done = run_python(
+        f"""
+        import multiprocessing
+        from async_tier.streams.host import cpus_before_openmp
+        def work():
+            os.environ.update(pair.split("=", 1) for pair in {variables!r}.split())
+            os.sched_setaffinity(0, {{ {min(parent)} }})
+            engine = HostEngine(3, cpus=cpus_before_openmp())
+            assert os.sched_getaffinity(0) == {{ {min(parent)} }}
+            print(json.dumps([sorted(os.sched_getaffinity(thread)) for thread in engine.thread_ids]))
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        worker.join()
+        """,
+        cpus=parent,
+    )
     assert done.stderr == ""
-    allowed = os.sched_getaffinity(os.getpid())
-    assert [set(cpus) for cpus in json.loads(done.stdout)] == [allowed] * 3
+    first, *others = json.loads(done.stdout)
+    assert others == [first] * 2
+    return set(first)
+
+
+@needs_two_cpus
+def test_a_worker_of_vllms_cpu_backend_may_copy_where_its_engine_process_may_run():
+    assert worker_cpus(CPUS) == CPUS
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("given", [min, max])
+def test_a_worker_of_vllms_cpu_backend_stays_on_the_cpus_of_its_engine_process(given: Callable[[set[int]], int]):
+    assert worker_cpus({given(CPUS)}) == {given(CPUS)}
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("environment", ["VLLM_CPU_OMP_THREADS_BIND=nobind", "_VLLM_INTERNAL_NUMACTL_ARGS=--membind=0"])
+def test_what_vllms_cpu_backend_has_not_narrowed_stays_narrow(environment: str):
+    assert worker_cpus(CPUS, environment) == {min(CPUS)}
+
+
+@needs_two_cpus
+def test_a_process_that_vllm_did_not_start_has_the_cpus_of_its_thread():
+    done = run_python(f"""
+        from async_tier.streams.host import cpus_before_openmp
+        os.sched_setaffinity(0, {{ {min(CPUS)} }})
+        print(cpus_before_openmp())
+    """)
+    assert (done.stdout, done.stderr) == (f"{{{min(CPUS)}}}\n", "")
+
+
+def test_a_worker_whose_engine_process_may_not_be_asked_has_the_cpus_of_its_thread(monkeypatch):
+    def ask(process: int) -> set[int]:
+        if process != 0:
+            raise PermissionError(1, "Operation not permitted")
+        return {5}
+
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=1))
+    monkeypatch.setattr(os, "sched_getaffinity", ask)
+    assert cpus_before_openmp() == {5}
 
 
 def test_copy_threads_are_named_and_leave_signals_to_python():
@@ -1245,7 +1323,7 @@ def test_an_engine_works_where_the_system_denies_where_and_how_its_threads_run(m
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, call, denied)
-    engine = HostEngine(2)
+    engine = HostEngine(2, cpus=CPUS)
     source, destination = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
     addresses = [np.array([array.ctypes.data], dtype=np.uint64) for array in (destination, source)]
     engine.load_stream.copy(*addresses, 64).synchronize()

@@ -7,14 +7,18 @@ Here live only the choice of queues, where the threads may run, and the life of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from async_tier import _host_copy
-from async_tier.arena import Rows
+from async_tier.arena import Rows, cgroups
 from async_tier.streams.base import CopyEvent
 
 logger = logging.getLogger(__name__)
@@ -22,7 +26,7 @@ logger = logging.getLogger(__name__)
 # For `limit`: no limit.
 _UNLIMITED = -1
 # The queue that is served last.
-_POPULATION = 3
+_POPULATION = 2
 
 
 class HostStream:
@@ -79,11 +83,15 @@ class HostStream:
 
 
 class HostEngine:
-    """`threads` native threads that serve four queues: expedited loads before loads before stores before population.
+    """`threads` native threads that serve three queues: loads before stores before population.
 
     A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one, so a load waits
     for at most one piece a thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
     as on a CUDA stream. `kernel` names a copy kernel (`_host_copy.kernels()`); by default the fastest is measured.
+
+    The threads inherit the CPUs and the NUMA policy of the thread that constructs the engine: what it was given by
+    taskset, numactl or a cgroup holds for them. `cpus` names other CPUs, for a thread that is bound itself: see
+    `cpus_before_openmp`.
 
     Raises ValueError for a number of threads outside 1 to 256, RuntimeError if the system refuses them.
     """
@@ -91,17 +99,18 @@ class HostEngine:
     name = "host"
     broken: str | None = None  # threads do not break
 
-    def __init__(self, threads: int, *, ordered: bool = False, kernel: str | None = None) -> None:
-        self._engine = engine = _host_copy.Engine(threads, queues=4, ordered=ordered, kernel=kernel)
-        self.expedited_stream = HostStream(engine, 0)
-        self.load_stream = HostStream(engine, 1)
-        self.store_stream = HostStream(engine, 2)
+    def __init__(
+        self, threads: int, *, ordered: bool = False, kernel: str | None = None, cpus: set[int] | None = None
+    ) -> None:
+        self._engine = engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
+        self.load_stream = HostStream(engine, 0)
+        self.store_stream = HostStream(engine, 1)
         self.kernel = engine.kernel
         self.thread_ids = tuple(engine.thread_ids)
         try:
-            cpus = _allowed_cpus()
             for thread in self.thread_ids:
-                os.sched_setaffinity(thread, cpus)
+                if cpus is not None:
+                    os.sched_setaffinity(thread, cpus)
                 # A thread of this class does not preempt whoever wakes it up, which is the scheduler's thread in a
                 # submit. Seen on two cores, both idle before: 200 us a submit, a whole piece of the copy, not 50.
                 os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
@@ -131,26 +140,43 @@ class HostEngine:
         self._close()
 
 
-def default_threads() -> int:
+def default_threads(root: Path = Path("/")) -> int:
     """Two copy threads, but one core is left to the scheduler.
 
-    A copy thread of class SCHED_BATCH that has to share a core with a busy one waits for a slice of the system's: loads
-    of 0.3 ms take 4 to 8 (seen on two cores). Cores that the parent process may use count: see `_allowed_cpus`.
+    Cores are those that the calling thread may run on, or fewer where a CPU quota of the container pays for fewer whole
+    ones. A copy thread of class SCHED_BATCH that has to share a core with a busy one waits for a slice of the system's:
+    loads of 0.3 ms take 4 to 8 (seen on two cores). One that the quota does not pay for stops the scheduler as well,
+    until the quota's next period. `root`: where /proc and /sys are.
     """
-    return max(1, min(2, len(_allowed_cpus()) - 1))
+    cores = min([len(os.sched_getaffinity(0)), *_cpu_quotas(root)])
+    return max(1, min(2, cores - 1))
 
 
-def _allowed_cpus() -> set[int]:
-    """Where copy threads may run: not only where the calling thread may.
+def _cpu_quotas(root: Path) -> Iterator[int]:
+    """The whole cores that each CPU cgroup around this process pays for, where it has a quota."""
+    for group in cgroups(root, "cpu"):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            try:
+                quota, period = (int(number) for name in names for number in (group / name).read_text().split())
+            except (OSError, ValueError):  # the other version's name, "max", or no permission
+                continue
+            if quota > 0:  # version 1 says -1 for none
+                yield quota // period
 
-    vLLM's CPU backend binds the thread that constructs us to one core, and a new thread would inherit that. What the
-    user allowed (taskset, numactl) still stands in the parent process, which vLLM does not bind.
+
+def cpus_before_openmp() -> set[int]:
+    """Where a worker process of vLLM's CPU backend may run, although OpenMP has bound the calling thread to less.
+
+    vLLM starts its workers so that OpenMP binds their threads (`OMPProcessManager`), the first one before Python runs.
+    What the process was given can only be asked of the process that started it, which vLLM does not bind.
+
+    The calling thread's CPUs alone where vLLM binds nothing, so that whatever does is the user's, and where vLLM put
+    numactl between the two processes (`--numa-bind`), so that the worker was given less.
     """
     cpus = os.sched_getaffinity(0)
-    parent = os.getppid()
-    try:
-        if parent:
-            return cpus | os.sched_getaffinity(parent)
-    except OSError:  # one that may not be asked
-        pass
-    return cpus | set(range(os.cpu_count() or 1))  # the first process of a container has no parent
+    parent = multiprocessing.parent_process()
+    has_numactl = "_VLLM_INTERNAL_NUMACTL_ARGS" in os.environ
+    if parent and parent.pid and not has_numactl and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+        with contextlib.suppress(OSError):  # it has ended, or may not be asked
+            cpus |= os.sched_getaffinity(parent.pid)
+    return cpus
