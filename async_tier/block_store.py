@@ -24,6 +24,7 @@ import numpy as np
 from async_tier.arena import Rows
 from async_tier.config import TierConfig, format_size, load_policy
 from async_tier.engines import RowMemory, open_engine
+from async_tier.faults import FaultLog
 from async_tier.index import READY, BlockIndex
 from async_tier.order import SequenceOrder
 from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
@@ -38,6 +39,7 @@ class Finished(NamedTuple):
     success: whether every block arrived, or did not need to.
     loaded_keys: of a load that failed in part, the keys that did arrive; else None.
     bytes: bytes moved. seconds: from the first copy's start to the last one's end.
+    reason: why it failed, in words; None for a success.
     """
 
     job_id: int
@@ -45,6 +47,7 @@ class Finished(NamedTuple):
     loaded_keys: tuple[bytes, ...] | None = None
     bytes: int = 0
     seconds: float = 0.0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,29 @@ class Statistics:
     faults: int
 
 
-class _Job:
-    __slots__ = ("event", "job_id", "keys", "missing", "rows", "traced")
+class _RefusedError(Exception):
+    """Why a job is not taken, in words."""
 
-    def __init__(
-        self, job_id: int, event: CopyEvent, keys: Sequence[bytes], rows: Sequence[int], missing: bool
-    ) -> None:
+
+class _Job:
+    __slots__ = ("blocks", "event", "job_id", "keys", "kind", "missing", "rows", "sequence", "traced")
+
+    event: CopyEvent
+
+    def __init__(self, job_id: int, kind: str, sequence: str | None, keys: Collection[bytes]) -> None:
+        """kind: "store" or "load". keys: what was asked for, from which those are left out that need no copy."""
         self.job_id = job_id
-        self.event = event
-        self.keys = keys
-        self.rows = rows  # of the arena, one a key
-        self.missing = missing  # loads: other keys of the job were not here
+        self.kind = kind
+        self.sequence = sequence
+        self.blocks = len(keys)
+        self.keys: Sequence[bytes] = ()
+        self.rows: Sequence[int] = ()  # of the arena, one a key
+        self.missing = 0  # loads: other keys of the job, which were not here
         self.traced: Submitted | None = None
+
+    def __str__(self) -> str:
+        request = "" if self.sequence is None else f", request {self.sequence!r}"
+        return f"job {self.job_id} ({self.kind}{request}, {self.blocks} block{'s' * (self.blocks != 1)})"
 
 
 class BlockStore:
@@ -140,6 +154,7 @@ class BlockStore:
         self._store_jobs = self._load_jobs = self._failed_jobs = 0
         self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
         self._hits = self._misses = self._faults = 0
+        self._log = FaultLog(logger)
         self._closed = False
         self._broken = False
         self._trace: TierTrace | None = None
@@ -186,6 +201,8 @@ class BlockStore:
         if self._step_hits:
             self._note_hits()
         self._index.end_step()
+        if self._log.is_holding:
+            self._log.flush()
 
     def note_results(self) -> None:
         """The model's results of the oldest step under way have arrived: for the trace, if there is one."""
@@ -210,9 +227,11 @@ class BlockStore:
         self._advance()
         distinct = isinstance(keys, (set, frozenset))  # as vLLM's are
         keys = list(keys)
-        sources = self._checked(job_id, keys, rows)
-        if sources is None:
-            self._finish(job_id, success=False)
+        job = _Job(job_id, "store", sequence, keys)
+        try:
+            sources = self._checked(keys, rows)
+        except _RefusedError as refusal:
+            self._refuse(job, refusal)
             return
         if self._step_hits:
             self._note_hits()
@@ -227,55 +246,64 @@ class BlockStore:
             row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
             sources = [row_of[key] for key in new]
         if not new:
-            self._finish(job_id, success=True)
+            self._finish(job)
             return
         try:
-            event = self._store_stream.copy_rows(self._rows, arena_rows, self.primary, sources)
+            job.event = self._store_stream.copy_rows(self._rows, arena_rows, self.primary, sources)
         except Exception as error:
             self._index.drop_filling(new, arena_rows)
-            self.fail(job_id, "queue a store", error)
+            self._fault(job, error)
             return
-        job = _Job(job_id, event, new, arena_rows, missing=False)
+        job.keys, job.rows = new, arena_rows
         self._stores.append(job)
         if self._trace is not None:
-            self._trace_begin(self._trace, job, "store")
+            self._trace_begin(self._trace, job)
 
-    def submit_load(self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> None:
+    def submit_load(
+        self,
+        job_id: int,
+        keys: Collection[bytes],
+        rows: np.ndarray | Sequence[int],
+        sequence: str | None = None,
+    ) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
 
         Keys that are not here, or only on their way, fail and the rest loads: `Finished.loaded_keys`. A key whose
         load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range fail
-        the whole job.
+        the whole job. `sequence` is whom it is for, in the log.
         """
         self._load_jobs += 1
         self._advance()
         keys = list(keys)
-        targets = self._checked(job_id, keys, rows)
-        if targets is None:
+        job = _Job(job_id, "load", sequence, keys)
+        try:
+            targets = self._checked(keys, rows)
+        except _RefusedError as refusal:
             self._index.drop(keys)
-            self._finish(job_id, success=False)
+            self._refuse(job, refusal)
             return
         arena_rows = self._index.pin_ready(keys)
-        missing = -1 in arena_rows
-        if missing:
+        job.missing = arena_rows.count(-1)
+        if job.missing:
             self._index.drop([key for key, row in zip(keys, arena_rows, strict=True) if row < 0])
             found = [at for at, row in enumerate(arena_rows) if row >= 0]
             keys = [keys[at] for at in found]
             arena_rows = [arena_rows[at] for at in found]
             targets = [targets[at] for at in found]
         if not keys:
-            self._finish(job_id, success=not missing)
+            self._finish(job, self._why_incomplete(job))
             return
         try:
-            event = self._load_stream.copy_rows(self.primary, targets, self._rows, arena_rows)
+            job.event = self._load_stream.copy_rows(self.primary, targets, self._rows, arena_rows)
         except Exception as error:
             self._index.unpin(arena_rows)
-            self.fail(job_id, "queue a load", error, keys)
+            self._index.drop(keys)
+            self._fault(job, error)
             return
-        job = _Job(job_id, event, keys, arena_rows, missing)
+        job.keys, job.rows = keys, arena_rows
         self._loads.append(job)
         if self._trace is not None:
-            self._trace_begin(self._trace, job, "load")
+            self._trace_begin(self._trace, job)
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
@@ -284,6 +312,8 @@ class BlockStore:
             self._collect(self._loads, self._end_load)
         if self._stores:
             self._collect(self._stores, self._end_store)
+        if self._log.is_holding:
+            self._log.flush()
         finished, self._finished = self._finished, []
         return finished
 
@@ -314,16 +344,19 @@ class BlockStore:
         self._index.finish(sequence, order)
 
     def fault(self, doing: str, reason: object) -> None:
-        """Count something that went wrong, and say so once in the log."""
+        """Count something that went wrong, and say so in the log; an exception that is new there, with its traceback."""
         self._faults += 1
-        logger.error("The tier could not %s: %s", doing, reason)
+        error = reason if isinstance(reason, BaseException) else None
+        self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error)
 
-    def fail(self, job_id: int, doing: str, reason: object, lost_keys: object = ()) -> None:
-        """`fault`, forget the keys among `lost_keys`, and report the job, of which no copy is under way, as failed."""
-        self.fault(doing, reason)
-        if isinstance(lost_keys, Collection):
-            self._index.drop(key for key in lost_keys if isinstance(key, bytes))
-        self._finish(job_id, success=False)
+    def fail(
+        self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
+    ) -> None:
+        """Report a "store" or "load", of which no copy is under way, as failed by a fault. A load's keys are forgotten."""
+        names = keys if isinstance(keys, Collection) else ()
+        if kind == "load":
+            self._index.drop(key for key in names if isinstance(key, bytes))
+        self._fault(_Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
         """End the engine and free the memory; jobs not finished have failed, and `poll` still says so. Idempotent."""
@@ -333,6 +366,7 @@ class BlockStore:
         self._engine.close()
         self.drain()
         self._index.clear()
+        self._log.flush(now=True)
         self._release()
 
     @property
@@ -382,23 +416,23 @@ class BlockStore:
         # In order of submission: behind a job that is not done nothing needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
-            if self._trace is not None:
-                self._trace_end(self._trace, job)
             try:
                 end(job)
             except Exception as error:  # not reported yet: that is the last thing that `end` does
-                self.fail(job.job_id, "end a job", error, job.keys)
+                self._index.drop(job.keys)
+                self._fault(job, error)
 
-    def _trace_begin(self, trace: TierTrace, job: _Job, kind: str) -> None:
+    def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
         try:
-            job.traced = trace.submitted(kind, len(job.keys), len(job.keys) * self.primary.row_bytes)
+            blocks = len(job.keys)
+            job.traced = trace.submitted(job.kind, blocks, blocks * self.primary.row_bytes)
         except Exception as error:  # a job must not be lost for its picture
             self._stop_tracing(error)
 
-    def _trace_end(self, trace: TierTrace, job: _Job) -> None:
+    def _trace_end(self, trace: TierTrace, job: _Job, reason: str | None) -> None:
         if job.traced is not None:
             try:
-                trace.ended(job.traced, job.job_id, job.event, self._index.rows_used)
+                trace.ended(job.traced, job.job_id, job.event, self._index.rows_used, reason)
             except Exception as error:  # nor must its end
                 self._stop_tracing(error)
 
@@ -409,32 +443,62 @@ class BlockStore:
     def _end_store(self, job: _Job) -> None:
         if job.event.failed:
             self._index.drop_filling(job.keys, job.rows)
-            self._finish(job.job_id, success=False)
+            self._finish(job, self._why_failed(job))
             return
         self._index.fill(job.rows)
         self._blocks_stored += len(job.rows)
-        self._finish(job.job_id, True, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
+        self._finish(job, None, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
 
     def _end_load(self, job: _Job) -> None:
         self._index.unpin(job.rows)
         if job.event.failed:
             self._index.drop(job.keys)
-            self._finish(job.job_id, success=False)
+            self._finish(job, self._why_failed(job))
             return
         self._blocks_loaded += len(job.rows)
         loaded = tuple(job.keys) if job.missing else None
-        self._finish(job.job_id, not job.missing, loaded, len(job.rows) * self.primary.row_bytes, job.event.seconds)
+        size = len(job.rows) * self.primary.row_bytes
+        self._finish(job, self._why_incomplete(job), loaded, size, job.event.seconds)
+
+    def _why_failed(self, job: _Job) -> str:
+        if self._engine.broken is not None:
+            return self._engine.broken
+        if self._closed:
+            return "the tier was closed before its copies were made"
+        return getattr(job.event, "reason", None) or "its copies were not made"
+
+    def _why_incomplete(self, job: _Job) -> str | None:
+        if not job.missing:
+            return None
+        return f"{job.missing} of its blocks {'is' if job.missing == 1 else 'are'} not in the tier"
+
+    def _refuse(self, job: _Job, refusal: _RefusedError) -> None:
+        """The job is not taken. Where the engine is broken that was counted when it broke."""
+        self._faults += not self._broken
+        self._finish(job, str(refusal))
+
+    def _fault(self, job: _Job, error: BaseException) -> None:
+        """The job met an unexpected error, and no copy of it is under way."""
+        self._faults += 1
+        self._finish(job, _said(error), error=error)
 
     def _finish(
         self,
-        job_id: int,
-        success: bool,
+        job: _Job,
+        reason: str | None = None,
         loaded_keys: tuple[bytes, ...] | None = None,
         size: int = 0,
         seconds: float = 0.0,
+        error: BaseException | None = None,
     ) -> None:
-        self._failed_jobs += not success
-        self._finished.append(Finished(job_id, success, loaded_keys, size, seconds))
+        """The last of a job. reason: why it failed; None for a success."""
+        if self._trace is not None:
+            self._trace_end(self._trace, job, reason)
+        if reason is not None:
+            self._failed_jobs += 1
+            line = str(job)
+            self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error)
+        self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason))
 
     # ------------------------------------------------------------------------------------------------------- details
 
@@ -457,27 +521,23 @@ class BlockStore:
                 keys = [keys[at] for at in order.permutation(keys)]
             self._index.use(keys, sequence, order)
 
-    def _checked(self, job_id: int, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int] | None:
-        """The row numbers as a list, or None, with a log line, if they do not fit the keys or the primary."""
+    def _checked(self, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int]:
+        """The row numbers as a list. Raises _RefusedError where they do not fit the keys or the primary."""
         if self._closed:
-            self.fault(f"take job {job_id}", "the tier is shut down")
-            return None
-        if self._broken:  # said once, when it broke
-            return None
+            raise _RefusedError("the tier is shut down")
+        if self._broken:
+            raise _RefusedError(f"the tier can copy no more: {self._engine.broken}")
         # vLLM's are numpy arrays; as a list they are quicker to check and to hand on, for jobs of up to thousands.
         numbers: list[int] = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
         if len(numbers) != len(keys):
-            self.fault(f"take job {job_id}", f"{len(keys)} keys but {len(numbers)} row numbers")
-            return None
+            raise _RefusedError(f"{len(keys)} keys but {len(numbers)} row numbers")
         # An array's are all of one type; of more dimensions, its list has lists. A loop, for any() makes a generator,
         # which takes longer than the one look.
         for number in numbers[:1] if isinstance(rows, np.ndarray) else numbers:
             if type(number) is not int:
-                self.fault(f"take job {job_id}", "row numbers must be integers")
-                return None
+                raise _RefusedError("row numbers must be integers")
         if numbers and not (min(numbers) >= 0 and max(numbers) < self.primary.count):
-            self.fault(f"take job {job_id}", f"a row number is not from 0 to {self.primary.count - 1}")
-            return None
+            raise _RefusedError(f"a row number is not from 0 to {self.primary.count - 1}")
         return numbers
 
     def _count_left_out(self, keys: list[bytes], new: Sequence[bytes]) -> None:
@@ -498,6 +558,11 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
             f"({primary.row_bytes} bytes), not {config.bytes_to_use} bytes"
         )
     return count
+
+
+def _said(reason: object) -> str:
+    """An error as a log line says it."""
+    return f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else str(reason)
 
 
 def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None) -> None:

@@ -32,7 +32,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     All methods are called in vLLM's scheduler process, by one thread at a time. None waits for bytes to move but
     `drain_jobs` and `shutdown`, and none raises after construction: a fault becomes `success=False` in the job's
-    result, a count in `statistics()` and one line in the log.
+    result, a count in `statistics()` and a line in the log (at most one a second of a kind, see `faults`).
     """
 
     def __init__(
@@ -120,15 +120,16 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 self._store.orders.get(context.req_id) or compat.order_of(context),
             )
         except Exception as error:
-            self._store.fail(job_metadata.job_id, "store blocks", error)
+            self._fail(job_metadata, "store", error)
 
     def submit_load(self, job_metadata: Any) -> None:
         """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest loads."""
         try:
-            self._promises.note_load(job_metadata.job_id, job_metadata.req_context.req_id, job_metadata.keys)
-            self._store.submit_load(job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata))
+            request = job_metadata.req_context.req_id
+            self._promises.note_load(job_metadata.job_id, request, job_metadata.keys)
+            self._store.submit_load(job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata), request)
         except Exception as error:
-            self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)
+            self._fail(job_metadata, "load", error)
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""
@@ -222,6 +223,11 @@ class AsyncSecondaryTierManager(compat.TierBase):
     def statistics(self) -> Statistics:
         """Counts since construction; see Statistics."""
         return self._store.statistics()
+
+    def _fail(self, job_metadata: Any, kind: str, error: Exception) -> None:
+        """A job could not be handed on: it failed."""
+        request = getattr(getattr(job_metadata, "req_context", None), "req_id", None)
+        self._store.fail(job_metadata.job_id, kind, error, getattr(job_metadata, "keys", ()), request)
 
     def _log_sizes(self, tokens_per_block: Sequence[int], tokens_per_step: int | None) -> None:
         """What fits, once at start. tokens_per_block: by KV group, empty if vLLM does not say."""

@@ -215,14 +215,14 @@ class TierTrace:
         self._writer.counter("bytes in flight", now, **self._in_flight)
         return Submitted(kind, blocks, size, now)
 
-    def ended(self, job: Submitted, job_id: int, event: CopyEvent, rows_used: int) -> None:
-        """The job's event was seen done."""
+    def ended(self, job: Submitted, job_id: int, event: CopyEvent, rows_used: int, reason: str | None) -> None:
+        """The job's event was seen done. reason: why it failed; None for a success."""
         now = time.monotonic_ns()
         self._in_flight[job.kind] -= job.bytes
         self._writer.counter("bytes in flight", now, **self._in_flight)
         self._writer.counter("rows used", now, rows=rows_used)
         spans = self._streams[job.kind].spans(event)
-        size = {"job": job_id, "blocks": job.blocks, "bytes": job.bytes}
+        size = {"job": job_id, "blocks": job.blocks, "bytes": job.bytes, "outcome": reason or "success"}
         started = min((start for _, start, _ in spans), default=now)
         self._writer.slice(f"{job.kind} queued", job.at_ns, started, **size)
         for leg, start, end in spans:

@@ -1,0 +1,63 @@
+"""FaultLog: log lines about what goes wrong, few enough to be read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+# Between two lines of one kind.
+INTERVAL_S = 1.0
+
+
+class _Kind:
+    __slots__ = ("held", "last_line", "said_at")
+
+    def __init__(self, said_at: float) -> None:
+        self.said_at = said_at
+        # Not said since then, and the last of them.
+        self.held = 0
+        self.last_line = ""
+
+
+class FaultLog:
+    """At most one line a second of a kind: the first with its traceback, later ones with how many there were between.
+
+    A kind is what was being done and the type of the error. For one thread at a time.
+    """
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._kinds: dict[tuple[str, type | None], _Kind] = {}
+        # Whether `flush` may have something to say. To be read by anyone.
+        self.is_holding = False
+
+    def report(self, doing: str, line: str, error: BaseException | None = None) -> None:
+        """Say `line` now, or count it and say that later."""
+        now = self._clock()
+        name = doing, None if error is None else type(error)
+        kind = self._kinds.get(name)
+        if kind is None:
+            self._kinds[name] = _Kind(now)
+            self._logger.error("%s", line, exc_info=error)
+        else:
+            kind.held += 1
+            kind.last_line = line
+            self._say(kind, now)
+
+    def flush(self, *, now: bool = False) -> None:
+        """Say what was counted, of kinds whose second is over, or of all."""
+        at = self._clock()
+        self.is_holding = False
+        for kind in self._kinds.values():
+            if kind.held:
+                self._say(kind, at, now)
+
+    def _say(self, kind: _Kind, at: float, now: bool = False) -> None:
+        if at - kind.said_at < INTERVAL_S and not now:
+            self.is_holding = True
+            return
+        more = f" (and {kind.held - 1} more like it since the last such line)" if kind.held > 1 else ""
+        self._logger.error("%s%s", kind.last_line, more)
+        kind.said_at, kind.held = at, 0
