@@ -344,7 +344,7 @@ class BlockStore:
         self._index.finish(sequence, order)
 
     def fault(self, doing: str, reason: object) -> None:
-        """Count something that went wrong, and say so in the log; an exception that is new there, with its traceback."""
+        """Count something that went wrong, and say so in the log; an exception's traceback, too, the first time."""
         self._faults += 1
         error = reason if isinstance(reason, BaseException) else None
         self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error)
@@ -352,7 +352,7 @@ class BlockStore:
     def fail(
         self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
     ) -> None:
-        """Report a "store" or "load", of which no copy is under way, as failed by a fault. A load's keys are forgotten."""
+        """Report a "store" or "load", of which no copy is under way, as failed. A load's keys are forgotten."""
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
             self._index.drop(key for key in names if isinstance(key, bytes))
@@ -430,11 +430,13 @@ class BlockStore:
             self._stop_tracing(error)
 
     def _trace_end(self, trace: TierTrace, job: _Job, reason: str | None) -> None:
-        if job.traced is not None:
-            try:
+        try:
+            if job.traced is not None:
                 trace.ended(job.traced, job.job_id, job.event, self._index.rows_used, reason)
-            except Exception as error:  # nor must its end
-                self._stop_tracing(error)
+            elif reason is not None:
+                trace.refused(job.kind, job.blocks, job.job_id, reason)
+        except Exception as error:  # nor must its end
+            self._stop_tracing(error)
 
     def _stop_tracing(self, reason: object) -> None:
         self._trace = None

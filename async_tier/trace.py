@@ -6,6 +6,8 @@
     store ...       its copies: "copy" on copy threads or one CUDA stream, "in" and "out" where there are two legs
     counters        bytes in flight by direction; rows used
 
+A job's slices have its number, blocks, bytes, and `outcome`: "success", or why it failed.
+
 The format is the JSON array of the Trace Event Format (Google's document of that name); a file that was cut off loads
 as well. Times are on the clock of torch's profiler, and processes have their real numbers. So a trace of torch's and
 this one are seen together when their events are in one list:
@@ -222,11 +224,21 @@ class TierTrace:
         self._writer.counter("bytes in flight", now, **self._in_flight)
         self._writer.counter("rows used", now, rows=rows_used)
         spans = self._streams[job.kind].spans(event)
-        size = {"job": job_id, "blocks": job.blocks, "bytes": job.bytes, "outcome": reason or "success"}
+        about: dict[str, int | str] = {
+            "job": job_id,
+            "blocks": job.blocks,
+            "bytes": job.bytes,
+            "outcome": reason or "success",
+        }
         started = min((start for _, start, _ in spans), default=now)
-        self._writer.slice(f"{job.kind} queued", job.at_ns, started, **size)
+        self._writer.slice(f"{job.kind} queued", job.at_ns, started, **about)
         for leg, start, end in spans:
-            self._writer.slice(f"{job.kind} {leg}", start, end, **size)
+            self._writer.slice(f"{job.kind} {leg}", start, end, **about)
+
+    def refused(self, kind: str, blocks: int, job_id: int, reason: str) -> None:
+        """A job failed of which nothing was queued."""
+        now = time.monotonic_ns()
+        self._writer.slice(f"{kind} queued", now, now, job=job_id, blocks=blocks, bytes=0, outcome=reason)
 
     def scheduled(self) -> None:
         """A step was planned, and the model is about to run it."""

@@ -67,7 +67,7 @@ def test_a_tier_traces_its_jobs_and_steps(path):
     ((copying, end),) = drawn.lanes[f"store {legs[0]}"]
     assert queued <= copied <= copying + CLOCKS_APART_S <= end + 2 * CLOCKS_APART_S
     (slice_,) = [event for event in events(path, "store queued") if event["ph"] == "b"]
-    assert slice_["args"] == {"job": 1, "blocks": 3, "bytes": 3 * ROW_BYTES}
+    assert slice_["args"] == {"job": 1, "blocks": 3, "bytes": 3 * ROW_BYTES, "outcome": "success"}
     in_flight = [event["args"] for event in events(path, "bytes in flight")]
     assert {"load": 0, "store": 3 * ROW_BYTES} in in_flight
     assert in_flight[-1] == {"load": 0, "store": 0}

@@ -160,6 +160,7 @@ class CudaJob:
         "legs",
         "pieces_in_flight",
         "pieces_queued",
+        "reason",
         "seconds",
         "spans",
         "started",
@@ -174,6 +175,7 @@ class CudaJob:
         self.started: torch.cuda.Event | None = None
         self.done = False
         self.failed = False
+        self.reason: str | None = None
         self.seconds = 0.0
         # By leg, (first start, last end): see CudaStream.spans.
         self.spans: dict[str, tuple[int, int]] = {}
@@ -348,8 +350,8 @@ class CudaStream:
         except Exception as error:
             if self._queue and self._queue[0] is self._pieces[0].job:
                 self._queue.popleft()  # nothing more of it: it ends when the streams are empty
-            self._pieces[0].job.failed = True  # whether its bytes arrived cannot be known
-            self._refused("ask for the end of a copy", error)
+            # Whether its bytes arrived cannot be known.
+            self._refused("ask for the end of a copy", error, self._pieces[0].job)
             return
         for _ in range(ended):
             self._settle(self._pieces.popleft())
@@ -363,8 +365,7 @@ class CudaStream:
         try:
             self._queue_legs(job, piece)
         except Exception as error:
-            job.failed = True
-            self._refused("queue a copy", error)
+            self._refused("queue a copy", error, job)
         job.pieces_queued += 1
         if job.is_queued and self._queue:  # else the context is lost, and all was given up
             self._queue.popleft()
@@ -399,15 +400,19 @@ class CudaStream:
             piece.slot = slot
             self._ring.occupy(slot, until=ended)
 
-    def _refused(self, doing: str, error: Exception) -> None:
-        """A call was refused: find out whether the context is lost, else let the streams run empty."""
+    def _refused(self, doing: str, error: Exception, job: CudaJob | None = None) -> None:
+        """A call was refused: find out whether the context is lost, else fail the job and let the streams run empty."""
         self._stalled = True
+        if job is not None:
+            job.failed = True
+            job.reason = f"CUDA refused to {doing}: {error}"
         try:
             self.is_idle()
         except CudaError as lost:  # whoever asks for the engine's health says so
             self._engine.lose(lost)
         else:
-            logger.error("CUDA refused to %s: %s", doing, error)
+            if job is None:
+                logger.error("CUDA refused to %s: %s", doing, error)
 
     def _settle(self, piece: _Piece) -> None:
         """The piece was seen to end."""
