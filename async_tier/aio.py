@@ -17,12 +17,13 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import sys
 import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from async_tier.block_store import BlockStore, Finished, Statistics
 from async_tier.config import TierConfig
 from async_tier.engines import RowMemory
 from async_tier.streams.base import CopyEngine
+
+if TYPE_CHECKING:  # it takes seconds to import, which programs without it need not pay
+    import torch
 
 # Where events have to be asked: the pause before the first question, in which a copy of 1 MiB ends, and the longest.
 # epoll counts whole milliseconds, so a loop with nothing else to do rounds each up to 1 ms, and a longer one would only
@@ -46,24 +50,36 @@ class TransferError(RuntimeError):
 
 
 class AsyncBlockStore:
-    """A BlockStore whose jobs are awaited. Use as `async with AsyncBlockStore(primary, config) as store`.
+    """A BlockStore whose jobs are awaited.
 
-    primary: an array or memoryview of shape (rows, ...), whose memory is kept until the store is closed, or the Rows of
-    memory that the caller keeps until then. Keys are bytes, rows are row numbers of the primary; both are read when the
-    await begins, and may be changed from then on.
+        primary = torch.zeros(64, 16, 8, 128, dtype=torch.bfloat16)  # 64 rows
+        async with AsyncBlockStore(primary) as store:
+            loaded = await store.load([b"first", b"second"], [0, 1], "request 7")
+            ...  # compute what was not loaded, here the second
+            await store.store([b"second"], [1], "request 7")
+            store.finish_sequence("request 7")
+
+    primary: an array, torch tensor or memoryview of shape (rows, ...) in host memory, of any type but objects, each row
+    contiguous. Its memory is kept until the store is closed, or it is the Rows of memory that the caller keeps until
+    then. torch does not say whether a tensor's memory may be written to: a load into what may not ends the process.
+    Keys are bytes, rows are row numbers of the primary; both are read when the await begins, and may be changed from
+    then on.
+
+    Sequences are as in BlockStore. Tasks that use one name at once share the sequence, and its end.
 
     Cancelling an await does not cancel the copy: what is in the rows must stay as it is until `drain` or `close` has
     returned. Only a load that still waits for a store of its keys is withdrawn.
 
-    Belongs to the event loop that it was made in: what is awaited, and `lookup`, raise RuntimeError, in words, in
-    another one, and all but `close` also once it is closing. Making one blocks the loop: the first time for a quarter
-    of a second, in which copy kernels are measured; with CUDA while the primary is pinned. Raises as BlockStore does,
-    and RuntimeError where no loop runs. One that nobody closes lives as long as its loop, then warns (ResourceWarning).
+    Belongs to the event loop that it was made in: what is awaited, `lookup` and `finish_sequence` raise RuntimeError,
+    in words, in another one, and all but `close` and `finish_sequence` also once it is closing. Making one blocks the
+    loop: the first time for a quarter of a second, in which copy kernels are measured; with CUDA while the primary is
+    pinned. Raises as BlockStore does, and RuntimeError where no loop runs. One that nobody closes lives as long as its
+    loop, then warns (ResourceWarning).
     """
 
     def __init__(
         self,
-        primary: Rows | memoryview | np.ndarray,
+        primary: Rows | memoryview | np.ndarray | torch.Tensor,
         config: TierConfig | None = None,
         *,
         engine: CopyEngine | None = None,
@@ -73,7 +89,7 @@ class AsyncBlockStore:
         # What copies touch until the engine has ended, unless it is the caller's to keep.
         self._memory: memoryview | None = None
         if not isinstance(primary, Rows):
-            self._memory = memoryview(primary.data if isinstance(primary, np.ndarray) else primary)
+            self._memory = _view_of(primary)
             primary = Rows.of_view(self._memory)
         self._store = BlockStore(primary, config, engine=engine, arena=arena)
         self._jobs = 0
@@ -107,9 +123,9 @@ class AsyncBlockStore:
     ) -> int:
         """Copy primary rows `rows` (shape (n,)) into the tier under `keys` (n of them); the bytes that were moved.
 
-        Fewer than offered where keys were here or on their way already, or there was no room. Raises TransferError if
-        it failed; ValueError, in words, and does nothing, for rows that are none or not as many as the keys; TypeError
-        for keys that are no bytes.
+        Fewer than offered where keys were here or on their way already, or there was no room: a sequence makes none at
+        the cost of its own blocks, until it is finished. Raises TransferError if it failed; ValueError, in words, and
+        does nothing, for rows that are none or not as many as the keys; TypeError for keys that are no bytes.
         """
         keys, numbers = self._checked(keys, rows)
         job = self._begin(keys)
@@ -118,26 +134,41 @@ class AsyncBlockStore:
             raise TransferError(f"the store of {len(keys)} blocks failed; the log says why")
         return end.bytes
 
-    async def load(self, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> tuple[bytes, ...]:
+    async def load(
+        self, keys: Collection[bytes], rows: np.ndarray | Sequence[int], sequence: str | None = None
+    ) -> tuple[bytes, ...]:
         """Copy the blocks under `keys` into primary rows `rows`; the keys that were loaded, in the order given.
 
         Waits first for stores of these keys that have not ended. Those that are missing were not here, or failed, and
-        are gone; their rows are as they were, or worthless. ValueError and TypeError as in `store`.
+        are gone; their rows are as they were, or worthless. Counts as a use by `sequence`. ValueError and TypeError as
+        in `store`.
         """
         keys, numbers = self._checked(keys, rows)
         job = self._begin()
-        end = await self._run(job, lambda: self._store.submit_load(job, keys, numbers), after=keys)
+
+        def submit() -> None:
+            self._store.touch(keys, sequence)
+            self._store.submit_load(job, keys, numbers)
+
+        end = await self._run(job, submit, after=keys)
         return tuple(keys) if end.success else end.loaded_keys or ()
 
     def lookup(self, key: bytes, sequence: str | None = None) -> bool:
         """Whether `key` could be loaded now. It may be evicted before it is: `load` says what it found.
 
-        Counts as a use by `sequence`.
+        Counts as a use by `sequence`. TypeError for a key that is no bytes.
         """
         self._check_usable()
-        hit = self._store.lookup(key, sequence)
-        self._store.end_step()
-        return hit
+        _check_key(key)
+        return self._store.lookup(key, sequence)
+
+    def finish_sequence(self, sequence: str) -> None:
+        """Nothing more will be stored for the sequence; its name may come again for another.
+
+        Its jobs in flight go on, and its blocks stay. Idempotent, also of a store that is closed.
+        """
+        self._check_loop()
+        self._store.finish_sequence(sequence)
 
     async def drain(self) -> None:
         """Wait until every job that was begun before has ended."""
@@ -308,8 +339,7 @@ class AsyncBlockStore:
         self._check_usable()
         keys, numbers = list(keys), np.array(rows)
         for key in keys:
-            if not isinstance(key, bytes):
-                raise TypeError(f"keys must be bytes, not {type(key).__name__}")
+            _check_key(key)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
             raise ValueError(f"rows must be row numbers in a list, not {numbers.dtype} of shape {numbers.shape}")
         if len(numbers) != len(keys):
@@ -328,6 +358,59 @@ class AsyncBlockStore:
     def _check_loop(self) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError("the store belongs to another event loop: make one in each")
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, bytes):
+        raise TypeError(f"keys must be bytes, not {type(key).__name__}")
+
+
+def _view_of(primary: Any) -> memoryview:
+    """The primary's rows, and their memory, which it keeps. Raises ValueError or TypeError, in words."""
+    tensor_type: Any = getattr(sys.modules.get("torch"), "Tensor", ())  # whoever has a tensor has imported torch
+    if isinstance(primary, tensor_type):
+        primary = _bytes_of(primary)
+    if isinstance(primary, np.ndarray):
+        if primary.dtype.hasobject:
+            raise ValueError("the primary must hold plain values, not Python objects")
+        primary = primary.view(f"V{primary.itemsize}")  # not every type of numpy's is one of memoryview's
+    try:
+        return memoryview(primary)
+    except TypeError:
+        raise TypeError(
+            f"the primary must be an array, a torch tensor, a memoryview or Rows, not {type(primary).__name__}"
+        ) from None
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's rows as bytes, shape (rows, bytes per row), on its memory, which torch then refuses to resize.
+
+    `Tensor.numpy` would lack bfloat16 and float8.
+    """
+    torch = sys.modules["torch"]
+    kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+    if kind != "torch.strided":
+        raise ValueError(f"the primary must be a dense tensor, not a {kind.removeprefix('torch.')} one")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"the primary must be a tensor in host memory, not on {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError("the primary must not require gradients, since loads are copied into it; pass its detach()")
+    if not tensor.ndim or not tensor.numel():
+        raise ValueError(f"the primary must hold at least one row, not shape {tuple(tensor.shape)}")
+    row = tensor[0]
+    if not row.is_contiguous():
+        raise ValueError(f"rows of the primary must be contiguous, not strides {tensor.stride()}")
+    try:
+        storage = tensor.untyped_storage()
+        has_memory = storage.data_ptr() != 0
+    except RuntimeError:  # a class that wraps other tensors
+        has_memory = False
+    if not has_memory:
+        raise ValueError(f"the primary must have memory of its own, which this {type(tensor).__name__} has not")
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
+    size = tensor.element_size()
+    offset, stride = tensor.storage_offset() * size, tensor.stride(0) * size
+    return np.ndarray((len(tensor), row.numel() * size), np.uint8, memory, offset, (stride, 1))
 
 
 def _abandon(store: BlockStore, eventfd: int, owner: int) -> None:

@@ -112,6 +112,17 @@ class BlockStore:
     Call `submit_store` and `submit_load` to queue jobs and `poll` for their ends; none of them waits for bytes to
     move. `lookup` says what can be loaded. Keys are bytes; rows are row numbers of the primary.
 
+        store = BlockStore(Rows.of_view(memoryview(primary)))
+        store.submit_store(1, [b"first", b"second"], [0, 1])
+        store.drain()  # or poll() until job 1 is reported
+        if store.lookup(b"first"):  # pins nothing: the load says what it found
+            store.submit_load(2, [b"first"], [7])
+
+    A sequence is a name for blocks of which each continues those before it, such as a prompt's. Name it where blocks
+    are stored and looked up, and call `finish_sequence` at its end: a prefix then stays for longer than what continues
+    it, and the sequence makes no room for its later blocks at the cost of its earlier ones. One that is longer than the
+    tier keeps its start, and the rest is left out. Blocks that do not continue each other need no name.
+
     `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration says, as
     in `engines.open_engine`. Raises MemoryError or ValueError, in words, when they cannot be had.
     """
@@ -172,15 +183,20 @@ class BlockStore:
         """Whether `key` can be loaded now; nobody asks for it."""
         return self._index.state(key) == READY
 
-    def lookup(self, key: bytes, sequence: str | None = None) -> bool:
-        """Whether `key` can be loaded now. If so it stays loadable until the next `end_step`.
+    def lookup(self, key: bytes, sequence: str | None = None, pin: bool = False) -> bool:
+        """Whether `key` can be loaded now. Counts as a use by `sequence` (a request's name), which a load does not.
 
-        Counts as a use by `sequence` (a request's name).
+        It may be evicted before it is loaded, and the load then fails for it. Not with `pin`: a hit stays loadable
+        until the next `end_step`, which whoever pins has to call.
         """
         if not self._index.pin_hit(key):
             self._misses += 1
             return False
         self._hits += 1
+        if not pin:
+            self._index.withdraw_hit()
+            self.touch((key,), sequence)
+            return True
         try:
             self._step_hits[sequence].append(key)
         except KeyError:
@@ -188,7 +204,7 @@ class BlockStore:
         return True
 
     def withdraw_hit(self, sequence: str | None = None) -> None:
-        """The last lookup, which was the sequence's and a hit, is not answered with it: neither a use nor a pin."""
+        """The last lookup, the sequence's, a hit and pinned, is not answered with it: neither a use nor a pin."""
         self._index.withdraw_hit()
         self._step_hits[sequence].pop()
         self._hits -= 1
@@ -335,7 +351,11 @@ class BlockStore:
         self._index.use(list(keys), sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
-        """Nothing more will be stored for the sequence. Its hits of this step stay pinned until the step ends."""
+        """Nothing more will be stored for the sequence; its name may come again for another. Idempotent.
+
+        Until then no store of the sequence evicts its last block. Copies go on, and hits that are pinned stay so
+        until the step ends.
+        """
         self._advance()
         order = self.orders.pop(sequence, None)
         hits = self._step_hits.pop(sequence, None)

@@ -94,7 +94,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
             return _MISS
         try:
             request, promises = req_context.req_id, self._promises
-            if not self._store.lookup(key, request):
+            if not self._store.lookup(key, request, True):  # pinned
                 return _MISS
             if request == promises.asking and promises.room > 0:
                 promises.room -= 1

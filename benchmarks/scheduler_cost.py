@@ -388,7 +388,7 @@ class Growing:
 
     def _lookups(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            self._store.lookup(key)
+            self._store.lookup(key, None, True)  # pinned, as the tier does
         self._store.end_step()
 
     def _dict_lookups(self, keys: Sequence[bytes]) -> None:

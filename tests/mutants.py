@@ -36,6 +36,7 @@ EVICTION = ("test_eviction.py", "test_index.py")
 PROMISES = ("test_promises.py", "test_pressure.py")
 RESETS = ("test_manager.py", "test_oracle.py")
 ASYNCIO = ("test_aio.py",)
+ALONE = ("test_block_store.py",)
 TRACE = ("test_trace.py", "test_timeline.py")
 MEMORY = ("test_arena.py", "test_manager.py")
 # What takes seconds to import, and is not ours.
@@ -388,7 +389,29 @@ MUTANTS = [
     Mutant("asyncio: the signal is taken back", "aio.py", "        os.eventfd_read(self._eventfd)  # before", "        pass  # before", ASYNCIO),
     Mutant("asyncio: the signal is taken back before asking", "aio.py", "        os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again\n        self._collect()", "        self._collect()\n        os.eventfd_read(self._eventfd)", ASYNCIO),
     Mutant("asyncio: the eventfd is closed", "aio.py", "                self._timer.cancel()\n            os.close(self._eventfd)", "                self._timer.cancel()", ASYNCIO),
-    Mutant("asyncio: a hit is not pinned", "aio.py", "        self._store.end_step()\n", "", ASYNCIO),
+    Mutant("asyncio: a hit is not pinned", "aio.py", "return self._store.lookup(key, sequence)", "return self._store.lookup(key, sequence, True)", ASYNCIO),
+    Mutant("asyncio: what is no key is not looked up", "aio.py", "        _check_key(key)\n        return self", "        return self", ASYNCIO),
+    Mutant("asyncio: a load is a use", "aio.py", "            self._store.touch(keys, sequence)\n", "", ASYNCIO),
+    Mutant("asyncio: a load is a use by its sequence", "aio.py", "self._store.touch(keys, sequence)", "self._store.touch(keys)", ASYNCIO),
+    Mutant("asyncio: a sequence is finished", "aio.py", "        self._store.finish_sequence(sequence)\n", "", ASYNCIO),
+    Mutant("asyncio: a sequence is finished in its loop", "aio.py", "        self._check_loop()\n        self._store.finish", "        self._store.finish", ASYNCIO),
+    Mutant("asyncio: a tensor's rows start where they are", "aio.py", "offset, stride = tensor.storage_offset() * size", "offset, stride = 0", ASYNCIO),
+    Mutant("asyncio: a tensor's rows are as far apart as they are", "aio.py", "memory, offset, (stride, 1))", "memory, offset)", ASYNCIO),
+    Mutant("asyncio: a tensor without memory is none", "aio.py", "    if not has_memory:\n", "    if False:\n", ASYNCIO),
+    Mutant("asyncio: a tensor's memory is made in host memory", "aio.py", 'dtype=torch.uint8, device="cpu")', "dtype=torch.uint8)", ASYNCIO),
+    Mutant("asyncio: a tensor is in host memory", "aio.py", '    if tensor.device.type != "cpu":\n', "    if False:\n", ASYNCIO),
+    Mutant("asyncio: a tensor is dense", "aio.py", '    if kind != "torch.strided":\n', "    if False:\n", ASYNCIO),
+    Mutant("asyncio: a tensor has no gradient", "aio.py", "    if tensor.requires_grad:\n", "    if False:\n", ASYNCIO),
+    Mutant("asyncio: a tensor has rows", "aio.py", "    if not tensor.ndim or not tensor.numel():\n", "    if False:\n", ASYNCIO),
+    Mutant("asyncio: a tensor's rows are contiguous", "aio.py", "    if not row.is_contiguous():\n", "    if False:\n", ASYNCIO),
+    Mutant("asyncio: objects are not copied as bytes", "aio.py", "        if primary.dtype.hasobject:\n", "        if False:\n", ASYNCIO),
+    Mutant("asyncio: arrays of any type", "aio.py", '        primary = primary.view(f"V{primary.itemsize}")', "        pass", ASYNCIO),
+    Mutant("asyncio: torch is not imported", "aio.py", "    tensor_type: Any = ", "    import torch  # noqa: F401\n\n    tensor_type: Any = ", ASYNCIO),
+    Mutant("a lookup pins nothing", "block_store.py", "            self._index.withdraw_hit()\n            self.touch", "            self.touch", ALONE),
+    Mutant("a lookup is a use", "block_store.py", "            self.touch((key,), sequence)\n            return True", "            return True", ALONE),
+    Mutant("a lookup is a use by its sequence", "block_store.py", "            self.touch((key,), sequence)\n            return True", "            self.touch((key,))\n            return True", ALONE),
+    Mutant("a lookup pins where it is asked to", "block_store.py", "        if not pin:\n", "        if True:\n", ALONE),
+    Mutant("R5 vLLM's lookups pin", "manager.py", "self._store.lookup(key, request, True)", "self._store.lookup(key, request)"),
     Mutant("asyncio: one event loop", "aio.py", "if asyncio.get_running_loop() is not self._loop:", "if False:", ASYNCIO),
     Mutant("asyncio: an error while asking reaches all", "aio.py", "                future.set_exception(error)\n", "                pass\n", ASYNCIO),
     Mutant("asyncio: an error while asking ends no job", "aio.py", "        self._drains.clear()\n", "        self._drains.clear()\n        self._open.clear()\n", ASYNCIO),
@@ -403,7 +426,7 @@ MUTANTS = [
     Mutant("asyncio: a load hears of an error while it waits", "aio.py", "                    end.result()  # raises", "                    pass  # raises", ASYNCIO),
     Mutant("asyncio: rows are checked", "aio.py", "if len(wrong):", "if False:", ASYNCIO),
     Mutant("asyncio: row numbers are integers", "aio.py", "numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in \"iu\")", "False", ASYNCIO),
-    Mutant("asyncio: the primary's memory is kept", "aio.py", "self._memory = memoryview(primary.data if isinstance(primary, np.ndarray) else primary)\n            primary = Rows.of_view(self._memory)", "primary = Rows.of_view(memoryview(primary.data if isinstance(primary, np.ndarray) else primary))", ASYNCIO),
+    Mutant("asyncio: the primary's memory is kept", "aio.py", "self._memory = _view_of(primary)\n            primary = Rows.of_view(self._memory)", "primary = Rows.of_view(_view_of(primary))", ASYNCIO),
     Mutant("asyncio: and given back", "aio.py", "            self._memory = None\n            self._collect()", "            self._collect()", ASYNCIO),
     Mutant("asyncio: nothing is left of a store that nobody closed", "aio.py", "    finally:\n        os.close(eventfd)\n    warnings", "    finally:\n        pass\n    warnings", ASYNCIO),
     Mutant("asyncio: a store that was closed does not warn", "aio.py", "        self._abandoned.detach()\n", "", ASYNCIO),

@@ -7,6 +7,8 @@ import gc
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable, Coroutine
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from async_tier import aio
 from async_tier.aio import AsyncBlockStore, TransferError
@@ -109,6 +112,92 @@ async def test_a_hit_is_not_pinned_for_longer_than_the_question(primary):
         assert store.lookup(key(1))
         assert await store.store(keys(2, 3), [2, 3]) == 2 * ROW_BYTES
         assert not store.lookup(key(0))
+
+
+@pytest.mark.parametrize("name", [7, None, "name", bytearray(key(0)), [key(0)]], ids=str)
+async def test_a_lookup_of_what_is_no_key_is_refused_in_words(primary, name):
+    async with open_store(primary) as store:
+        with pytest.raises(TypeError, match=f"keys must be bytes, not {type(name).__name__}"):
+            store.lookup(name)
+
+
+async def test_a_load_is_a_use(primary):
+    async with open_store(primary, blocks=3) as store:
+        for at in range(3):
+            await store.store(keys(at), [at])
+        await store.load(keys(0), [9])
+        await store.store(keys(3), [3])
+        assert [store.lookup(key(at)) for at in range(4)] == [True, False, True, True]
+
+
+async def test_what_a_sequence_stores_continues_what_it_has_loaded(primary):
+    async with open_store(primary, blocks=2) as store:
+        await store.store(keys(0), [0])
+        await store.load(keys(0), [9], "request")
+        await store.store(keys(1), [1], "request")
+        await store.store(keys(2), [2])
+        assert store.lookup(key(0)), "though nothing was used less recently"
+        assert not store.lookup(key(1))
+
+
+async def test_a_sequence_longer_than_the_tier_keeps_its_start_and_goes_when_it_is_finished(primary):
+    async with open_store(primary, blocks=8) as store:
+        for at in range(8):
+            assert await store.store(keys(at), [at], "request") == ROW_BYTES
+        assert await store.store(keys(8), [8], "request") == 0
+        assert all(store.lookup(key(at)) for at in range(8))
+        store.finish_sequence("request")
+        for at in range(20, 28):
+            assert await store.store(keys(at), [at], "request") == ROW_BYTES
+
+
+async def test_a_sequence_may_be_finished_while_it_is_stored(primary):
+    async with open_store(primary, blocks=4) as store:
+        store._store._store_stream.hold()
+        storing = await begun(store.store(keys(0, 1, 2, 3), [0, 1, 2, 3], "request"))
+        store.finish_sequence("request")
+        store._store._store_stream.release()
+        assert await storing == 4 * ROW_BYTES
+        assert await store.load(keys(0, 1, 2, 3), [8, 9, 10, 11]) == tuple(keys(0, 1, 2, 3))
+        assert await store.store(keys(4, 5, 6, 7), [4, 5, 6, 7], "request") == 4 * ROW_BYTES
+
+
+async def test_tasks_that_share_a_name_share_the_sequence_and_leave_nothing_behind(primary):
+    async with open_store(primary, blocks=8) as store:
+
+        async def use(first: int) -> None:
+            try:
+                for at in range(first, first + 4):
+                    await store.store(keys(at), [at], "request")
+            finally:
+                store.finish_sequence("request")
+
+        store._store._store_stream.hold()
+        tasks = [asyncio.ensure_future(use(first)) for first in (0, 10, 20)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        store._store._store_stream.release()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(end) for end in ends] == [type(None), type(None), asyncio.CancelledError]
+        await store.drain()
+        assert nothing_is_left(store)
+        assert await store.store(keys(*range(30, 38)), range(8), "request") == 8 * ROW_BYTES
+
+
+async def test_a_sequence_may_be_finished_at_any_time(primary):
+    store = open_store(primary)
+    store.finish_sequence("never begun")
+    await store.store(keys(0), [0], "request")
+    store.finish_sequence("request")
+    store.finish_sequence("request")
+    store._store._store_stream.hold()
+    storing = await begun(store.store(keys(1), [1], "request"))
+    closing = await begun(store.close())
+    store.finish_sequence("request")
+    store._store._store_stream.release()
+    await closing
+    assert await storing == ROW_BYTES
+    store.finish_sequence("request")
 
 
 def nothing_is_left(store: AsyncBlockStore) -> bool:
@@ -554,6 +643,165 @@ async def test_a_primary_that_is_none_is_refused_in_words(primary):
     primary.flags.writeable = False
     with pytest.raises(ValueError, match="must be writable"):
         AsyncBlockStore(primary)
+    with pytest.raises(ValueError, match="must hold plain values, not Python objects"):
+        AsyncBlockStore(np.array([[None], [None]]))
+    for other in ([[0], [0]], "rows", None, 7):
+        with pytest.raises(TypeError, match=f"the primary must be an array, .*, not {type(other).__name__}"):
+            AsyncBlockStore(other)
+
+
+async def moves_its_rows(primary: Any, as_bytes: np.ndarray) -> None:
+    """A store over `primary` moves rows 0 and 1 to the last two. as_bytes: its memory, shape (rows, bytes)."""
+    as_bytes[:] = np.random.default_rng(1).integers(0, 256, as_bytes.shape, dtype=np.uint8)
+    expected = as_bytes.copy()
+    expected[-2:] = expected[:2]
+    store = AsyncBlockStore(primary, config(4 * as_bytes.shape[1]))
+    helpers.remember(store._store, as_bytes)
+    assert store.statistics().row_bytes == as_bytes.shape[1]
+    assert await store.store(keys(0, 1), [0, 1]) == 2 * as_bytes.shape[1]
+    last = len(as_bytes) - 1
+    assert await store.load(keys(0, 1), [last - 1, last]) == tuple(keys(0, 1))
+    await store.close()
+    assert np.array_equal(as_bytes, expected)
+
+
+def tensor_on(rows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(rows)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["uint8", "bool", "int64", "float16", "float32", "complex64", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint16"],
+)
+@pytest.mark.parametrize("shape", [(8, 256), (8, 2, 128), (2048,)], ids=str)
+async def test_a_tensor_of_any_type_may_be_the_primary(dtype, shape):
+    memory = helpers.zero_rows(shape[0], 2048 // shape[0])
+    size = getattr(torch, dtype).itemsize
+    tensor = tensor_on(memory.reshape(-1)).view(getattr(torch, dtype))
+    shape = (len(tensor),) if len(shape) == 1 else (*shape[:-1], shape[-1] // size)
+    await moves_its_rows(tensor.view(shape), memory.reshape(shape[0], -1))
+
+
+@pytest.mark.parametrize("rows", [slice(2, None), slice(None, None, 3), slice(1, 9, 2)], ids=str)
+async def test_a_tensor_may_be_a_part_of_another(rows):
+    memory = helpers.zero_rows(16, 1024)
+    tensor = tensor_on(memory).view(torch.bfloat16).view(16, 2, 256)
+    await moves_its_rows(tensor[rows, 1], memory[rows, 512:])
+
+
+async def test_a_tensor_made_in_inference_mode_may_be_the_primary():
+    with torch.inference_mode():
+        tensor = tensor_on(helpers.zero_rows(8, ROW_BYTES))
+        as_bytes = tensor.numpy()
+    await moves_its_rows(tensor, as_bytes)
+
+
+async def test_where_tensors_are_made_by_default_does_not_matter():
+    memory = helpers.zero_rows(8, ROW_BYTES)
+    tensor = tensor_on(memory)
+    with torch.device("meta"):
+        await moves_its_rows(tensor, memory)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch pins memory with CUDA")
+async def test_a_pinned_tensor_may_be_the_primary():
+    tensor = torch.zeros(8, ROW_BYTES, dtype=torch.uint8, pin_memory=True)
+    await moves_its_rows(tensor, tensor.numpy())
+    assert tensor.is_pinned()
+
+
+async def test_an_array_of_a_type_that_memoryviews_lack_may_be_the_primary():
+    memory = helpers.zero_rows(8, ROW_BYTES)
+    await moves_its_rows(memory.view("datetime64[s]"), memory)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as torch's distributed ones are."""
+
+    @staticmethod
+    def __new__(cls) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, (4, 4), dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return torch.zeros(4)
+
+
+def fake() -> torch.Tensor:
+    with torch._subclasses.FakeTensorMode():
+        return torch.zeros(4, 4)
+
+
+NOT_DENSE = "the primary must be a dense tensor, not a %s one"
+NO_MEMORY = "the primary must have memory of its own, which this %s has not"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.zeros(4, 4).to_sparse(), NOT_DENSE % "sparse_coo"),
+        (lambda: torch.zeros(4, 4).to_sparse_csr(), NOT_DENSE % "sparse_csr"),
+        (lambda: torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8), NOT_DENSE % "quantized"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), NOT_DENSE % "nested"),
+        (
+            lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+            NOT_DENSE % "nested",
+        ),
+        (lambda: torch.zeros(4, 4, device="meta"), "must be a tensor in host memory, not on meta"),
+        pytest.param(
+            lambda: torch.zeros(4, 4, device="cuda"),
+            "must be a tensor in host memory, not on cuda:0",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+        ),
+        (lambda: torch.zeros(4, 4, requires_grad=True), "must not require gradients, .*; pass its detach"),
+        (lambda: torch.zeros(4, 4, requires_grad=True) * 2, "must not require gradients"),
+        (lambda: torch.zeros(()), r"must hold at least one row, not shape \(\)"),
+        (lambda: torch.zeros(0, 4), r"must hold at least one row, not shape \(0, 4\)"),
+        (lambda: torch.zeros(4, 0), r"must hold at least one row, not shape \(4, 0\)"),
+        (lambda: torch.zeros(4, 6).t(), r"rows of the primary must be contiguous, not strides \(1, 6\)"),
+        (lambda: torch.zeros(4, 8)[:, ::2], r"must be contiguous, not strides \(8, 2\)"),
+        (lambda: torch.zeros(1, 4).expand(3, 4), "must not overlap"),
+        (fake, NO_MEMORY % "FakeTensor"),
+        (Wrapper, NO_MEMORY % "Wrapper"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+async def test_tensors_that_cannot_be_the_primary_are_refused_in_words(make, words):
+    with pytest.raises(ValueError, match=words):
+        AsyncBlockStore(make())
+
+
+async def test_a_tensors_memory_is_kept_until_the_store_is_closed():
+    pages = mmap.mmap(-1, 4 * ROW_BYTES)
+    is_alive = weakref.ref(pages)
+    tensor = torch.frombuffer(pages, dtype=torch.bfloat16).view(4, -1)
+    store = AsyncBlockStore(tensor, config(4 * ROW_BYTES))
+    with pytest.raises(RuntimeError, match="not resizable"):
+        tensor.resize_(1000, 1000)
+    del pages, tensor
+    gc.collect()
+    assert is_alive()
+    assert await store.store(keys(0), [0]) == ROW_BYTES
+    await store.close()
+    assert not is_alive()
+
+
+@pytest.mark.host_only
+@pytest.mark.starts_process
+def test_torch_is_not_imported_for_those_who_have_no_tensor():
+    program = """
+import asyncio, sys
+import numpy as np
+from async_tier.aio import AsyncBlockStore
+
+async def main():
+    async with AsyncBlockStore(np.zeros((2, 4096))) as store:
+        await store.store([b"first"], [0])
+
+asyncio.run(main())
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=helpers.PATIENCE_S)
 
 
 async def test_a_closed_store_says_so(primary):
@@ -574,6 +822,8 @@ def test_another_event_loop_is_refused_in_words(primary):
     async def use(store: AsyncBlockStore) -> None:
         with pytest.raises(RuntimeError, match="the store belongs to another event loop"):
             await store.store(keys(0), [0])
+        with pytest.raises(RuntimeError, match="the store belongs to another event loop"):
+            store.finish_sequence("request")
 
     first = asyncio.new_event_loop()
     store = first.run_until_complete(make())
