@@ -10,9 +10,9 @@ Of a request a replay needs its blocks and its place among the others, and takes
   to agree; its unit does not matter. Times that count from another request's are not replayed: which of two requests of
   different sessions comes first would depend on the server.
 
-What is written in another way is refused in one sentence. Two faults do not show: ids that mean different blocks in
-different sessions of one file, and times that count from the line before and happen never to decrease (which is
-replayed right, because lines are then in order of arrival).
+What is written in another way is refused in one sentence. Lengths that no one block size explains are logged. What does
+not show: ids that mean different blocks in different sessions of a file, unless `hash_id_scope` says so, and times that
+count from another request's but never decrease. If they count from the line before, the order is right all the same.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(fields: dict[str, Any], name: str) -> float | None:
-    """A field's number, which may be a string: nanoseconds since 1970 are more than other languages' numbers hold."""
+    """A field's number, which may be a string: nanoseconds since 1970 do not fit JavaScript's."""
     value = fields.get(name)
     if type(value) is str and DECIMAL.fullmatch(value):
         value = float(value) if "." in value else int(value)
