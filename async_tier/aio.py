@@ -46,7 +46,7 @@ _POLL_GROWTH = 1.5
 
 
 class TransferError(RuntimeError):
-    """A store of which not all bytes have arrived; the tier has forgotten its keys."""
+    """A store of which not all bytes have arrived, and why; the tier has forgotten its keys."""
 
 
 class AsyncBlockStore:
@@ -131,7 +131,7 @@ class AsyncBlockStore:
         job = self._begin(keys)
         end = await self._run(job, lambda: self._store.submit_store(job, keys, numbers, sequence))
         if not end.success:
-            raise TransferError(f"the store of {len(keys)} blocks failed; the log says why")
+            raise TransferError(f"the store of {len(keys)} block{'s' * (len(keys) != 1)} failed: {end.reason}")
         return end.bytes
 
     async def load(
@@ -145,13 +145,17 @@ class AsyncBlockStore:
         """
         keys, numbers = self._checked(keys, rows)
         job = self._begin()
+        here: list[bytes] = []
 
         def submit() -> None:
             self._store.touch(keys, sequence)
-            self._store.submit_load(job, keys, numbers)
+            # That one is missing is an answer here, and no failure for the log.
+            found = [(key, row) for key, row in zip(keys, numbers, strict=True) if self._store.has(key)]
+            here.extend(key for key, _ in found)
+            self._store.submit_load(job, here, [row for _, row in found], sequence)
 
         end = await self._run(job, submit, after=keys)
-        return tuple(keys) if end.success else end.loaded_keys or ()
+        return tuple(here) if end.success else end.loaded_keys or ()
 
     def lookup(self, key: bytes, sequence: str | None = None) -> bool:
         """Whether `key` could be loaded now. It may be evicted before it is: `load` says what it found.

@@ -82,7 +82,9 @@ def draw(run: Run, points: Sequence[dict[str, Any]], traces: Sequence[Trace]) ->
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("traces", nargs="*", type=Path, help="in Mooncake's format (default: one that is made)")
+    parser.add_argument(
+        "traces", nargs="*", type=Path, help="in Mooncake's or Bailian's format, plain or gzip (default: one is made)"
+    )
     options = parser.parse_args()
     most = QUICK_REQUESTS if options.quick else REQUESTS
     try:

@@ -1,9 +1,9 @@
 """Replays a request trace through vLLM's real tiering manager and the tier: how often is a block there?
 
-Traces are in Mooncake's format, a JSON object a line: `timestamp` (ms), `input_length`, `output_length` (tokens) and
-`hash_ids`, one id a block of the prompt, equal ids for equal prefixes: integers from 0 on, of any size. A block is hit
-if it is in the primary or in the tier together with all blocks before it. Rows are a few hundred bytes, and the bytes
-of every hit are checked.
+Traces are in Mooncake's format or Bailian's, plain or gzip, a JSON object per line: `hash_ids`, one id per block of the
+prompt, `timestamp` in order of arrival, `input_length` (tokens). benchmarks/traces.py has what is taken and what is
+refused. A block is hit if it is in the primary or in the tier together with all blocks before it. Rows are a few
+hundred bytes, and the bytes of every hit are checked.
 
 Beside it, for as many blocks: one plain LRU cache, which hits by the same rule, and the optimum: Belady's choice by the
 future, with the right not to keep a block at all. The optimum is asked block by block, also for those behind a miss, so
@@ -18,8 +18,6 @@ every one.
 from __future__ import annotations
 
 import heapq
-import json
-import math
 import multiprocessing
 import os
 import random
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Figure, Run, arguments, figure
+from benchmarks.traces import read_trace
 
 # Of the primary, by the largest request: so that one request's blocks are never in each other's way.
 PRIMARY_TO_REQUEST = 2
@@ -47,62 +46,6 @@ QUICK_REQUESTS = 2000
 GOAL = 0.5
 # As many as there are cores, but each has a vLLM of its own: 0.6 GB.
 PROCESSES = min(len(os.sched_getaffinity(0)), 4)
-# Of an integer in a trace: as many as Python reads whatever its settings (sys.set_int_max_str_digits).
-MOST_DIGITS = sys.int_info.str_digits_check_threshold
-
-
-def read_trace(path: Path, most: int) -> list[list[int]]:
-    """The block ids of at most that many requests. Raises ValueError, in words, for a line that is none."""
-    requests: list[list[int]] = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(requests) == most:
-                break
-            if not line.strip():
-                continue
-            try:
-                requests.append(_block_ids(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not any(requests):
-        raise ValueError(f"{path}: no request has a block")
-    return requests
-
-
-def _block_ids(line: bytes) -> list[int]:
-    """A request's block ids, each once. Raises ValueError that says what is wrong with the line."""
-    try:
-        request = json.loads(line.decode(), parse_int=_integer, parse_float=_finite, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError("not JSON") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(request, dict) or "hash_ids" not in request:
-        raise ValueError("not a JSON object with 'hash_ids'")
-    ids = request["hash_ids"]
-    if not isinstance(ids, list) or not all(type(each) is int and each >= 0 for each in ids):
-        raise ValueError("'hash_ids' must be a list of integers from 0 on")
-    # No two blocks of a request have the same prefix; a cache asked twice at once would count the second as a hit.
-    return list(dict.fromkeys(ids))
-
-
-def _integer(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise ValueError(f"an integer of {len(text)} digits, and {MOST_DIGITS} is the most")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text:.20} is too large for a number")
-    return value
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def synthetic_trace(count: int, seed: int = 1) -> list[list[int]]:
@@ -305,7 +248,9 @@ def measure(run: Run, trace: Trace, pool: Executor) -> tuple[float, list[dict[st
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--trace", type=Path, help="in Mooncake's format (default: one is made)")
+    parser.add_argument(
+        "--trace", type=Path, help="in Mooncake's or Bailian's format, plain or gzip (default: one is made)"
+    )
     parser.add_argument(
         "--requests",
         type=int,

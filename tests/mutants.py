@@ -39,6 +39,7 @@ ASYNCIO = ("test_aio.py",)
 ALONE = ("test_block_store.py",)
 TRACE = ("test_trace.py", "test_timeline.py")
 MEMORY = ("test_arena.py", "test_manager.py")
+READER = ("test_traces.py",)
 # What takes seconds to import, and is not ours.
 IMPORTED = ("pytest", "numpy", "torch", "vllm.v1.kv_offload.tiering.spec", "vllm.v1.kv_offload.cpu.gpu_worker")
 
@@ -468,6 +469,37 @@ MUTANTS = [
     Mutant("quotas of version 1 count", "streams/host.py", ', ["cpu.cfs_quota_us", "cpu.cfs_period_us"])', ",)", ("test_engines.py",)),
     Mutant("a part of a core is none", "streams/host.py", "yield quota // period", "yield -(-quota // period)", ("test_engines.py",)),
     Mutant("no quota is no limit", "streams/host.py", "            if quota > 0:  # version 1", "            if True:  # version 1", ("test_engines.py",)),
+    Mutant("traces: gzip is known by its first bytes", "../benchmarks/traces.py", "if file.peek(len(GZIP)).startswith(GZIP) else file", 'if path.suffix == ".gz" else file', READER),
+    Mutant("traces: damaged gzip is refused", "../benchmarks/traces.py", "except (EOFError, gzip.BadGzipFile, zlib.error) as error:", "except zlib.error as error:", READER),
+    Mutant("traces: nothing behind the last request is read", "../benchmarks/traces.py", "            if len(lines) == most:\n                break\n", "", READER),
+    Mutant("traces: a byte order mark is passed over", "../benchmarks/traces.py", "line.removeprefix(codecs.BOM_UTF8) if number == 1 else line", "line", READER),
+    Mutant("traces: a line has a largest size", "../benchmarks/traces.py", "if len(line) > LONGEST_LINE:", "if False:", READER),
+    Mutant("traces: other formats are told what a trace is", "../benchmarks/traces.py", 'on every line" if number == 1 else ""', 'on every line" if number == 0 else ""', READER),
+    Mutant("traces: a field is there once", "../benchmarks/traces.py", "        if name in fields:", "        if False:", READER),
+    Mutant("traces: relative times are refused", "../benchmarks/traces.py", "if value and (RELATIVE_TIME.search(name) or", "if value and (False or", READER),
+    Mutant("traces: times of another name are refused", "../benchmarks/traces.py", "(timestamp is None and OTHER_TIME.search(name))", "False", READER),
+    Mutant("traces: a timestamp outweighs other times", "../benchmarks/traces.py", "(timestamp is None and OTHER_TIME.search(name))", "OTHER_TIME.search(name)", READER),
+    Mutant("traces: empty fields tell no time", "../benchmarks/traces.py", "            if value and (RELATIVE_TIME", "            if (RELATIVE_TIME", READER),
+    Mutant("traces: ids of one session are refused", "../benchmarks/traces.py", 'not in (None, "global"):', 'not in (None, "global", "local"):', READER),
+    Mutant("traces: times may be strings", "../benchmarks/traces.py", "if type(value) is str and DECIMAL.fullmatch(value):", "if False:", READER),
+    Mutant("traces: whole times are exact", "../benchmarks/traces.py", 'float(value) if "." in value else int(value)', "float(value)", READER),
+    Mutant("traces: numbers are from 0 on", "../benchmarks/traces.py", "(type(value) in (int, float) and value >= 0)", "(type(value) in (int, float))", READER),
+    Mutant("traces: true is no number", "../benchmarks/traces.py", "(type(value) in (int, float) and value >= 0)", "(isinstance(value, (int, float)) and value >= 0)", READER),
+    Mutant("traces: true is no id", "../benchmarks/traces.py", "if all(type(each) is int for each in values):", "if all(isinstance(each, int) for each in values):", READER),
+    Mutant("traces: an id is a number as a whole", "../benchmarks/traces.py", "HEXADECIMAL.fullmatch(each)", "HEXADECIMAL.match(each)", READER),
+    Mutant("traces: hexadecimal ids have two cases", "../benchmarks/traces.py", '[0-9a-f]+", re.IGNORECASE)', '[0-9a-f]+")', READER),
+    Mutant("traces: ids are of one type", "../benchmarks/traces.py", "        _check_types(lines)\n", "", READER),
+    Mutant("traces: ids of no block have no type", "../benchmarks/traces.py", "[line for line in lines if line.ids]", "lines", READER),
+    Mutant("traces: times do not decrease", "../benchmarks/traces.py", "        _check_order(lines)\n", "", READER),
+    Mutant("traces: times may be equal", "../benchmarks/traces.py", "        if later < earlier:", "        if later <= earlier:", READER),
+    Mutant("traces: a session's later lines have a time", "../benchmarks/traces.py", "            if line.timestamp is None:\n", "            if False:\n", READER),
+    Mutant("traces: prompts of a session are whole", "../benchmarks/traces.py", "    if later and not any(", "    if False and not any(", READER),
+    Mutant("traces: an agent may begin anew", "../benchmarks/traces.py", "    if later and not any(", "    if later and not all(", READER),
+    Mutant("traces: there may be no id for a part of a block", "../benchmarks/traces.py", "line.tokens // (count + 1) + 1", "-(-line.tokens // max(count, 1))", READER),
+    Mutant("traces: there may be an id for a part of a block", "../benchmarks/traces.py", "-(-line.tokens // (count - 1)) - 1", "line.tokens // count", READER),
+    Mutant("traces: lengths that do not agree are told of", "../benchmarks/traces.py", "            if least > most:\n", "            if False:\n", READER),
+    Mutant("traces: ids of a block alone become prefixes", "../benchmarks/traces.py", "    if all(\n        before", "    if True or all(\n        before", READER),
+    Mutant("traces: ids of prefixes stay", "../benchmarks/traces.py", "    if all(\n        before", "    if False and all(\n        before", READER),
 ]  # fmt: skip
 
 

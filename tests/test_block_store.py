@@ -13,7 +13,8 @@ from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from tests import helpers
-from tests.helpers import key, keys, primary_rows
+from tests.helpers import key, keys
+from tests.rows import primary_rows
 
 ROOT = Path(__file__).parents[1]
 ROW_BYTES = 256
