@@ -131,7 +131,7 @@ class AsyncBlockStore:
         job = self._begin(keys)
         end = await self._run(job, lambda: self._store.submit_store(job, keys, numbers, sequence))
         if not end.success:
-            raise TransferError(f"the store of {len(keys)} block{'s' * (len(keys) != 1)} failed: {end.reason}")
+            raise TransferError(f"the store of {len(keys)} blocks failed: {end.reason}")
         return end.bytes
 
     async def load(
@@ -150,9 +150,9 @@ class AsyncBlockStore:
         def submit() -> None:
             self._store.touch(keys, sequence)
             # That one is missing is an answer here, and no failure for the log.
-            found = [(key, row) for key, row in zip(keys, numbers, strict=True) if self._store.has(key)]
-            here.extend(key for key, _ in found)
-            self._store.submit_load(job, here, [row for _, row in found], sequence)
+            found = [at for at, key in enumerate(keys) if self._store.has(key)]
+            here.extend(keys[at] for at in found)
+            self._store.submit_load(job, here, numbers[np.array(found, dtype=np.intp)], sequence)
 
         end = await self._run(job, submit, after=keys)
         return tuple(here) if end.success else end.loaded_keys or ()
