@@ -102,8 +102,8 @@ mutants: setup
 mutants-cuda: setup-cuda
 	$(CUDA_RUN) -m tests.mutants --cuda
 
-sanitize:
-	$(MAKE) -C tests/cuda_emulator sanitize OUT=$(abspath $(EMULATOR))
+sanitize: $(CUDA_VENV)/.vllm
+	$(MAKE) -C tests/cuda_emulator sanitize PYTHON=$(abspath $(CUDA_RUN)) OUT=$(abspath $(EMULATOR))
 
 demo: setup
 	$(RUN) -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)')
