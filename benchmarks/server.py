@@ -134,9 +134,11 @@ def launch(
     model_cores: of a CPU build, the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere.
     """
     remove_what_the_dead_left()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Bound until the server has ended, or somebody else may be given its port. vLLM's listens on it all the same.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     transfer = {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -168,6 +170,7 @@ def launch(
     finally:
         if server is not None:
             _end(server, name)
+        held.close()
 
 
 @contextlib.contextmanager

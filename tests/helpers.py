@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import threading
@@ -75,24 +76,31 @@ def forget() -> None:
 
 
 def close_stores() -> None:
-    """Close what the test has left open, also with a stream held."""
-    for store in _stores:
-        if not store._closed:
-            for stream in (store._engine.load_stream, store._engine.store_stream):
-                stream.release()
-            store.close()
+    """Close what the test has left open, also with a stream held, and also where another one cannot be closed."""
+    still_open = [store for store in _stores if not store._closed]
+    with contextlib.ExitStack() as ends:  # the last one first
+        for store in still_open:
+            ends.callback(store.close)
+        for store in still_open:
+            ends.callback(store._engine.load_stream.release)
+            ends.callback(store._engine.store_stream.release)
 
 
 def free_primaries() -> None:
     """Give back what engines had to leave as it was, because copies were held or failed. Nothing is held any more."""
-    for store in _stores:
-        if store._engine.name == "cuda" and not store._engine.is_quiet:
-            store._engine.broken = None
-            store._engine._closed = False
-            store._engine.close()
-            assert store._engine.is_quiet
-    _stores.clear()
-    _primaries.clear()
+    with contextlib.ExitStack() as ends:
+        ends.callback(_primaries.clear)
+        ends.callback(_stores.clear)
+        for store in _stores:
+            if store._engine.name == "cuda" and not store._engine.is_quiet:
+                ends.callback(_close_again, store._engine)
+
+
+def _close_again(engine: Any) -> None:
+    engine.broken = None
+    engine._closed = False
+    engine.close()
+    assert engine.is_quiet
 
 
 def job(

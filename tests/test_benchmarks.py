@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import gc
 import json
 import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from benchmarks import (
     common,
     copy_rate,
     head_of_line,
+    model,
     overlap,
     server,
     serving,
@@ -486,6 +489,60 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
     with pytest.raises(SystemExit), server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
         pytest.fail("the signal came before the block")
     assert started[0].returncode is not None
+
+
+LISTEN = """
+import socket, sys
+server = socket.socket()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+server.bind(("127.0.0.1", int(sys.argv[1])))
+server.listen()
+print("listens", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_servers_port_is_its_own_from_the_start(tmp_path, monkeypatch):
+    """Also while it loads and does not listen yet, and it can, as vLLM does."""
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        server.subprocess,
+        "Popen",
+        lambda command, **options: popen([sys.executable, "-c", "import signal; signal.pause()"], **options),
+    )
+    with server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]) as found:
+        port = int(found.url.rpartition(":")[2])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        command = [sys.executable, "-c", LISTEN, str(port)]
+        with popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
+            assert listener.stdout.readline() == b"listens\n"
+            with socket.create_connection(("127.0.0.1", port)):
+                listener.stdin.close()
+
+
+def test_one_process_converts_the_model_and_others_wait(tmp_path, monkeypatch):
+    folder = tmp_path / "build" / "model"
+    converted = []
+
+    def convert(_folder: Path) -> None:
+        (lock,) = folder.parent.iterdir()
+        with lock.open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        converted.append(_folder)
+
+    def flock(file, operation) -> None:
+        """Another process had it first."""
+        real_flock(file, operation)
+        folder.mkdir()
+
+    real_flock = fcntl.flock
+    monkeypatch.setattr(model, "_convert", convert)
+    model.smollm2(folder)
+    monkeypatch.setattr(model.fcntl, "flock", flock)
+    assert model.smollm2(folder) == folder
+    assert converted == [folder]
 
 
 @pytest.mark.parametrize(("cores", "expected"), [({0, 1}, "1"), ({5, 2, 7}, "5,7"), ({3}, "nobind")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -30,7 +31,8 @@ LAYERS = 3
 BLOCKS_PER_CHUNK = 2
 CHUNK = PAGE * LAYERS * BLOCKS_PER_CHUNK
 GPU_BLOCKS = 32
-NAME = f"async-tier-test-{os.getpid()}"
+# Of this process alone: others may run at the same time.
+NAME = f"async-tier-test-{os.getpid()}-{uuid.uuid4().hex}"
 
 each_pool = pytest.mark.parametrize("pool", ["host", "cuda:0"])
 
@@ -149,7 +151,6 @@ class Machine:
 
 @pytest.fixture
 def shm():
-    # Of this process: others may run at the same time.
     def ours() -> list[str]:
         return [name for name in os.listdir("/dev/shm") if NAME in name]
 

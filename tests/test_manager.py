@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 import os
 import threading
+import uuid
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -657,12 +659,13 @@ def test_r11_shutdown_is_idempotent_and_lets_go_of_the_primary(primary):
 
 def test_r11_vllms_region_closes_after_shutdown(caplog, monkeypatch):
     region_module = pytest.importorskip("vllm.v1.kv_offload.cpu.shared_offload_region")
-    name = {"engine_id" if helpers._COUNT == "num_chunks" else "instance_id": f"async-tier-test-{os.getpid()}"}
+    unique = f"async-tier-test-{os.getpid()}-{uuid.uuid4().hex}"
+    name = {"engine_id" if helpers._COUNT == "num_chunks" else "instance_id": unique}
     if (
         helpers._COUNT == "num_blocks"
         and "engine_id" in region_module.SharedOffloadRegion.__init__.__code__.co_varnames
     ):
-        name = {"engine_id": f"async-tier-test-{os.getpid()}"}
+        name = {"engine_id": unique}
     bytes_name = (
         "kv_bytes_per_chunk"
         if "kv_bytes_per_chunk" in region_module.SharedOffloadRegion.__init__.__code__.co_varnames
@@ -682,16 +685,22 @@ def test_r11_vllms_region_closes_after_shutdown(caplog, monkeypatch):
     assert "exported pointers" not in caplog.text
 
 
+def named_memory() -> set[str]:
+    """Paths of what this process has mapped and shares: others find it, and it can outlive the process."""
+    mappings = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {path for _, access, *_, path in mappings if access.endswith("s") and not path.endswith(" (deleted)")}
+
+
 def test_r11_r12_repeated_construction_leaks_nothing(primary):
     def census() -> tuple[int, int]:
         return threads(), len(os.listdir("/proc/self/fd"))
 
     make_tier(primary).shutdown()
-    before, files = census(), sorted(os.listdir("/dev/shm"))
+    before, named = census(), named_memory()
     for _ in range(20):
         tier = make_tier(primary, blocks=4)
         store(tier, 1, keys(0), [0])
-        assert sorted(os.listdir("/dev/shm")) == files
+        assert named_memory() <= named
         tier.shutdown()
     # Threads of streams of the emulator's end when they find out.
     until(lambda: all(map(operator.le, census(), before)), "what the tiers had is gone")
