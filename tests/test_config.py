@@ -352,6 +352,13 @@ def test_a_pool_on_a_gpu_is_not_for_copy_threads():
         TierConfig.parse({"pool": "cuda:0", "engine": "host"})
 
 
+def test_a_policys_module_that_exits_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "exits_at_once.py").write_text("raise SystemExit('no\\nway')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"^eviction_policy must be .*SystemExit: 'no\\nway'.*not 'exits_at_once:A'$"):
+        load_policy("exits_at_once:A")
+
+
 def test_a_policy_is_found_by_its_name():
     assert load_policy("lru") is LeastRecentlyUsed
     assert load_policy("benchmarks.plain_lru:PlainLru").__name__ == "PlainLru"

@@ -911,6 +911,9 @@ def test_replicas_on_several_nodes_are_not(primary):
         ({"eviction_policy": "no_such_module:Class"}, "eviction_policy must be .*'no_such_module:Class'"),
         ({"locality": "HERE"}, "locality must be .*'HERE'"),
         ({"custom_param": "x"}, "custom_param must be an integer, not 'x'"),
+        ({"custom_param": "x" * 5000}, r"custom_param must be an integer, not 'x*\.\.\. \(5002 characters\)$"),
+        ({"bytes_to_use": "10Ki", "self": 1}, "unknown key 'self'"),
+        ({"a\0b\ud800": 1}, r"unknown key 'a\\x00b\\ud800'"),
     ],
 )
 def test_r14_a_bad_configuration_fails_in_one_sentence(primary, options, words):

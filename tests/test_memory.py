@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import select
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from async_tier import arena as arena_module
 from async_tier.arena import Arena, Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
+from async_tier.eviction import LeastRecentlyUsed
 from async_tier.memory import refuse_if_unavailable
 from async_tier.streams.host import HostEngine
 
@@ -462,7 +465,25 @@ def test_a_store_whose_memory_cannot_be_populated_leaves_nothing(room: Path, mon
     del error
 
 
-# ------------------------------------------------------------------------------------------- several that start at once
+class UnmadePolicy(LeastRecentlyUsed):
+    def __init__(self, row_of: object, pins: object) -> None:
+        raise OSError("no such\nlist")
+
+
+def test_a_store_whose_policy_cannot_be_made_leaves_nothing_and_says_so(room: Path):
+    before = descriptors()
+    primary = np.zeros((4, 4096), np.uint8)
+    config = TierConfig.parse(
+        {"bytes_to_use": "600Mi", "engine": "host", "eviction_policy": "tests.test_memory:UnmadePolicy"}
+    )
+    with pytest.raises(ValueError, match=r"^eviction_policy must be .*OSError.*not 'tests.*Policy'$") as error:
+        BlockStore(Rows.of_view(memoryview(primary)), config)
+    assert str(error.value).isprintable()
+    assert not claims()
+    assert descriptors() == before
+
+
+# -------------------------------------------------------------------------------------- several that start at once
 
 
 def test_threads_that_start_at_once_are_given_each_byte_once(room: Path):
@@ -515,6 +536,35 @@ def test_nobody_looks_while_another_one_takes(room: Path, monkeypatch: pytest.Mo
     assert most == 1
     for arena in arenas:
         arena.close()
+
+
+def test_a_child_that_is_forked_while_one_takes_holds_nobody_up(room: Path, monkeypatch: pytest.MonkeyPatch):
+    go, gone = os.pipe()
+    children: list[int] = []
+
+    def fork(size: int) -> None:
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.close(gone)
+            os.read(go, 1)
+            os._exit(0)
+
+    monkeypatch.setattr(arena_module, "refuse_if_unavailable", fork)
+    Arena(1, MIB).close()
+    monkeypatch.undo()
+    folder = os.open("/proc", os.O_RDONLY)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # or somebody else on this machine has it
+            assert time.monotonic() < deadline, "the child has it"
+            os.sched_yield()
+    os.close(folder)
+    os.close(gone)
+    os.waitpid(children[0], 0)
+    os.close(go)
 
 
 CHILD = """
