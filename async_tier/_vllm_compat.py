@@ -95,21 +95,26 @@ def job_result(finished: Finished) -> JobResult:
     return JobResult(*_result_values(finished))
 
 
-def node_count(offloading_spec: Any) -> int:
-    """The nodes that the workers of one engine are spread over, as far as a spec shows it; else 1.
+def node_count(offloading_spec: Any) -> int | None:
+    """The nodes that the workers of one engine are spread over; None if that cannot be known.
 
-    Up to 0.26 the spec has vLLM's configuration. Later ones have a number of workers only: if this node has fewer
-    GPUs than that, some are elsewhere. (An engine on a part of each node's GPUs does not show.)
+    vLLM's configuration says it, unless Ray or torchrun places the workers. So of more workers than this node has GPUs
+    some are elsewhere. (Workers on a part of each node's GPUs do not show.) Nothing can be said where the engine's
+    process sees no GPU, as Ray has it.
     """
-    config = getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None)
+    config = getattr(offloading_spec, "vllm_config", None) or _callers_config()
+    parallel = getattr(config, "parallel_config", None)
     for name in ("nnodes_within_dp", "nnodes"):
-        nodes = getattr(config, name, None)
+        nodes = getattr(parallel, name, None)
         if isinstance(nodes, int):  # vLLM's unit tests pass mocks
-            return nodes
+            if nodes > 1:
+                return nodes
+            break
     workers = getattr(getattr(getattr(offloading_spec, "config", None), "parallel", None), "world_size", None)
     if isinstance(workers, int) and vllm.platforms.current_platform.is_cuda_alike():
         # Counted by the driver's management library: makes no CUDA context.
-        return -(-workers // max(1, vllm.platforms.current_platform.device_count()))
+        devices = vllm.platforms.current_platform.device_count()
+        return -(-workers // devices) if devices else None
     return 1
 
 
@@ -132,17 +137,26 @@ def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
 
 
 def tokens_per_step(offloading_spec: Any) -> int | None:
-    """vLLM's `max_num_batched_tokens`; None if that cannot be known.
-
-    Up to 0.26 the spec has vLLM's configuration. Later ones hide it from tiers, whose constructors run below that of
-    the connector, which was given it: it is among what these callers hold.
-    """
+    """vLLM's `max_num_batched_tokens`; None if that cannot be known."""
     config = getattr(offloading_spec, "vllm_config", None)
-    frame: FrameType | None = sys._getframe(1)  # not this one, which would be in its own locals
-    while frame is not None and not isinstance(config, VllmConfig):
+    if not isinstance(config, VllmConfig):
+        config = _callers_config()
+    return config.scheduler_config.max_num_batched_tokens if config is not None else None
+
+
+def _callers_config() -> VllmConfig | None:
+    """vLLM's configuration, from 0.27 on; None if no caller has it.
+
+    Up to 0.26 the spec has it. Later ones hide it from tiers, whose constructors run below that of the connector, which
+    was given it: it is among what these callers hold.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         config = frame.f_locals.get("vllm_config")
+        if isinstance(config, VllmConfig):
+            return config
         frame = frame.f_back
-    return config.scheduler_config.max_num_batched_tokens if isinstance(config, VllmConfig) else None
+    return None
 
 
 def order_of(context: Any) -> SequenceOrder:

@@ -9,13 +9,12 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from async_tier.config import format_size
+from async_tier.memory import claim, one_at_a_time, refuse_if_unavailable
 
 _HUGE_PAGE = 2 << 20
 # Raw calls, because a mapping that a Python object owns is also unmapped by the copy of that object in a forked child.
@@ -74,26 +73,29 @@ class Arena:
     holds users' conversations: kept out of core dumps and of forked children, and without a name that could outlive the
     process.
 
-    Raises MemoryError, in words, for more than the machine or the container can give.
+    Raises MemoryError, in words, for more than the machine or the container has left, see `memory`.
     """
 
     def __init__(self, count: int, row_bytes: int) -> None:
         size = count * row_bytes
-        refuse_if_unavailable(size)
         # Room to start on a huge page's boundary.
         length = size + (_HUGE_PAGE if size >= _HUGE_PAGE else 0)
         length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        start = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if start == _MAP_FAILED:  # an address-space limit, or no overcommitment
-            reason = os.strerror(ctypes.get_errno())
-            raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {reason}")
-        for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
-            _libc.madvise(start, length, advice)  # MADV_HUGEPAGE is refused by kernels built without them
-        address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
+        with one_at_a_time():
+            refuse_if_unavailable(size)
+            start = _libc.mmap(
+                None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+            )
+            if start == _MAP_FAILED:  # an address-space limit, or no overcommitment
+                reason = os.strerror(ctypes.get_errno())
+                raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {reason}")
+            for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
+                _libc.madvise(start, length, advice)  # MADV_HUGEPAGE is refused by kernels built without them
+            address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
+            self._release = weakref.finalize(self, _release, start, length, claim(address, size), os.getpid())
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
         # Rows from the first on that copies may touch: all, here.
         self.ready = count
-        self._release = weakref.finalize(self, _release, start, length, os.getpid())
 
     def close(self) -> None:
         """Free the memory. Every copy that touches it must have ended. Idempotent."""
@@ -104,59 +106,9 @@ class Arena:
         self._release.detach()
 
 
-def _release(start: int, length: int, owner: int) -> None:
+def _release(start: int, length: int, claimed: int | None, owner: int) -> None:
     """Give the mapping back, in the process that made it: a forked child may have something else at its addresses."""
     if os.getpid() == owner:
         _libc.munmap(start, length)
-
-
-def refuse_if_unavailable(size: int) -> None:
-    """Raise MemoryError if `size` bytes are more than can be had: an error in words now, not an out-of-memory kill."""
-    for limit, available in _available():
-        if size > available:
-            raise MemoryError(
-                f"the tier asks for {format_size(size)} ({size} bytes), but {limit} has "
-                f"{format_size(available)} ({available} bytes) available; set bytes_to_use to less"
-            )
-
-
-def _available(root: Path = Path("/")) -> Iterator[tuple[str, int]]:
-    """(who sets a limit, bytes that it leaves), for the machine and for each memory cgroup around this process."""
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            yield "the machine", int(line.split()[1]) * 1024
-    for group in cgroups(root, "memory"):
-        for limit_name, usage_name, inactive_name in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            try:
-                limit = int((group / limit_name).read_text())
-                usage = int((group / usage_name).read_text())
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # the other version's name, "max", or no permission
-                continue
-            # The kernel drops inactive file cache before it kills, so that is not in use.
-            yield "the memory cgroup", max(0, limit - usage + int(stat.get(inactive_name, 0)))
-
-
-def cgroups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup for "memory" or "cpu", version 1 or 2, and of all its parents."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            mount = root / "sys/fs/cgroup" / controller
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        while True:
-            yield group
-            if group == mount:
-                break
-            group = group.parent
+        if claimed is not None:
+            os.close(claimed)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from async_tier.arena import Rows
-from async_tier.config import TierConfig, format_size, load_policy
+from async_tier.config import TierConfig, format_size, load_policy, shown
 from async_tier.engines import RowMemory, open_engine
 from async_tier.faults import FaultLog
 from async_tier.index import READY, BlockIndex
@@ -151,7 +151,16 @@ class BlockStore:
         # Also when nobody calls close().
         self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
         self._rows = self._arena.rows
-        self._index = BlockIndex(self._rows.count, policy)
+        try:
+            self._index = BlockIndex(self._rows.count, policy)
+        except Exception as error:  # whatever a policy raises that is made
+            self._release()
+            if isinstance(error, MemoryError):
+                raise
+            raise ValueError(
+                f"eviction_policy must be one that can be made ({type(error).__name__}: {shown(str(error))}), not "
+                f"{config.eviction_policy!r}"
+            ) from error
         self._index.usable = arena.ready
         self._load_stream: CopyStream = self._engine.load_stream
         self._store_stream: CopyStream = self._engine.store_stream

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
@@ -20,33 +22,51 @@ MAX_COPY_THREADS = 64
 # Less than this would make pieces so small that queueing them costs more than copying them.
 MIN_STAGING_BYTES = 64 << 10
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
-}
-# Digits without end would overflow a float, or int() itself, in an error that names no key.
-_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*")
-_SIZE_HELP = "an integer number of bytes or text with a unit, such as 68719476736, '64GiB' or '500 MB'"
+# As Kubernetes writes them ("Gi", "M"), and as people do ("GiB", "MB").
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _UNITS |= {_prefix: 1000**_power, f"{_prefix}b": 1000**_power}
+    _UNITS |= {f"{_prefix}i": 1024**_power, f"{_prefix}ib": 1024**_power}
+_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE_HELP = (
+    "an integer number of bytes or text with a unit, such as 68719476736, '64Gi', '64GiB' or '500 MB', and at least "
+    "1 byte and at most 2^100"
+)
+# More than any machine has; what is larger would overflow where sizes are told to people.
+_MAX_SIZE = 1 << 100
+# Longer values would hide the sentence that they are told in.
+_MAX_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """`value` as messages have it: on one line, printable, and shortened."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:  # Python prints no integer of more than 4300 digits
+        return f"a value of type {type(value).__name__} that is too long to be shown"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def parse_size(key: str, value: object) -> int:
-    """Bytes in `value`: an int, or text with one of the units B, KB to TB (powers of 1000), KiB to TiB (of 1024).
+    """Bytes in `value`: a whole number, or text, with or without a unit.
 
-    Raises ValueError that names `key`.
+    Units are B, k to T and KB to TB (powers of 1000), Ki to Ti and KiB to TiB (of 1024), all but "M" also in the other
+    case. Text may have an exponent, for Helm makes "3.4359738368e+10" of a large number. Raises ValueError that names
+    `key`.
     """
-    size: float | None = None
+    size: int | Fraction | None = None
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
+    elif isinstance(value, float) and value.is_integer():
+        size = int(value)
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         number, unit = match.groups()
-        scale = {name.lower(): factor for name, factor in _UNITS.items()}.get(unit.lower())
+        # To Kubernetes "m" is a thousandth. Nobody means one, but who writes it is not to get a million either.
+        scale = None if unit == "m" else _UNITS.get(unit.lower())
         if scale is not None:
-            # Whole numbers stay exact beyond the 53 bits of a float.
-            size = int(number) * scale if number.isdigit() else float(number) * scale
-    if size is None or size < 1:
-        raise ValueError(f"{key} must be {_SIZE_HELP}, and at least 1 byte, not {value!r}")
+            size = Fraction(number) * scale
+    if size is None or not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"{key} must be {_SIZE_HELP}, not {shown(value)}")
     return int(size)
 
 
@@ -61,7 +81,7 @@ def format_size(size: int) -> str:
 def parse_threads(key: str, value: object) -> int:
     """A number of copy threads, 1 to 64. Raises ValueError that names `key`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COPY_THREADS:
-        raise ValueError(f"{key} must be an integer from 1 to {MAX_COPY_THREADS}, not {value!r}")
+        raise ValueError(f"{key} must be an integer from 1 to {MAX_COPY_THREADS}, not {shown(value)}")
     return value
 
 
@@ -75,9 +95,9 @@ def load_policy(name: str) -> type[EvictionPolicy]:
         why = "a class over async_tier.eviction.EvictionPolicy with all its methods"
         if isinstance(policy, type) and issubclass(policy, EvictionPolicy) and not inspect.isabstract(policy):
             return policy
-    except Exception as error:  # whatever a module raises that is imported
-        why = f"one that can be imported ({type(error).__name__}: {error})".replace("\n", " ")
-    raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {name!r}")
+    except (Exception, SystemExit) as error:  # whatever a module raises that is imported
+        why = f"one that can be imported ({type(error).__name__}: {shown(str(error))})"
+    raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {shown(name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +135,7 @@ class TierConfig:
         for key in options:
             if key not in known:
                 raise ValueError(
-                    f"unknown key {key!r} in the tier's configuration; the known keys are "
+                    f"unknown key {shown(key)} in the tier's configuration; the known keys are "
                     + ", ".join([*known, "custom_param"])
                 )
         values = dict(options)
@@ -130,9 +150,9 @@ class TierConfig:
 
     def _check(self) -> None:
         if self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {self.engine!r}")
-        if not isinstance(self.pool, str) or not re.fullmatch(r"host|cuda:\d{1,4}", self.pool):
-            raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {self.pool!r}")
+            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {shown(self.engine)}")
+        if not isinstance(self.pool, str) or not re.fullmatch(r"host|cuda:[0-9]{1,4}", self.pool):
+            raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {shown(self.pool)}")
         if self.pool != "host" and self.engine == "host":
             raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
         if self.staging_bytes < MIN_STAGING_BYTES:
@@ -141,10 +161,18 @@ class TierConfig:
                 f"not {self.staging_bytes}"
             )
         if not isinstance(self.keep_on_reset, bool):
-            raise ValueError(f"keep_on_reset must be true or false, not {self.keep_on_reset!r}")
+            raise ValueError(f"keep_on_reset must be true or false, not {shown(self.keep_on_reset)}")
         if not isinstance(self.eviction_policy, str) or not re.fullmatch(r"lru|[\w.]+:\w+", self.eviction_policy):
-            raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {self.eviction_policy!r}")
+            raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {shown(self.eviction_policy)}")
         if self.locality is not None and self.locality not in LOCALITIES:
-            raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {self.locality!r}")
-        if self.trace_path is not None and (not isinstance(self.trace_path, str) or not self.trace_path):
-            raise ValueError(f"trace_path must be null or the name of a file, not {self.trace_path!r}")
+            raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {shown(self.locality)}")
+        if self.trace_path is not None and not _is_path(self.trace_path):
+            raise ValueError(f"trace_path must be null or the name of a file, not {shown(self.trace_path)}")
+
+
+def _is_path(value: object) -> bool:
+    """Whether the system can be asked for a file of that name."""
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False

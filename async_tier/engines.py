@@ -43,12 +43,15 @@ def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyE
                 "CUDA cannot be used for the tier's copies, so copy threads and host memory are used instead: %s", error
             )
     engine = HostEngine(default_threads() if config.copy_threads is None else config.copy_threads)
+    arena = None
     try:
         arena = Arena(capacity, primary.row_bytes)
         engine.populate(arena.rows)
         return engine, arena
     except BaseException:
         engine.close()
+        if arena is not None:
+            arena.close()
         raise
 
 

@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
 from async_tier import _vllm_compat as compat
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore, Statistics
-from async_tier.config import TierConfig, format_size
+from async_tier.config import TierConfig, format_size, shown
 from async_tier.promises import KEEP, REFUSE, WAIT, Promises
 
 # Under vLLM's logger, whose handlers and level it then has.
@@ -37,6 +37,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     def __init__(
         self,
+        /,  # a key "self" is one that is not known
         offloading_spec: Any,
         primary_kv_view: memoryview,
         tier_type: str,
@@ -57,10 +58,16 @@ class AsyncSecondaryTierManager(compat.TierBase):
         be had, each in words.
         """
         if isinstance(custom_param, bool) or not isinstance(custom_param, int):
-            raise ValueError(f"custom_param must be an integer, not {custom_param!r}")
+            raise ValueError(f"custom_param must be an integer, not {shown(custom_param)}")
         self.config = TierConfig.parse(options)
         nodes = compat.node_count(offloading_spec)
-        if nodes > 1:
+        if nodes is None:
+            logger.warning(
+                "The engine's process sees no GPU, so tier '%s' cannot check that all workers are on this node. They "
+                "must be: of a worker elsewhere it would serve wrong bytes",
+                tier_type,
+            )
+        elif nodes > 1:
             raise ValueError(
                 f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees "
                 "only its own node's part of each block; use one node an engine, or a tier on shared storage"

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from async_tier.config import format_size
+from async_tier.config import format_size, shown
 from async_tier.streams.base import CopyEvent, CopyStream
 
 logger = logging.getLogger(__name__)
@@ -87,11 +87,11 @@ class TraceWriter:
             self._file.flush()  # a forked child must not have it to write
         except BlockingIOError as error:
             raise ValueError(
-                f"trace_path {path!r} is being written by another tier; name another file, "
+                f"trace_path {shown(path)} is being written by another tier; name another file, "
                 "or put {pid} into the name where each process has one tier"
             ) from error
         except OSError as error:
-            raise ValueError(f"trace_path {path!r} cannot be written: {error.strerror}") from error
+            raise ValueError(f"trace_path {shown(path)} cannot be written: {error.strerror}") from error
         offset = _clock_offset_ns()
         self._offset_ns = offset - clock_base_ns(time.monotonic_ns() + offset)
         # Given by the tier's thread, taken by the writer.

@@ -38,8 +38,10 @@ RESETS = ("test_manager.py", "test_oracle.py")
 ASYNCIO = ("test_aio.py",)
 ALONE = ("test_block_store.py",)
 TRACE = ("test_trace.py", "test_timeline.py")
-MEMORY = ("test_arena.py", "test_manager.py")
 READER = ("test_traces.py",)
+MEMORY = ("test_arena.py", "test_memory.py", "test_manager.py")
+CLAIMS = ("test_memory.py",)
+CONFIG = ("test_config.py",)
 # What takes seconds to import, and is not ours.
 IMPORTED = ("pytest", "numpy", "torch", "vllm.v1.kv_offload.tiering.spec", "vllm.v1.kv_offload.cpu.gpu_worker")
 
@@ -307,17 +309,50 @@ MUTANTS = [
     Mutant("R15 who was preempted is told", "manager.py", "context.new_req_ids, context.preempted_req_ids", "context.new_req_ids", PROMISES),
     Mutant("R15 loads are told", "manager.py", "            self._promises.note_load(job_metadata.job_id, job_metadata.req_context.req_id, job_metadata.keys)\n", "", PROMISES),
     Mutant("R15 the log warns", "manager.py", "        if step_blocks > primary:", "        if False:", PROMISES),
-    Mutant("R15 of what vLLM hides", "_vllm_compat.py", "        config = frame.f_locals.get(\"vllm_config\")\n", "", PROMISES),
+    Mutant("R15 of what vLLM hides", "_vllm_compat.py", "            return config\n", "            return None\n", PROMISES),
     Mutant("R14 unknown keys are refused", "config.py", "            if key not in known:", "            if False:"),
     Mutant("R14 values are checked", "config.py", "        config._check()\n", ""),
     Mutant(
         "R14 memory is checked",
         "arena.py",
-        "        refuse_if_unavailable(size)\n",
+        "            refuse_if_unavailable(size)\n",
         "",
         MEMORY,
     ),
-    Mutant("several nodes are refused", "manager.py", "        if nodes > 1:", "        if False:"),
+    Mutant("each byte is given once", "memory.py", "        promised = sum(holder.without_pages for holder in under)", "        promised = 0", CLAIMS),
+    Mutant("each byte is given once: one after the other", "memory.py", "        fcntl.flock(folder, fcntl.LOCK_EX)\n", "", CLAIMS),
+    Mutant("a forked child holds nobody up", "memory.py", "        fcntl.flock(folder, fcntl.LOCK_UN)", "        pass", CLAIMS),
+    Mutant("a forked child has no claim", "memory.py", '"proc/{process}/fd/{descriptor}") == f"socket:[{inode}]":', '"proc/{process}/fd/{descriptor}"):', CLAIMS),
+    Mutant("a claim has a name of its own", "memory.py", "inode = os.fstat(descriptor).st_ino", "inode = 77", CLAIMS),
+    Mutant("what has pages counts once", "memory.py", "claimed - int(line.split()[1]) * 1024", "claimed", CLAIMS),
+    Mutant("pages beyond a claim do not count", "memory.py", "missing += max(0, claimed - int(line.split()[1]) * 1024)", "missing += claimed - int(line.split()[1]) * 1024", CLAIMS),
+    Mutant("claims are looked for first", "memory.py", "    for limit, available, group in _available():", "    for limit, available, group in [(at, holders := list(_holders()))[0] for at in list(_available())]:", CLAIMS),
+    Mutant("a cgroup's limit is for the tiers in it", "memory.py", " if group is None or group in cgroups(str(holder.process), \"memory\")]", "]", CLAIMS),
+    Mutant("a process that went has no claim", "memory.py", "        with contextlib.suppress(OSError):\n            yield", "        if True:\n            yield", CLAIMS),
+    Mutant("the refusal says who has it", "memory.py", "            for holder in under:", "            for holder in ():", CLAIMS),
+    Mutant("without sockets there is a tier", "memory.py", "    except OSError as error:\n        logger", "    except ValueError as error:\n        logger", CLAIMS),
+    Mutant("a tier claims its memory", "arena.py", "claim(address, size), os.getpid()", "None, os.getpid()", CLAIMS),
+    Mutant("a claim ends with its tier", "arena.py", "            os.close(claimed)", "            pass", CLAIMS),
+    Mutant("memory that cannot be populated is given back", "engines.py", "        if arena is not None:\n            arena.close()\n", "", CLAIMS),
+    Mutant("R14 a policy that cannot be made is refused", "block_store.py", "        except Exception as error:  # whatever a policy", "        except KeyError as error:  # whatever a policy", CLAIMS),
+    Mutant("a policy that cannot be made leaves nothing", "block_store.py", "            self._release()\n            if isinstance(error, MemoryError)", "            if isinstance(error, MemoryError)", CLAIMS),
+    Mutant("R14 sizes have a limit", "config.py", "not 1 <= size <= _MAX_SIZE:", "not 1 <= size:", CONFIG),
+    Mutant("R14 a fraction of a byte is refused", "config.py", "isinstance(value, float) and value.is_integer()", "isinstance(value, float) and value == value and abs(value) < 1e99", CONFIG),
+    Mutant("R14 a thousandth is no million", "config.py", "None if unit == \"m\" else _UNITS", "_UNITS", CONFIG),
+    Mutant("R14 digits are ASCII", "config.py", "\\s*([0-9]{1,20}", "\\s*(\\d{1,20}", CONFIG),
+    Mutant("R14 spaces are ASCII", "config.py", "\\s*\", re.ASCII)", "\\s*\")", CONFIG),
+    Mutant("R14 sizes may have an exponent", "config.py", "(?:[eE][+-]?[0-9]{1,2})?", "", CONFIG),
+    Mutant("R14 what cannot be printed is told of", "config.py", "    except Exception:  # Python prints", "    except KeyError:  # Python prints", CONFIG),
+    Mutant("R14 what is long is shortened", "config.py", "    return text if len(text) <= _MAX_SHOWN else f", "    return text if True else f", CONFIG),
+    Mutant("R14 messages have one line", "config.py", "repr(value).replace(\"\\n\", \" \")", "repr(value)", CONFIG),
+    Mutant("R14 a path has no NUL", "config.py", " and b\"\\0\" not in os.fsencode(value)", "", CONFIG),
+    Mutant("R14 a path can be encoded", "config.py", "    except UnicodeEncodeError:", "    except KeyError:", CONFIG),
+    Mutant("R14 a module that exits is refused", "config.py", "    except (Exception, SystemExit) as error:", "    except Exception as error:", CONFIG),
+    Mutant("R14 any key is told of", "manager.py", "        /,  # a key", "        # a key"),
+    Mutant("several nodes are refused", "manager.py", "        elif nodes > 1:", "        elif False:"),
+    Mutant("no GPU is not several nodes", "_vllm_compat.py", "-(-workers // devices) if devices else None", "-(-workers // max(1, devices))"),
+    Mutant("no GPU is told of", "manager.py", "        if nodes is None:", "        if False:"),
+    Mutant("nodes of what vLLM hides", "_vllm_compat.py", "\"vllm_config\", None) or _callers_config()", "\"vllm_config\", None)"),
     Mutant(
         "copy threads stay where the user allows",
         "streams/host.py",
@@ -465,7 +500,7 @@ MUTANTS = [
     Mutant("population starts on a page", "_host_copy.c", "    if (address != 0 && address % PAGE == 0)", "    if (1)", MEMORY),
     Mutant("population to the end", "_host_copy.c", "at < size; at += PIECE_BYTES)", "at + PIECE_BYTES < size; at += PIECE_BYTES)", MEMORY),
     Mutant("a core is left to the scheduler", "streams/host.py", "min(2, cores - 1)", "min(2, cores)", ("test_engines.py",)),
-    Mutant("quotas count", "streams/host.py", ", *_cpu_quotas(root)])", "])", ("test_engines.py",)),
+    Mutant("quotas count", "streams/host.py", ", *_cpu_quotas()])", "])", ("test_engines.py",)),
     Mutant("quotas of version 1 count", "streams/host.py", ', ["cpu.cfs_quota_us", "cpu.cfs_period_us"])', ",)", ("test_engines.py",)),
     Mutant("a part of a core is none", "streams/host.py", "yield quota // period", "yield -(-quota // period)", ("test_engines.py",)),
     Mutant("no quota is no limit", "streams/host.py", "            if quota > 0:  # version 1", "            if True:  # version 1", ("test_engines.py",)),

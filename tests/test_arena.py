@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import mmap
 import os
@@ -16,7 +15,7 @@ import pytest
 
 from async_tier import _host_copy
 from async_tier import arena as arena_module
-from async_tier.arena import Arena, Rows, refuse_if_unavailable
+from async_tier.arena import Arena, Rows
 from async_tier.streams.host import HostEngine
 
 HUGE_PAGE = 2 << 20
@@ -319,171 +318,3 @@ def test_close_frees_the_memory_and_can_be_called_again():
     assert mapping is None or "dd" not in mapping.flags
     arena.close()
     arena.close()
-
-
-# ------------------------------------------------------------------------------------------------- more than there is
-
-
-class Machine:
-    """A file system that says how much memory there is."""
-
-    def __init__(self, root: Path, available_kib: int = 64 << 20) -> None:
-        self.root = root
-        self.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {available_kib} kB\n")
-
-    def write(self, path: str, text: str | int) -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n")
-
-    def in_group(self, *lines: str) -> None:
-        self.write("proc/self/cgroup", "\n".join(lines))
-
-    def group_v2(self, path: str, limit: int | str, usage: int, inactive: int = 0) -> None:
-        folder = f"sys/fs/cgroup/{path}"
-        self.write(f"{folder}/memory.max", limit)
-        self.write(f"{folder}/memory.current", usage)
-        self.write(f"{folder}/memory.stat", f"anon 5\ninactive_file {inactive}\ntotal_inactive_file 1")
-
-    def group_v1(self, path: str, limit: int, usage: int, inactive: int = 0) -> None:
-        folder = f"sys/fs/cgroup/memory/{path}"
-        self.write(f"{folder}/memory.limit_in_bytes", limit)
-        self.write(f"{folder}/memory.usage_in_bytes", usage)
-        self.write(f"{folder}/memory.stat", f"cache 5\ninactive_file 1\ntotal_inactive_file {inactive}")
-
-    def available(self) -> list[tuple[str, int]]:
-        return list(arena_module._available(self.root))
-
-    def groups(self) -> list[int]:
-        return [available for limit, available in self.available() if limit == "the memory cgroup"]
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
-
-
-UNLIMITED_V1 = 9223372036854771712
-
-
-def test_without_cgroups_the_machine_is_the_limit(machine: Machine):
-    assert machine.available() == [("the machine", 64 << 30)]
-
-
-def test_a_version_2_cgroup_leaves_its_limit_less_its_use(machine: Machine):
-    machine.in_group("0::/app")
-    machine.group_v2("app", limit=1000 * MIB, usage=300 * MIB)
-    assert machine.available() == [("the machine", 64 << 30), ("the memory cgroup", 700 * MIB)]
-
-
-def test_a_version_1_cgroup_leaves_its_limit_less_its_use(machine: Machine):
-    machine.in_group("7:pids:/other", "4:cpu,memory:/app", "0::/")
-    machine.group_v1("app", limit=1000 * MIB, usage=300 * MIB)
-    assert machine.groups() == [700 * MIB]
-
-
-def test_inactive_file_cache_is_not_in_use(machine: Machine):
-    machine.in_group("4:memory:/app", "0::/app")
-    machine.group_v1("app", limit=1000 * MIB, usage=300 * MIB, inactive=100 * MIB)
-    machine.group_v2("app", limit=1000 * MIB, usage=300 * MIB, inactive=200 * MIB)
-    assert sorted(machine.groups()) == [800 * MIB, 900 * MIB]
-
-
-def test_every_parent_of_a_version_2_cgroup_counts(machine: Machine):
-    machine.in_group("0::/pod/container/worker")
-    machine.group_v2("pod/container/worker", "max", usage=1 * MIB)
-    machine.group_v2("pod/container", limit=900 * MIB, usage=100 * MIB)
-    machine.group_v2("pod", limit=500 * MIB, usage=200 * MIB)
-    assert machine.groups() == [800 * MIB, 300 * MIB]
-
-
-def test_every_parent_of_a_version_1_cgroup_counts_and_the_mount_itself(machine: Machine):
-    machine.in_group("4:memory:/pod/container")
-    machine.group_v1("pod/container", UNLIMITED_V1, usage=0)
-    machine.group_v1("pod", limit=500 * MIB, usage=200 * MIB)
-    machine.group_v1("", limit=400 * MIB, usage=300 * MIB)
-    assert machine.groups() == [UNLIMITED_V1, 300 * MIB, 100 * MIB]
-
-
-@pytest.mark.parametrize("path", ["/docker/0123", "/../outside", "/"])
-def test_a_container_sees_its_own_group_at_the_mount(machine: Machine, path: str):
-    """/proc/self/cgroup may name a path of the host, which is not there."""
-    machine.in_group(f"4:memory:{path}", f"0::{path}")
-    machine.group_v1("", limit=600 * MIB, usage=100 * MIB)
-    machine.group_v2("", limit=500 * MIB, usage=100 * MIB)
-    assert set(machine.groups()) == {400 * MIB, 500 * MIB}
-
-
-def test_a_cgroup_without_a_limit_leaves_everything(machine: Machine):
-    machine.in_group("0::/app")
-    machine.group_v2("app", "max", usage=300 * MIB)
-    assert machine.groups() == []
-
-
-def test_a_cgroup_over_its_limit_leaves_nothing(machine: Machine):
-    machine.in_group("0::/app")
-    machine.group_v2("app", limit=100 * MIB, usage=300 * MIB)
-    assert machine.groups() == [0]
-
-
-def test_cgroups_of_other_controllers_do_not_count(machine: Machine):
-    machine.in_group("3:cpuset:/app", "2:memory_not:/app", "1:name=systemd:/app")
-    machine.group_v1("app", limit=1 * MIB, usage=0)
-    machine.group_v2("app", limit=1 * MIB, usage=0)
-    assert machine.groups() == []
-
-
-def on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `refuse_if_unavailable` see this machine."""
-    monkeypatch.setattr(arena_module, "_available", functools.partial(arena_module._available, machine.root))
-
-
-def test_more_than_the_machine_has_is_refused_with_both_numbers(machine: Machine, monkeypatch: pytest.MonkeyPatch):
-    on(machine, monkeypatch)
-    refuse_if_unavailable(64 << 30)
-    with pytest.raises(MemoryError) as error:
-        refuse_if_unavailable((64 << 30) + 1)
-    assert str(error.value) == (
-        "the tier asks for 64.0 GiB (68719476737 bytes), but the machine has 64.0 GiB (68719476736 bytes) available; "
-        "set bytes_to_use to less"
-    )
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_more_than_the_cgroup_has_is_refused_with_both_numbers(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, version: int
-):
-    """The parent's limit is the one that binds."""
-    on(machine, monkeypatch)
-    machine.in_group("4:memory:/pod/app" if version == 1 else "0::/pod/app")
-    make_group = machine.group_v1 if version == 1 else machine.group_v2
-    make_group("pod/app", limit=10_000 * MIB, usage=0)
-    make_group("pod", limit=1000 * MIB, usage=500 * MIB, inactive=12 * MIB)
-    refuse_if_unavailable(512 * MIB)
-    with pytest.raises(MemoryError) as error:
-        refuse_if_unavailable(1024 * MIB)
-    assert str(error.value) == (
-        "the tier asks for 1.0 GiB (1073741824 bytes), but the memory cgroup has 512.0 MiB (536870912 bytes) "
-        "available; set bytes_to_use to less"
-    )
-
-
-def test_an_arena_larger_than_any_machine_is_refused_in_words():
-    with pytest.raises(MemoryError, match=r"the tier asks for 1024.0 TiB \(1125899906842624 bytes\), but the .* has"):
-        Arena(1 << 20, 1 << 30)
-
-
-def test_what_the_system_refuses_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
-    """More than the address space, on a machine that does not say how much memory it has."""
-    monkeypatch.setattr(arena_module, "_available", lambda: iter(()))
-    with pytest.raises(MemoryError, match=r"the system refuses the tier .* \(1152921504606846976 bytes\)"):
-        Arena(1 << 30, 1 << 30)
-
-
-def test_an_arena_asks_for_exactly_its_rows(machine: Machine, monkeypatch: pytest.MonkeyPatch):
-    on(machine, monkeypatch)
-    machine.in_group("0::/app")
-    machine.group_v2("app", limit=5000, usage=0)
-    Arena(5, 1000).close()
-    with pytest.raises(MemoryError, match=r"\(5005 bytes\)"):
-        Arena(5, 1001)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_tier.config import MAX_COPY_THREADS, TierConfig, format_size, load_policy, parse_size, parse_threads
+from async_tier.config import MAX_COPY_THREADS, TierConfig, format_size, load_policy, parse_size, parse_threads, shown
 from async_tier.eviction import LeastRecentlyUsed
 
 POWERS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
@@ -35,6 +36,29 @@ POWERS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
         ("9007199254740993", 2**53 + 1),
         ("9007199254740993 KiB", (2**53 + 1) << 10),
         *((f"3{unit}", 3 * power) for unit, power in POWERS.items()),
+        # As Helm writes large numbers, and Kubernetes all of them.
+        (3.4359738368e10, 32 << 30),
+        ("3.4359738368e+10", 32 << 30),
+        (2e9, 2_000_000_000),
+        (2.0, 2),
+        *((text, 2_000_000_000) for text in ("2e9", "2E9", "2e+9", " 2.0e9 ", "20e08", "20000000000e-1")),
+        ("1.5e3 KiB", 1500 << 10),
+        ("10Gi", 10 << 30),
+        ("512Mi", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("1.5Ti", 3 << 39),
+        ("10Ki", 10 << 10),
+        ("7 gi", 7 << 30),
+        ("64k", 64_000),
+        ("64K", 64_000),
+        ("100M", 100_000_000),
+        ("5G", 5_000_000_000),
+        ("2T", 2 * 1000**4),
+        ("10GB", 10_000_000_000),
+        (" 10 GiB ", 10 << 30),
+        ("1.1 GiB", 1181116006),  # of a fraction, whole bytes
+        ("99999999999999999999", 10**20 - 1),
+        (1 << 100, 1 << 100),
     ],
 )
 def test_a_size_is_a_number_or_text_with_a_unit(value: object, size: int):
@@ -44,11 +68,55 @@ def test_a_size_is_a_number_or_text_with_a_unit(value: object, size: int):
 
 
 WRONG_SIZES = [
-    *(True, False, -1, 0, 1.5, 2.0, None, [1], {}, b"1GiB"),
-    *("", " ", "abc", "5 XB", "5 Ki", "5 PiB", "0", "0 GiB", "0.4", "0.0001 KiB", "-1", "-1 GiB", "+1"),
-    *("1e9", "1,5 MB", "1 5", "1..5", ".5 MB", "5. MB", "GiB", "1 GiB extra", "1_000", "0x10", "inf", "nan"),
-    *("9" * 5000, "9" * 400 + ".5 GiB", "9" * 5000 + " TiB"),
+    *(True, False, -1, 0, 1.5, 0.5, -2.0, -0.0, None, [1], {}, b"1GiB"),
+    *(
+        "",
+        " ",
+        "abc",
+        "5 XB",
+        "5 PiB",
+        "5 Kii",
+        "5 iB",
+        "5 i",
+        "100m",
+        "100 m",
+        "1E",
+        "1e",
+        "1E GiB",
+        "0",
+        "0 GiB",
+        "0.4",
+        "0.0001 KiB",
+        "-1",
+        "-1 GiB",
+        "+1",
+    ),
+    *(
+        "1e-1",
+        "1e+",
+        "e9",
+        "1e9.5",
+        "1e100",
+        "1e+100",
+        "1 e9",
+        "1e9e9",
+        "1,5 MB",
+        "1 5",
+        "1..5",
+        ".5 MB",
+        "5. MB",
+        "GiB",
+        "1 GiB extra",
+        "1_000",
+        "0x10",
+        "inf",
+        "nan",
+    ),
+    *(float("nan"), float("inf"), float("-inf"), "infinity", "NaN", "true", "null", "{{ .Values.size }}"),
+    *("\N{ARABIC-INDIC DIGIT THREE}", "\N{FULLWIDTH DIGIT ONE} GiB", "1\N{NO-BREAK SPACE}GiB", "5 \N{KELVIN SIGN}iB"),
+    *("a\0b", "1GiB\0", "\ud800", "1\ud800GiB", "1\n\n2", (1 << 100) + 1, 1e31, "1e31", "10000000000000000000 TiB"),
 ]
+TOO_LONG = ["9" * 5000, "9" * 400 + ".5 GiB", "9" * 5000 + " TiB", 10**400, -(10**400), 10**5000, 1e300, [10**5000]]
 
 
 @pytest.mark.parametrize("value", WRONG_SIZES)
@@ -57,6 +125,23 @@ def test_a_wrong_size_is_refused_by_key_and_value(value: object):
         parse_size("some_key", value)
     assert str(error.value).endswith(f"not {value!r}")
     assert "'64GiB' or '500 MB', and at least 1 byte" in str(error.value)
+
+
+def test_a_value_is_shown_on_one_line_and_shortened():
+    assert shown("x" * 98) == repr("x" * 98)
+    assert shown("x" * 99) == "'" + "x" * 99 + "... (101 characters)"
+    assert shown(10**400) == "1" + "0" * 99 + "... (401 characters)"
+    assert shown(10**5000) == "a value of type int that is too long to be shown"
+    assert shown([10**5000]) == "a value of type list that is too long to be shown"
+    assert shown("a\0b\ud800\n") == r"'a\x00b\ud800\n'"
+    assert shown(np.zeros((2, 1))) == "array([[0.],        [0.]])"
+
+
+def test_a_size_that_is_too_long_is_refused_by_key_and_shortened():
+    for value in TOO_LONG:
+        with pytest.raises(ValueError, match=r"^some_key must be .* and at most 2\^100, not ") as error:
+            parse_size("some_key", value)
+        assert len(str(error.value)) < 350
 
 
 @given(st.integers(1, 10**18), st.sampled_from(sorted(POWERS)), st.sampled_from(["", " ", "  "]), st.booleans())
@@ -71,7 +156,7 @@ def test_a_size_told_to_a_person_reads_back_as_about_itself(size: int):
     assert parse_size("key", format_size(size)) == pytest.approx(size, rel=0.05)
 
 
-@given(st.text(alphabet="0123456789.-+ eEkKmMgGtTiIbBxX_,²٣"))
+@given(st.text(alphabet="0123456789.-+ eEkKmMgGtTiIbBxX_,²٣\0\ud800"))
 def test_any_text_is_a_size_or_a_value_error_that_names_the_key(text: str):
     try:
         assert parse_size("the_key", text) >= 1
@@ -179,7 +264,20 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
         ),
         *(
             ("pool", value, "pool must be 'host' or 'cuda:N' with a device's number N,")
-            for value in ("cpu", "Host", "", None, 0, ["host"], "cuda", "cuda:", "cuda:x", "cuda:-1", "cuda:0 ")
+            for value in (
+                "cpu",
+                "Host",
+                "cuda:\N{ARABIC-INDIC DIGIT THREE}",
+                "",
+                None,
+                0,
+                ["host"],
+                "cuda",
+                "cuda:",
+                "cuda:x",
+                "cuda:-1",
+                "cuda:0 ",
+            )
         ),
         *(
             (key, value, f"{key} must be an integer number of bytes")
@@ -215,9 +313,50 @@ def test_a_wrong_value_is_refused_by_key_and_value(key: str, value: object, mess
     assert str(error.value).endswith(f"not {value!r}")
 
 
+# Whatever JSON or YAML can hold, or a template leaves in it.
+STRANGE = [*WRONG_SIZES, *TOO_LONG, "\udc80", [[]], [10**5000], {"a": {}}, "x" * 100_000, "../..", "\u202e", ":", "a:b"]
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(TierConfig)])
+def test_whatever_a_key_is_set_to_is_taken_or_refused_in_a_sentence(key: str):
+    for value in STRANGE:
+        try:
+            TierConfig.parse({key: value})
+        except ValueError as error:
+            message = str(error)
+            assert message.startswith(f"{key} must be")
+            assert message.isprintable()
+            assert len(message) < 500
+
+
+def test_whatever_a_key_is_called_is_refused_in_a_sentence():
+    for key in STRANGE:
+        if isinstance(key, (list, dict)):
+            continue  # cannot be one
+        with pytest.raises(ValueError, match=r"^unknown key ") as error:
+            TierConfig.parse({key: 1})
+        assert str(error.value).startswith(f"unknown key {shown(key)} in the tier's configuration; the known keys are")
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 500
+
+
+def test_a_trace_path_is_one_that_a_system_takes():
+    assert TierConfig.parse({"trace_path": "\udc80\n é"}).trace_path == "\udc80\n é"  # bytes are what they are
+    for value in ("a\0b", "\0", "\ud800", ""):
+        with pytest.raises(ValueError, match=r"^trace_path must be null or the name of a file, not "):
+            TierConfig.parse({"trace_path": value})
+
+
 def test_a_pool_on_a_gpu_is_not_for_copy_threads():
     with pytest.raises(ValueError, match=r"^pool 'cuda:0' needs engine 'cuda' or 'auto', not 'host'$"):
         TierConfig.parse({"pool": "cuda:0", "engine": "host"})
+
+
+def test_a_policys_module_that_exits_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "exits_at_once.py").write_text("raise SystemExit('no\\nway')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"^eviction_policy must be .*SystemExit: 'no\\nway'.*not 'exits_at_once:A'$"):
+        load_policy("exits_at_once:A")
 
 
 def test_a_policy_is_found_by_its_name():

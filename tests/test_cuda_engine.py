@@ -734,10 +734,12 @@ def test_a_device_that_is_not_there_is_refused_in_words(primary):
         make_store(primary, pool="cuda:99")
 
 
-def test_more_than_the_device_has_is_refused_in_words(primary):
-    words = r"^the tier asks for 1024.0 TiB \(.* bytes\) of device memory, but cuda:0 has .* set bytes_to_use to less$"
+@pytest.mark.parametrize("size", [1 << 50, (1 << 64) + (1 << 20)])
+def test_more_than_the_device_has_is_refused_in_words(primary, size):
+    """Also what is more than the driver's 64 bits, of which the lower ones would ask for 1 MiB."""
+    words = r"^the tier asks for .* TiB \(.* bytes\) of device memory, but cuda:0 has .* set bytes_to_use to less$"
     with pytest.raises(MemoryError, match=words):
-        make_store(primary, pool="cuda:0", bytes_to_use=1 << 50)
+        make_store(primary, pool="cuda:0", bytes_to_use=size)
 
 
 def test_more_than_the_machine_has_is_refused_in_words_and_unpins(primary):

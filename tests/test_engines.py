@@ -12,6 +12,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
+from async_tier import memory
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
@@ -37,7 +38,8 @@ def threads_with(monkeypatch: pytest.MonkeyPatch, root: Path, cpus: int, files: 
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return host.default_threads(root)
+    monkeypatch.setattr(memory, "ROOT", root)
+    return host.default_threads()
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (3, 2), (64, 2)])

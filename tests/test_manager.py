@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
 from async_tier.manager import AsyncSecondaryTierManager
@@ -863,7 +864,7 @@ def test_workers_on_several_nodes_are_refused(primary):
         AsyncSecondaryTierManager(spec, memoryview(primary), "async")
 
 
-@pytest.mark.parametrize(("workers", "gpus", "refused"), [(16, 8, True), (8, 8, False), (9, 8, True), (2, 0, True)])
+@pytest.mark.parametrize(("workers", "gpus", "refused"), [(16, 8, True), (8, 8, False), (9, 8, True)])
 def test_more_workers_than_this_node_has_gpus_are_refused(primary, monkeypatch, workers, gpus, refused):
     # What the spec of vLLM 0.27 and later shows.
     spec = SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers)))
@@ -874,6 +875,27 @@ def test_more_workers_than_this_node_has_gpus_are_refused(primary, monkeypatch, 
             AsyncSecondaryTierManager(spec, memoryview(primary), "async")
     else:
         AsyncSecondaryTierManager(spec, memoryview(primary), "async").shutdown()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+def test_where_workers_are_is_unknown_to_a_process_without_gpus(primary, monkeypatch, caplog, workers):
+    """Ray gives an engine's process none. That is not "several nodes"; but nor is it known to be one."""
+    spec = SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers)))
+    platform = SimpleNamespace(is_cuda_alike=lambda: True, device_count=lambda: 0)
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    AsyncSecondaryTierManager(spec, memoryview(primary), "async").shutdown()
+    assert caplog.text.count("cannot check that all workers are on this node") == 1
+
+
+def test_workers_on_several_nodes_show_in_the_configuration_that_callers_hold(primary, monkeypatch):
+    """vLLM 0.27 and later: the spec does not have it, and here every node has GPUs to spare."""
+    vllm_config = MagicMock(spec=VllmConfig)
+    vllm_config.parallel_config = SimpleNamespace(nnodes=2, nnodes_within_dp=2)
+    spec = SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=8)))
+    platform = SimpleNamespace(is_cuda_alike=lambda: True, device_count=lambda: 8)
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    with pytest.raises(ValueError, match="spread over 2 nodes"):
+        AsyncSecondaryTierManager(spec, memoryview(primary), "async")
 
 
 def test_replicas_on_several_nodes_are_not(primary):
@@ -898,6 +920,9 @@ def test_replicas_on_several_nodes_are_not(primary):
         ({"eviction_policy": "no_such_module:Class"}, "eviction_policy must be .*'no_such_module:Class'"),
         ({"locality": "HERE"}, "locality must be .*'HERE'"),
         ({"custom_param": "x"}, "custom_param must be an integer, not 'x'"),
+        ({"custom_param": "x" * 5000}, r"custom_param must be an integer, not 'x*\.\.\. \(5002 characters\)$"),
+        ({"bytes_to_use": "10Ki", "self": 1}, "unknown key 'self'"),
+        ({"a\0b\ud800": 1}, r"unknown key 'a\\x00b\\ud800'"),
     ],
 )
 def test_r14_a_bad_configuration_fails_in_one_sentence(primary, options, words):

@@ -145,7 +145,9 @@ class Driver:
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of device memory."""
         address = _handle()
-        self._check("cuMemAlloc", self._library.cuMemAlloc_v2(ctypes.byref(address), size))
+        fits = _size(size).value == size  # else ctypes would ask for the part that does
+        code = self._library.cuMemAlloc_v2(ctypes.byref(address), size) if fits else OUT_OF_MEMORY
+        self._check("cuMemAlloc", code)
         return address.value or 0
 
     def free(self, address: int) -> None:

@@ -13,12 +13,12 @@ import multiprocessing
 import os
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from async_tier import _host_copy
-from async_tier.arena import Rows, cgroups
+from async_tier.arena import Rows
+from async_tier.memory import cgroups
 from async_tier.streams.base import CopyEvent
 
 logger = logging.getLogger(__name__)
@@ -140,21 +140,21 @@ class HostEngine:
         self._close()
 
 
-def default_threads(root: Path = Path("/")) -> int:
+def default_threads() -> int:
     """Two copy threads, but one core is left to the scheduler.
 
     Cores are those that the calling thread may run on, or fewer where a CPU quota of the container pays for fewer whole
     ones. A copy thread of class SCHED_BATCH that has to share a core with a busy one waits for a slice of the system's:
     loads of 0.3 ms take 4 to 8 (seen on two cores). One that the quota does not pay for stops the scheduler as well,
-    until the quota's next period. `root`: where /proc and /sys are.
+    until the quota's next period.
     """
-    cores = min([len(os.sched_getaffinity(0)), *_cpu_quotas(root)])
+    cores = min([len(os.sched_getaffinity(0)), *_cpu_quotas()])
     return max(1, min(2, cores - 1))
 
 
-def _cpu_quotas(root: Path) -> Iterator[int]:
+def _cpu_quotas() -> Iterator[int]:
     """The whole cores that each CPU cgroup around this process pays for, where it has a quota."""
-    for group in cgroups(root, "cpu"):
+    for group in cgroups("self", "cpu"):
         for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
             try:
                 quota, period = (int(number) for name in names for number in (group / name).read_text().split())
