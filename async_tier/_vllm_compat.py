@@ -15,12 +15,14 @@ It asks for features, not for version numbers, and gives the rest of the package
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import itertools
 import operator
 import sys
+import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -42,7 +44,7 @@ except ImportError as error:
         "the extra 'vllm' or 'cpu'"
     ) from error
 
-# What `Finished` calls the fields of vLLM's JobResult, of which a version has the first ones.
+# What `Finished` calls the fields of vLLM's JobResult. A version may lack some, and have others between them.
 _RESULT_FIELDS = {
     "job_id": "job_id",
     "success": "success",
@@ -50,15 +52,25 @@ _RESULT_FIELDS = {
     "transfer_time": "seconds",
     "transfer_bytes": "bytes",
 }
-_result_values = operator.attrgetter(
-    *(_RESULT_FIELDS[name] for name in itertools.takewhile(_RESULT_FIELDS.__contains__, JobResult.__dataclass_fields__))
+_result_names = [name for name in JobResult.__dataclass_fields__ if name in _RESULT_FIELDS]
+_result_values = operator.attrgetter(*(_RESULT_FIELDS[name] for name in _result_names))
+# Fields of a later version that must be given: nothing is known of them here.
+_UNKNOWN_FIELDS = dict.fromkeys(
+    name
+    for name, field in JobResult.__dataclass_fields__.items()
+    if name not in _RESULT_FIELDS and field.default is field.default_factory is dataclasses.MISSING
 )
 _Job = vars(vllm_tiering).get("TransferJob") or vars(vllm_tiering)["JobMetadata"]  # that before 0.28
 # The rows of the primary of a job, in the order of its keys.
 row_numbers: Callable[[Any], np.ndarray] = operator.attrgetter(
     "chunk_ids" if "chunk_ids" in _Job.__dataclass_fields__ else "block_ids"
 )
-_BASE_TAKES_DETECTOR = "backpressure_detector" in inspect.signature(SecondaryTierManager.__init__).parameters
+_base_keywords = {
+    name
+    for name, parameter in list(inspect.signature(SecondaryTierManager.__init__).parameters.items())[1:]
+    if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+}
+_BASE_TAKES_DETECTOR = "backpressure_detector" in _base_keywords
 _HAS_POSITIONS = hasattr(ReqContext, "get_offload_key_position")
 
 # The KV group of a key.
@@ -75,12 +87,21 @@ class TierBase(SecondaryTierManager):
         medium = vllm_base.Medium.CPU
 
     def __init__(
-        self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, detector: ResetListener | None
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        detector: Detector | None,
+        **more: Any,
     ) -> None:
-        options: dict[str, Any] = {"backpressure_detector": detector} if _BASE_TAKES_DETECTOR else {}
-        super().__init__(
-            offloading_spec=offloading_spec, primary_kv_view=primary_kv_view, tier_type=tier_type, **options
-        )
+        if _BASE_TAKES_DETECTOR:
+            more["backpressure_detector"] = detector
+        super().__init__(offloading_spec=offloading_spec, primary_kv_view=primary_kv_view, tier_type=tier_type, **more)
+
+
+def bases_own(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that vLLM's base class names in its constructor: they are for it, in a later version."""
+    return {name: value for name, value in options.items() if name in _base_keywords}
 
 
 def locality(name: str | None) -> Any:
@@ -92,7 +113,8 @@ def locality(name: str | None) -> Any:
 
 def job_result(finished: Finished) -> JobResult:
     """vLLM's JobResult, with those of its fields that this version has."""
-    return JobResult(*_result_values(finished))
+    values: dict[str, Any] = {**_UNKNOWN_FIELDS, **dict(zip(_result_names, _result_values(finished), strict=True))}
+    return JobResult(**values)
 
 
 def node_count(offloading_spec: Any) -> int | None:
@@ -208,8 +230,12 @@ class NoPressure:
         pass
 
 
-class ResetListener:
-    """A detector, seen through a wrapper that hears `reset`: vLLM's only word of `reset_cache` beyond a drain.
+class Detector:
+    """vLLM's detector, seen through a wrapper.
+
+    It hears `reset`, which is vLLM's only word of `reset_cache` beyond a drain. And it tells the detector how long the
+    copies of a store took: vLLM measures until it sees the end, which with steps of 100 ms is some 50 ms for a copy of
+    0.2 ms, and would hold back stores of a tier that is idle.
 
     `on_reset` is a method of the tier, which holds this object: kept weakly, so that a tier ends with its last user.
     """
@@ -217,6 +243,18 @@ class ResetListener:
     def __init__(self, detector: Any, on_reset: Callable[[], None]) -> None:
         self.__dict__["_detector"] = detector
         self.__dict__["_on_reset"] = weakref.WeakMethod(on_reset)
+        self.__dict__["_seconds"] = deque()
+
+    def reported(self, seconds: Iterable[float]) -> None:
+        """What the copies of the stores took that the tier is reporting; vLLM calls `update` for them in this order."""
+        self._seconds.clear()
+        self._seconds.extend(seconds)
+
+    def update(self, submit_time: float, num_bytes: int) -> None:
+        """See vLLM's BackpressureDetector.update."""
+        if self._seconds:
+            submit_time = time.monotonic() - self._seconds.popleft()
+        self._detector.update(submit_time, num_bytes)
 
     def reset(self) -> None:
         on_reset = self._on_reset()

@@ -39,7 +39,7 @@ class Finished(NamedTuple):
     success: whether every block arrived, or did not need to.
     loaded_keys: of a load that failed in part, the keys that did arrive; else None.
     bytes: bytes moved. seconds: from the first copy's start to the last one's end.
-    reason: why it failed, in words; None for a success.
+    reason: why it failed, in words; None for a success. kind: "store" or "load".
     """
 
     job_id: int
@@ -48,6 +48,7 @@ class Finished(NamedTuple):
     bytes: int = 0
     seconds: float = 0.0
     reason: str | None = None
+    kind: str = "store"
 
 
 @dataclass(frozen=True)
@@ -529,7 +530,7 @@ class BlockStore:
             self._failed_jobs += 1
             line = str(job)
             self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error)
-        self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason))
+        self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind))
 
     # ------------------------------------------------------------------------------------------------------- details
 

@@ -52,13 +52,16 @@ class AsyncSecondaryTierManager(compat.TierBase):
         tier_type: the name in the configuration.
         custom_param: an int without effect, as in vLLM's reference tier.
         backpressure_detector: vLLM's detector, if one is configured.
-        options: the keys of TierConfig.
+        options: the keys of TierConfig. What a later vLLM's base class takes besides is handed on to it.
 
         Raises ValueError for a bad configuration and for workers on several nodes, MemoryError when the arena cannot
         be had, each in words.
         """
         if isinstance(custom_param, bool) or not isinstance(custom_param, int):
             raise ValueError(f"custom_param must be an integer, not {shown(custom_param)}")
+        for_base = compat.bases_own(options)
+        for name in for_base.keys() - TierConfig.__dataclass_fields__.keys():
+            del options[name]
         self.config = TierConfig.parse(options)
         nodes = compat.node_count(offloading_spec)
         if nodes is None:
@@ -73,8 +76,8 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 "only its own node's part of each block; use one node an engine, or a tier on shared storage"
             )
         detector = compat.NoPressure() if backpressure_detector is None else backpressure_detector
-        listener = compat.ResetListener(detector, self._on_reset)
-        super().__init__(offloading_spec, primary_kv_view, tier_type, listener)
+        self._detector = compat.Detector(detector, self._on_reset)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, self._detector, **for_base)
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
         if self.config.engine == "auto" and self.config.pool == "host" and not compat.has_one_worker(offloading_spec):
@@ -144,6 +147,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
             ended = self._store.poll()
             for finished in ended:
                 self._promises.note_end(finished.job_id, finished.success)
+            self._detector.reported(each.seconds for each in ended if each.kind == "store" and each.success)
             return [compat.job_result(finished) for finished in ended]
         except Exception as error:
             self._store.fault("poll jobs", error)

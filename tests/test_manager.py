@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import operator
 import os
+import subprocess
+import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
+from async_tier import _vllm_compat as compat
 from async_tier.manager import AsyncSecondaryTierManager
 from tests import helpers
 from tests.helpers import (
@@ -625,6 +629,48 @@ class TestDetector:
         assert tier.get_num_blocks() == 0
         tier.shutdown()
 
+    def test_r10_it_is_told_what_the_copies_took_and_not_when_that_was_seen(self, primary, monkeypatch):
+        """vLLM sees an end once a step, and here a step seems to take 1,000 s."""
+        clock, later, told = time.monotonic, [0.0], []
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + later[0])
+        detector = compat.NoPressure()
+        detector.update = lambda submitted, size: told.append((time.monotonic() - submitted, size))
+        world = World(primary_blocks=8, tier_blocks=8, backpressure_detector=detector)
+        for turn in range(3):
+            asks = request(f"request {turn}")
+            world.start(asks, keys(turn, 10 + turn))
+            for name in (turn, 10 + turn):
+                world.offload(asks, keys(name), lambda _: np.zeros(64, dtype=np.uint8))
+            world.tier._store.drain()
+            later[0] += 1000
+            world.step()
+        assert [size for _, size in told] == [64] * 6
+        assert all(0 <= seconds < 1000 for seconds, _ in told), told
+        world.close()
+
+    def test_r10_what_it_is_told_is_the_stores_own_whatever_ends_with_it(self, primary):
+        told = []
+        detector = MagicMock()
+        detector.update = lambda submitted, size: told.append(time.monotonic() - submitted)
+        tier = make_tier(primary, blocks=8, backpressure_detector=detector)
+        tier._detector.reported([100.0])  # of a poll after which nobody told the detector
+        store(tier, 1, keys(0), [0])
+        tier.submit_load(job(2, keys(0), [1], load=True))
+        tier.submit_load(job(3, keys(5), [1], load=True))  # not here
+        tier.submit_store(job(4, keys(1), [40]))  # no such row
+        tier.submit_store(job(5, keys(1), [1]))
+        stores = [result for result in finish(tier).values() if result.success and result.job_id == 5]
+        for seconds in (100.0, 200.0):
+            tier._detector.reported([seconds, 7.0])
+            tier.bp_detector.update(time.monotonic(), 1)
+            assert told.pop() == pytest.approx(seconds, abs=1.0)
+        assert len(stores) == 1
+        tier.bp_detector.update(time.monotonic(), 1)
+        assert told.pop() == pytest.approx(7.0, abs=1.0)
+        tier.bp_detector.update(time.monotonic(), 1)  # nothing is known of it
+        assert told.pop() == pytest.approx(0.0, abs=1.0)
+        tier.shutdown()
+
     def test_r10_without_one_nothing_is_ever_held_back(self, tier):
         detector = tier.bp_detector
         detector.on_store_completed(100.0, 1)
@@ -936,3 +982,66 @@ def test_r14_a_bad_configuration_fails_in_one_sentence(primary, options, words):
 def test_r14_more_memory_than_there_is_is_refused(primary):
     with pytest.raises(MemoryError, match=r"the tier asks for 1024.0 TiB .* set bytes_to_use to less"):
         make_tier(primary, bytes_to_use=1 << 50)
+
+
+# ------------------------------------------------------------------------------------------------ vLLM of tomorrow
+
+TOMORROW = """
+import dataclasses
+from unittest.mock import MagicMock
+import numpy as np
+from vllm.v1.kv_offload.tiering import base
+
+@dataclasses.dataclass
+class JobResult:
+    job_id: int
+    who: str  # new, and must be given
+    success: bool
+    queued_for: float = 0.0  # new
+    successful_keys: object = None
+    transfer_time: float | None = None
+    reasons: list = dataclasses.field(default_factory=list)  # new
+    transfer_bytes: int | None = None
+
+init = base.SecondaryTierManager.__init__
+def new_init(
+    self, offloading_spec, primary_kv_view, tier_type, backpressure_detector=None, locality=None, *, pool_id=0
+):
+    more = {"backpressure_detector": backpressure_detector} if HAS_DETECTOR else {}
+    init(self, offloading_spec, primary_kv_view, tier_type, **more)
+    self.pool_id, self.base_locality = pool_id, locality
+
+HAS_DETECTOR = "backpressure_detector" in init.__code__.co_varnames
+base.JobResult, base.SecondaryTierManager.__init__ = JobResult, new_init
+
+from async_tier.manager import AsyncSecondaryTierManager
+primary = np.zeros((4, 64), dtype=np.uint8)
+options = {"pool_id": 7, "locality": "LOCAL", "bytes_to_use": 256}
+tier = AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **options)
+assert (tier.pool_id, tier.base_locality, tier.config.locality) == (7, "LOCAL", "LOCAL")
+from tests.helpers import finish, job, keys
+tier.submit_store(job(1, keys(0), [0]))
+tier.submit_load(job(2, keys(9), [0], load=True))
+results = finish(tier)
+assert results[1] == JobResult(1, None, True, 0.0, None, results[1].transfer_time, [], 64), results
+assert results[1].transfer_time > 0 and not results[2].success
+try:
+    AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", pool_idd=7)
+except ValueError as error:
+    print(error)
+tier.shutdown()
+"""
+
+
+@pytest.mark.host_only
+@pytest.mark.starts_process
+def test_a_later_vllm_may_have_more_fields_and_keywords():
+    """Fields between those of today, one that must be given, and what its factory passes on to its base class."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", TOMORROW], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "unknown key 'pool_idd'" in ran.stdout
+
+
+def test_the_tier_has_every_method_that_vllm_asks_of_one():
+    """Fails with the names of what a later vLLM has added."""
+    assert sorted(AsyncSecondaryTierManager.__abstractmethods__) == []
