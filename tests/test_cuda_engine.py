@@ -504,6 +504,24 @@ def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, 
     assert not registration._left & set(registration._users)
 
 
+@each_pool
+def test_what_a_tier_has_pinned_is_not_used_where_other_memory_is_by_now(primary, pool, caplog):
+    """Its copies would go to pages that nobody sees any more: wrong bytes, all reported as right."""
+    forgotten = make_store(primary, pool=pool)
+    map_anew(primary)
+    primary[:] = primary_rows(128, ROW_BYTES, seed=3)
+    later = make_store(primary, pool=pool)
+    assert later.statistics().engine == "host"
+    assert "a tier that was not shut down has memory pinned at these addresses" in caplog.text
+    assert_round_trip(later, primary)
+    forgotten.close()
+    again = make_store(primary, pool=pool)
+    assert again.statistics().engine == "cuda"
+    assert_round_trip(again, primary)
+    again.close()
+    assert not registration._mappings
+
+
 @emulated
 def test_what_is_unpinned_late_may_be_used_again(primary, monkeypatch):
     gate = threading.Event()

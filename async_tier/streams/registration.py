@@ -23,6 +23,8 @@ Range = tuple[int, int]  # address of the first byte, address after the last one
 
 # What registrations of this process have pinned, with the number of them that use it: two tiers may be on one primary.
 _users: dict[Range, int] = {}
+# What was mapped there then.
+_mappings: dict[Range, str] = {}
 # What was not given back. The driver knows pages, not addresses: if others are mapped there by now, it says "already
 # registered", and copies go to the old ones.
 _left: set[Range] = set()
@@ -100,9 +102,14 @@ class Registration:
                 if self._is_new or _overlapping(_left, start, end):
                     raise RuntimeError("a tier that ended badly has left memory pinned at these addresses") from error
                 used = _overlapping(_users, start, end)
+                if any(_mappings[each] != _mapping(each[0]) for each in used):
+                    raise RuntimeError(
+                        "a tier that was not shut down has memory pinned at these addresses, where there is other by now"
+                    ) from error
             else:
                 _left.difference_update(_overlapping(_left, start, end))
                 used = [(start, end)]
+                _mappings[start, end] = _mapping(start)
             for each in used:
                 _users[each] = _users.get(each, 0) + 1
             self._used.extend(used)
@@ -132,7 +139,7 @@ class Registration:
             _users[each] -= 1
             return
         self._driver.unregister(each[0])
-        del _users[each]
+        del _users[each], _mappings[each]
         _left.discard(each)  # of an end that was given up, and came late
 
     def give_up(self) -> bool:
@@ -157,6 +164,20 @@ def _locked() -> Iterator[None]:
         yield
     finally:
         _lock.release()
+
+
+def _mapping(address: int) -> str:
+    """Which memory is at an address: the file or shared memory behind it, and the place in that.
+
+    A primary is shared memory, of which each has a number of its own. The process's own memory all looks alike.
+    """
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            first, last = (int(number, 16) for number in line.split(maxsplit=1)[0].split("-"))
+            if first <= address < last:
+                _, _, offset, device, inode = line.split(maxsplit=5)[:5]
+                return f"{device} {inode} {int(offset, 16) + address - first if inode != '0' else 0}"
+    return ""
 
 
 def _overlapping(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
