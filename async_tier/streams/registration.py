@@ -104,7 +104,7 @@ class Registration:
                 used = _overlapping(_users, start, end)
                 if any(_mappings[each] != _mapping(each[0]) for each in used):
                     raise RuntimeError(
-                        "a tier that was not shut down has memory pinned at these addresses, where there is other by now"
+                        "a tier that was not shut down has pinned other memory that was at these addresses"
                     ) from error
             else:
                 _left.difference_update(_overlapping(_left, start, end))
