@@ -1045,3 +1045,74 @@ def test_a_later_vllm_may_have_more_fields_and_keywords():
 def test_the_tier_has_every_method_that_vllm_asks_of_one():
     """Fails with the names of what a later vLLM has added."""
     assert sorted(AsyncSecondaryTierManager.__abstractmethods__) == []
+
+
+# -------------------------------------------------------------------------------------------------- what the log says
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_failed_job_has_a_line_with_its_request_and_why(tier, primary, caplog):
+    store(tier, 1, keys(0), [0])
+    assert said(caplog) == []
+    assert not load(tier, 2, keys(0, 8, 9), [1, 2, 3]).success
+    assert said(caplog) == [
+        "Job 2 (load, request 'request of job 2', 3 blocks) failed: 2 of its blocks are not in the tier"
+    ]
+    caplog.clear()
+    assert not store(tier, 3, keys(1), [primary.shape[0]]).success
+    assert said(caplog) == [
+        "Job 3 (store, request 'request of job 3', 1 block) failed: a row number is not from 0 to 31"
+    ]
+    caplog.clear()
+    tier._store._index.reserve = MagicMock(side_effect=OSError("out of luck"))
+    assert not store(tier, 4, keys(1), [1]).success
+    (line,) = said(caplog)
+    assert line == "Job 4 (store, request 'request of job 4', 1 block) failed: OSError: out of luck"
+    assert "Traceback" in caplog.text
+    del tier._store._index.reserve
+
+
+@pytest.mark.parametrize("is_load", [False, True])
+def test_copies_that_fail_have_a_line_too(tier, is_load, caplog):
+    store(tier, 1, keys(0), [0])
+    stream = FailingStream(refuses=False)
+    tier._store._store_stream = tier._store._load_stream = stream
+    result = load(tier, 2, keys(0), [1]) if is_load else store(tier, 2, keys(1), [1])
+    assert not result.success
+    (line,) = said(caplog)
+    assert line.startswith(f"Job 2 ({'load' if is_load else 'store'}, request 'request of job 2', 1 block) failed: ")
+
+
+def test_a_job_that_is_cut_off_says_so(primary, caplog):
+    tier = make_tier(primary, blocks=4)
+    tier._store._store_stream.hold()
+    for number in range(3):
+        tier.submit_store(job(number, keys(number), [number]))
+    returns(lambda: tier.shutdown() or True)
+    first, last = said(caplog)
+    assert first.startswith("Job 0 (store, request 'request of job 0', 1 block) failed: ")
+    assert last.startswith("Job 2 ")
+    assert last.endswith(" (and 1 more like it since the last such line)")
+
+
+@pytest.mark.parametrize("method", ["lookup", "end_step", "touch", "submit_load"])
+def test_a_fault_that_goes_on_does_not_fill_the_log(tier, method, caplog):
+    real = getattr(tier._store, method)
+    setattr(tier._store, method, MagicMock(side_effect=OSError("out of luck")))
+    for number in range(100):
+        tier.lookup(key(0), request("r"))
+        tier.touch(keys(0), request("r"))
+        tier.submit_load(job(number, keys(0), [0], load=True))
+        end_step(tier)
+        tier._store.poll()
+    setattr(tier._store, method, real)
+    assert tier.statistics().faults == 100
+    lines = [line for line in said(caplog) if "out of luck" in line]
+    assert 1 <= len(lines) <= 1 + PATIENCE_S, "one a second at most"
+    assert caplog.text.count("Traceback") == 1
+    caplog.clear()
+    tier.shutdown()
+    assert [line for line in said(caplog) if "more like it since the last such line" in line], "the rest was counted"

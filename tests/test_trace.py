@@ -342,3 +342,26 @@ def test_of_steps_without_results_the_last_few_are_kept(path):
         tier.get_stats()
     tier.shutdown()
     assert len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) == trace.TierTrace._MAX_STEPS
+
+
+def test_the_trace_says_what_became_of_each_job(primary, tmp_path):
+    path = tmp_path / "trace.json"
+    tier = make_tier(primary, blocks=8, trace_path=str(path))
+    helpers.store(tier, 1, keys(0, 1), [0, 1])
+    helpers.load(tier, 2, keys(0, 9), [2, 3])  # one is missing
+    helpers.load(tier, 3, keys(8), [2])
+    helpers.store(tier, 4, keys(2), [0, 1])  # never queued
+    helpers.store(tier, 5, keys(0), [0])  # nothing to copy
+    tier.shutdown()
+    outcomes = {
+        event["args"]["job"]: event["args"]["outcome"]
+        for lane in ("store queued", "load queued")
+        for event in events(path, lane)
+        if event["ph"] == "b"
+    }
+    assert outcomes == {
+        1: "success",
+        2: "1 of its blocks is not in the tier",
+        3: "1 of its blocks is not in the tier",
+        4: "1 keys but 2 row numbers",
+    }
