@@ -344,9 +344,8 @@ def test_of_steps_without_results_the_last_few_are_kept(path):
     assert len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) == trace.TierTrace._MAX_STEPS
 
 
-def test_the_trace_says_what_became_of_each_job(primary, tmp_path):
-    path = tmp_path / "trace.json"
-    tier = make_tier(primary, blocks=8, trace_path=str(path))
+def test_the_trace_says_what_became_of_each_job(path):
+    tier = make_tier(primary_rows(32, ROW_BYTES), blocks=8, trace_path=str(path))
     helpers.store(tier, 1, keys(0, 1), [0, 1])
     helpers.load(tier, 2, keys(0, 9), [2, 3])  # one is missing
     helpers.load(tier, 3, keys(8), [2])
