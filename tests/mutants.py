@@ -38,6 +38,7 @@ RESETS = ("test_manager.py", "test_oracle.py")
 ASYNCIO = ("test_aio.py",)
 ALONE = ("test_block_store.py",)
 TRACE = ("test_trace.py", "test_timeline.py")
+FAULTS = ("test_faults.py",)
 READER = ("test_traces.py",)
 MEMORY = ("test_arena.py", "test_memory.py", "test_manager.py")
 CLAIMS = ("test_memory.py",)
@@ -71,7 +72,7 @@ MUTANTS = [
     Mutant(
         "R2 a job without copies is reported",
         "block_store.py",
-        "        if not new:\n            self._finish(job_id, success=True)",
+        "        if not new:\n            self._finish(job)",
         "        if not new:",
     ),
     Mutant(
@@ -83,7 +84,7 @@ MUTANTS = [
     Mutant(
         "R2 a job whose end meets an error is reported",
         "block_store.py",
-        '                self.fail(job.job_id, "end a job", error, job.keys)',
+        "                self._index.drop(job.keys)\n                self._fault(job, error)",
         "                raise",
     ),
     Mutant(
@@ -95,20 +96,20 @@ MUTANTS = [
     Mutant(
         "R3 a store's fault does not get out",
         "manager.py",
-        'self._store.fail(job_metadata.job_id, "store blocks", error)',
+        'self._fail(job_metadata, "store", error)',
         "raise",
     ),
     Mutant(
         "R3 a load's fault does not get out",
         "manager.py",
-        'self._store.fail(job_metadata.job_id, "load blocks", error, job_metadata.keys)',
+        'self._fail(job_metadata, "load", error)',
         "raise",
     ),
     Mutant(
         "R3 a refused copy gives its rows back",
         "block_store.py",
-        "            self._index.drop_filling(new, arena_rows)\n            self.fail(",
-        "            self.fail(",
+        "            self._index.drop_filling(new, arena_rows)\n            self._fault(",
+        "            self._fault(",
     ),
     Mutant(
         "R3 rows out of range fail",
@@ -128,9 +129,8 @@ MUTANTS = [
     Mutant(
         "R4 a load that cannot be gone forgets its keys",
         "block_store.py",
-        "            self._index.drop(keys)\n            self._finish(job_id, success=False)\n            return\n"
-        "        arena_rows",
-        "            self._finish(job_id, success=False)\n            return\n        arena_rows",
+        "            self._index.drop(keys)\n            self._refuse(",
+        "            self._refuse(",
     ),
     Mutant(
         "R4 a load whose copy failed forgets its keys",
@@ -141,8 +141,8 @@ MUTANTS = [
     Mutant(
         "R4 a load that was refused forgets its keys",
         "block_store.py",
-        'self.fail(job_id, "queue a load", error, keys)',
-        'self.fail(job_id, "queue a load", error)',
+        "            self._index.drop(keys)\n            self._fault(",
+        "            self._fault(",
     ),
     Mutant(
         "R5 a hit is pinned",
@@ -307,7 +307,7 @@ MUTANTS = [
     Mutant("R15 who is over holds nobody up", "manager.py", "            self._promises.finish(req_context.req_id)\n            self._store.finish_sequence", "            self._store.finish_sequence", PROMISES),
     Mutant("R15 who was scheduled is told", "manager.py", "end_step(context.new_req_ids, context", "end_step((), context", PROMISES),
     Mutant("R15 who was preempted is told", "manager.py", "context.new_req_ids, context.preempted_req_ids", "context.new_req_ids", PROMISES),
-    Mutant("R15 loads are told", "manager.py", "            self._promises.note_load(job_metadata.job_id, job_metadata.req_context.req_id, job_metadata.keys)\n", "", PROMISES),
+    Mutant("R15 loads are told", "manager.py", "            self._promises.note_load(job_metadata.job_id, request, job_metadata.keys)\n", "", PROMISES),
     Mutant("R15 the log warns", "manager.py", "        if step_blocks > primary:", "        if False:", PROMISES),
     Mutant("R15 of what vLLM hides", "_vllm_compat.py", "            return config\n", "            return None\n", PROMISES),
     Mutant("R14 unknown keys are refused", "config.py", "            if key not in known:", "            if False:"),
@@ -455,9 +455,9 @@ MUTANTS = [
     Mutant("asyncio: a drain does not wait for later jobs", "aio.py", "self._drains[0][0] < oldest", "oldest == math.inf", ASYNCIO),
     Mutant("asyncio: a drain waits for earlier jobs", "aio.py", "        oldest = next(iter(self._open), math.inf)", "        oldest = math.inf", ASYNCIO),
     Mutant("asyncio: a drain may be cancelled", "aio.py", "            if not drained.done():  # its await was cancelled\n                drained.set_result(None)", "            drained.set_result(None)", ASYNCIO),
-    Mutant("asyncio: a load waits for stores of its keys", "aio.py", "submit_load(job, keys, numbers), after=keys)", "submit_load(job, keys, numbers))", ASYNCIO),
+    Mutant("asyncio: a load waits for stores of its keys", "aio.py", "self._run(job, submit, after=keys)", "self._run(job, submit)", ASYNCIO),
     Mutant("asyncio: a load waits for every store of its keys", "aio.py", "            self._storing.setdefault(key, []).append(self._jobs)", "            self._storing[key] = [self._jobs]", ASYNCIO),
-    Mutant("asyncio: a load that waits is a job already", "aio.py", "        job = self._begin()\n        end = await self._run(job, lambda: self._store.submit_load", "        job = -id(keys)\n        end = await self._run(job, lambda: self._store.submit_load", ASYNCIO),
+    Mutant("asyncio: a load that waits is a job already", "aio.py", "        job = self._begin()\n        here", "        job = -id(keys)\n        here", ASYNCIO),
     Mutant("asyncio: a withdrawn load is a job no more", "aio.py", "        except BaseException:\n            self._end(job)\n            raise", "        except BaseException:\n            raise", ASYNCIO),
     Mutant("asyncio: a load hears of an error while it waits", "aio.py", "                    end.result()  # raises", "                    pass  # raises", ASYNCIO),
     Mutant("asyncio: rows are checked", "aio.py", "if len(wrong):", "if False:", ASYNCIO),
@@ -467,6 +467,25 @@ MUTANTS = [
     Mutant("asyncio: nothing is left of a store that nobody closed", "aio.py", "    finally:\n        os.close(eventfd)\n    warnings", "    finally:\n        pass\n    warnings", ASYNCIO),
     Mutant("asyncio: a store that was closed does not warn", "aio.py", "        self._abandoned.detach()\n", "", ASYNCIO),
     Mutant("asyncio: a store that was not closed copies no more", "aio.py", "        store.signal(-1)\n        store.close()\n    finally", "        store.signal(-1)\n    finally", ASYNCIO),
+    Mutant("log: a job's line has its request", "block_store.py", "request = \"\" if self.sequence is None else", "request = \"\" if True else"),
+    Mutant("log: a load's line has its request", "manager.py", "compat.row_numbers(job_metadata), request)", "compat.row_numbers(job_metadata))"),
+    Mutant("log: a failed job has a line", "block_store.py", "            self._log.report(job.kind,", "            (lambda *_: 0)(job.kind,"),
+    Mutant("log: what is counted is said at the end", "block_store.py", "        self._log.flush(now=True)\n", ""),
+    Mutant("log: the first time with a traceback", "faults.py", "exc_info=error", "exc_info=None", FAULTS),
+    Mutant("log: a line a second of a kind", "faults.py", "at - kind.said_at < INTERVAL_S and not now", "False", FAULTS),
+    Mutant("log: later ones are counted", "faults.py", "            kind.held += 1\n", "            kind.held = 1\n", FAULTS),
+    Mutant("log: another error is another kind", "faults.py", "None if error is None else type(error)", "None", FAULTS),
+    Mutant("log: what is held back is said later", "faults.py", "            self.is_holding = True\n", "", FAULTS),
+    Mutant("trace: it says why a job failed", "trace.py", "\"outcome\": reason or \"success\"", "\"outcome\": \"success\"", TRACE),
+    Mutant("trace: jobs that were never queued are in it", "block_store.py", "            elif reason is not None:\n", "            elif False:\n", TRACE),
+    Mutant("R10 a detector is told the copies' time", "_vllm_compat.py", "            submit_time = time.monotonic() - self._seconds.popleft()\n", "            self._seconds.popleft()\n"),
+    Mutant("R10 a detector is told of stores alone", "manager.py", " if each.kind == \"store\" and each.success)", ")"),
+    Mutant("R10 times of an earlier poll are void", "_vllm_compat.py", "        self._seconds.clear()\n", ""),
+    Mutant("a later vLLM's keywords are for its base class", "manager.py", "for_base = compat.bases_own(options)", "for_base = {}"),
+    Mutant("but ours are ours as well", "manager.py", "for_base.keys() - TierConfig.__dataclass_fields__.keys()", "for_base.keys()"),
+    Mutant("a later vLLM's results may need more", "_vllm_compat.py", "{**_UNKNOWN_FIELDS, **", "{**"),
+    Mutant("asyncio: what is missing is no failure", "aio.py", " if self._store.has(key)]", "]", ASYNCIO),
+    Mutant("asyncio: an error says why", "aio.py", "blocks failed: {end.reason}", "blocks failed", ASYNCIO),
     Mutant("trace: nothing given is lost", "trace.py", '            while self._events and not self._is_over:\n                # `default`: numpy\'s integers are none to json.\n                self._written += self._file.write(",\\n" + json.dumps(self._events.popleft(), default=int))', '            events, self._events = self._events, deque()\n            while events and not self._is_over:\n                self._written += self._file.write(",\\n" + json.dumps(events.popleft(), default=int))', TRACE),
     Mutant("trace: bounded", "trace.py", "                if self._written > MAX_BYTES:", "                if False:", TRACE),
     Mutant("trace: the clock of torch's profiler", "trace.py", "_TRIMESTER_S = 3 * 2_629_746", "_TRIMESTER_S = 3 * 2_629_743", TRACE),
@@ -491,7 +510,7 @@ MUTANTS = [
     Mutant("timeline: a damaged trace, in words", "timeline.py", "except (AttributeError, KeyError, TypeError) as error:", "except ZeroDivisionError as error:", TRACE),
     Mutant("timeline: a picture that cannot be, in words", "timeline.py", "except (OSError, ValueError) as error:\n            parser.error(f\"{options.output}", "except ZeroDivisionError as error:\n            parser.error(f\"{options.output}", TRACE),
     Mutant("trace: a failing trace loses no job", "block_store.py", "        except Exception as error:  # a job must not be lost for its picture", "        except OSError as error:", TRACE),
-    Mutant("trace: a failing trace loses no end", "block_store.py", "            except Exception as error:  # nor must its end", "            except OSError as error:", TRACE),
+    Mutant("trace: a failing trace loses no end", "block_store.py", "        except Exception as error:  # nor must its end", "        except OSError as error:", TRACE),
     Mutant("arena: kept memory stays mapped", "arena.py", "        self._release.detach()\n", "", MEMORY),
     Mutant("R1 population by the huge page", "_host_copy.c", "populate_piece(segment->dst + off, size);", "populate_piece(segment->dst, segment->size);", ENGINE),
     Mutant("R7 population comes last", "streams/host.py", "_POPULATION = 2", "_POPULATION = 0", ENGINE),
