@@ -160,7 +160,7 @@ class BlockStore:
                 raise
             raise ValueError(
                 f"eviction_policy must be one that can be made ({type(error).__name__}: {shown(str(error))}), not "
-                f"{config.eviction_policy!r}"
+                f"{shown(config.eviction_policy)}"
             ) from error
         self._index.usable = arena.ready
         self._load_stream: CopyStream = self._engine.load_stream

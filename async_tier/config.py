@@ -27,7 +27,7 @@ _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {_prefix: 1000**_power, f"{_prefix}b": 1000**_power}
     _UNITS |= {f"{_prefix}i": 1024**_power, f"{_prefix}ib": 1024**_power}
-_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?(?:[eE][+-]?\d{1,2})?)\s*([A-Za-z]*)\s*", re.ASCII)
 _SIZE_HELP = (
     "an integer number of bytes or text with a unit, such as 68719476736, '64Gi', '64GiB' or '500 MB', and at least "
     "1 byte and at most 2^100"

@@ -86,7 +86,7 @@ MUTANTS_CUDA = [
     Mutant("the trace ends whatever else does", "block_store.py", "            ends.callback(writer.close)\n        ends.callback(arena.close)\n        ends.callback(engine.close)", "            ends.callback(lambda: None)\n        ends.callback(arena.close)\n        ends.callback(engine.close)", CUDA),
     Mutant("what was queued and not sent has failed", _CUDA, "            job.failed = True\n            job.done = job.pieces_in_flight == 0", "            job.done = job.pieces_in_flight == 0", CUDA),
     Mutant("device memory is freed", _CUDA, "        self._memory.append(address)\n", "", CUDA),
-    Mutant("no more is asked for than can be told", _DRIVER, "        fits = _size(size).value == size", "        fits = True", CUDA),
+    Mutant("no more is asked for than can be told", _DRIVER, "        fits = _size(size).value == size", "        fits = True", ("test_cuda_engine.py",)),
     Mutant("streams are destroyed", _CUDA, "        self._streams.append(handle)\n", "", CUDA),
     Mutant("the arena on the device is the engine's to free", "cuda_arena.py", "address = engine.allocate(size)", "address = engine.driver.allocate(size)", CUDA),
     Mutant("the primary is registered", "engines.py", "        registration.register_all()\n", "", CUDA),
