@@ -644,6 +644,7 @@ class TestDetector:
             world.tier._store.drain()
             later[0] += 1000
             world.step()
+        world.step()
         assert [size for _, size in told] == [64] * 6
         assert all(0 <= seconds < 1000 for seconds, _ in told), told
         world.close()
