@@ -23,10 +23,53 @@ def test_it_checks_the_facts_and_marks_what_means_nothing(tmp_path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "EMULATED: the figures below mean nothing" in ran.stdout
     report = json.loads(output.read_text())
-    assert report["emulated"]
-    assert all(fact["as_expected"] for fact in report["facts"].values())
-    for pool in ("pool host", "pool cuda:0"):
-        assert min(report[pool]["of_raw"].values()) > 0
+    assert report.pop("emulated")
+    assert {part["verdict"] for part in report.values()} == {"ok"}
+    assert list(report)[:3] == ["wrong blocks, pool host", "wrong blocks, pool cuda:0", "machine"], "bytes come first"
+    for pool in ("host", "cuda:0"):
+        assert min(report[f"pool {pool}: rates, GB/s"]["seen"].values()) > 0
+
+
+@pytest.mark.emulated
+def test_what_fails_or_lacks_something_does_not_end_the_rest():
+    from benchmarks.gpu_check import NotRunError, Report
+
+    def lacks() -> None:
+        raise NotRunError("there is no vllm")
+
+    report = Report()
+    report.ask("lacks something", lacks)
+    assert report.good
+    report.ask("fails", lambda: 1 / 0)
+    assert not report.good
+    report.ask("is right", lambda: {"rate": 1.0})
+    verdicts = {name: (part["verdict"], part["seen"]) for name, part in report.content.items()}
+    assert verdicts == {
+        "lacks something": ("not run", "there is no vllm"),
+        "fails": ("FAILED", "ZeroDivisionError: division by zero"),
+        "is right": ("ok", {"rate": 1.0}),
+    }
+
+
+@pytest.mark.emulated
+def test_blocks_that_come_back_wrong_are_counted(monkeypatch):
+    """Copies that are said to have ended before they have."""
+    from async_tier.streams import cuda
+    from benchmarks import gpu_bytes
+
+    monkeypatch.setattr(cuda.torch.cuda.Event, "query", lambda event: True)
+    monkeypatch.setattr(gpu_bytes, "EMULATED", True)
+    monkeypatch.setattr(gpu_bytes, "ROW_BYTES", [4096])
+    (said,) = gpu_bytes.wrong_blocks("host").values()
+    assert not said.startswith("0 of ")
+
+
+@pytest.mark.emulated
+def test_it_imports_neither_vllm_nor_pytest():
+    imports = "import sys; sys.modules.update(vllm=None, pytest=None, hypothesis=None)\n"
+    environment = {**os.environ, "ASYNC_TIER_CUDA": "emulated"}
+    command = [sys.executable, "-W", "ignore", "-c", f"{imports}import benchmarks.gpu_check"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def test_every_fact_of_the_emulators_readme_is_asked_or_said_not_to_be():
