@@ -14,7 +14,6 @@ pytestmark = pytest.mark.end_to_end
 
 def test_vllm_serves_documents_back_from_the_tier(tmp_path):
     model = smollm2(demo.BUILD / "SmolLM2-135M-Instruct")
-    before = set(os.listdir("/dev/shm"))
     report = demo.run(model, count=4, tokens=600, tier="async", output=tmp_path / "demo.json")
     assert demo.failures(report) == []
     # All of the first question's full blocks come back for the second.
@@ -22,4 +21,5 @@ def test_vllm_serves_documents_back_from_the_tier(tmp_path):
     assert report["stored_blocks"] >= report["promoted_blocks"]
     assert report["hit_ratio"] > 0.5
     assert report["hidden_share_two_at_a_time"]["loads"] is not None
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("vllm_offload")}
+    # The servers of this process have its number in their names.
+    assert not [name for name in os.listdir("/dev/shm") if f"-{os.getpid()}-" in name]
