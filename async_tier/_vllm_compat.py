@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -162,11 +163,12 @@ def partial_chunks(offloading_spec: Any) -> str | None:
         # Layers that differ in size have a spec each.
         for layer in getattr(spec, "kv_cache_specs", {"": spec}).values():
             if not isinstance(layer, FullAttentionSpec):
-                kinds.add(type(layer).__name__)
+                words = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(layer).__name__.removesuffix("Spec"))
+                kinds.add(words.lower())  # "sliding window", "mamba"
     if not kinds:
         return None
     return (
-        f"blocks_per_chunk must be 1, not {factor} (block_size: the KV cache's own), with the KV groups of this model "
+        f"blocks_per_chunk must be 1, not {factor} (block_size: the KV cache's own), with this model's KV groups "
         f"({', '.join(sorted(kinds))}): vLLM stores a chunk of which it has freed blocks, and loads it as a whole"
     )
 

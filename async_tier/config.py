@@ -124,7 +124,7 @@ class TierConfig:
                     raise ValueError(
                         f"{key!r} is no key of a tier and belongs beside secondary_tiers, in kv_connector_extra_config"
                     )
-                near = nearest_key(key, known)
+                near = nearest_key(key, [*known, "custom_param"])
                 raise ValueError(
                     f"unknown key {key!r} in the tier's configuration; "
                     + (f"did you mean {near!r}? " if near else "")

@@ -395,7 +395,7 @@ MUTANTS = [
     Mutant("the primary's file: a forked child", "primary_file.py", "if os.getpid() != self._pid:", "if False:", BACKEND),
     Mutant("the primary's file: a link to nothing", "primary_file.py", "return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)\n                return None", "return os.open(self.path, os.O_RDWR)\n                return None", BACKEND),
     Mutant("a spec's key in a tier", "config.py", "                if key in SPEC_KEYS:", "                if False:", BACKEND),
-    Mutant("a tier's misspelt key", "config.py", "near = nearest_key(key, known)", "near = None", BACKEND),
+    Mutant("a tier's misspelt key", "config.py", "near = nearest_key(key, [*known, \"custom_param\"])", "near = None", BACKEND),
     Mutant("C: the end of a job is signalled", "_host_copy.c", "    if (core->signal >= 0 && !job->populates) {", "    if (0) {", ENGINE),
     Mutant("C: the signal comes after the end", "_host_copy.c", "    atomic_store_explicit(&job->state, job->cancelled ? JOB_CANCELLED : JOB_DONE, memory_order_release);\n    if (queue->running", "    if (core->signal >= 0) write(core->signal, &(uint64_t){1}, 8), usleep(2000);\n    atomic_store_explicit(&job->state, job->cancelled ? JOB_CANCELLED : JOB_DONE, memory_order_release);\n    if (queue->running", ENGINE),
     Mutant("asyncio: cancelling an await loses no job", "aio.py", "return await asyncio.shield(ended)", "return await ended", ASYNCIO),
