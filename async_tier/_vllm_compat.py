@@ -18,13 +18,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import re
 import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +37,7 @@ try:
     import vllm.v1.kv_offload.base as vllm_base
     import vllm.v1.kv_offload.tiering.base as vllm_tiering
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
     from vllm.v1.kv_offload.base import ReqContext
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 except ImportError as error:
@@ -43,6 +45,8 @@ except ImportError as error:
         "async-tier needs a vLLM with KV-offload tiering (vllm.v1.kv_offload.tiering), version 0.25 or later; install "
         "the extra 'vllm' or 'cpu'"
     ) from error
+
+Config = TypeVar("Config")
 
 # What `Finished` calls the fields of vLLM's JobResult. A version may lack some, and have others between them.
 _RESULT_FIELDS = {
@@ -124,7 +128,7 @@ def node_count(offloading_spec: Any) -> int | None:
     some are elsewhere. (Workers on a part of each node's GPUs do not show.) Nothing can be said where the engine's
     process sees no GPU, as Ray has it.
     """
-    config = getattr(offloading_spec, "vllm_config", None) or _callers_config()
+    config = getattr(offloading_spec, "vllm_config", None) or _vllms(VllmConfig, "vllm_config", offloading_spec)
     parallel = getattr(config, "parallel_config", None)
     for name in ("nnodes_within_dp", "nnodes"):
         nodes = getattr(parallel, name, None)
@@ -160,25 +164,50 @@ def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
 
 def tokens_per_step(offloading_spec: Any) -> int | None:
     """vLLM's `max_num_batched_tokens`; None if that cannot be known."""
-    config = getattr(offloading_spec, "vllm_config", None)
-    if not isinstance(config, VllmConfig):
-        config = _callers_config()
-    return config.scheduler_config.max_num_batched_tokens if config is not None else None
+    config = _vllms(VllmConfig, "vllm_config", offloading_spec)
+    return None if config is None else config.scheduler_config.max_num_batched_tokens
 
 
-def _callers_config() -> VllmConfig | None:
-    """vLLM's configuration, from 0.27 on; None if no caller has it.
+def partial_chunks(offloading_spec: Any) -> str | None:
+    """A sentence if vLLM serves wrong KV, because it takes parts of chunks for wholes; None as far as nothing shows.
+
+    It frees blocks of such groups while the request runs, stores a chunk when its last block is there, and loads it
+    whole. Seen with vLLM 0.32 and sliding windows, alone and beside full attention.
+    """
+    # The latter up to 0.26.
+    factor = getattr(offloading_spec, "blocks_per_chunk", getattr(offloading_spec, "block_size_factor", None))
+    config = _vllms(KVCacheConfig, "kv_cache_config", offloading_spec)
+    if config is None or not isinstance(factor, int) or factor == 1:
+        return None
+    kinds = set()
+    offloaded = getattr(config, "prefix_cacheable_group_ids", range(len(config.kv_cache_groups)))
+    for group in offloaded:
+        spec = config.kv_cache_groups[group].kv_cache_spec
+        # Layers that differ in size have a spec each.
+        for layer in getattr(spec, "kv_cache_specs", {"": spec}).values():
+            if not isinstance(layer, FullAttentionSpec):
+                words = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(layer).__name__.removesuffix("Spec"))
+                kinds.add(words.lower())  # "sliding window", "mamba"
+    if not kinds:
+        return None
+    return (
+        f"blocks_per_chunk must be 1, not {factor} (block_size: the KV cache's own), with this model's KV groups "
+        f"({', '.join(sorted(kinds))}): vLLM stores a chunk of which it has freed blocks, and loads it as a whole"
+    )
+
+
+def _vllms(kind: type[Config], name: str, offloading_spec: Any) -> Config | None:
+    """vLLM's configuration called `name`; None if it cannot be had.
 
     Up to 0.26 the spec has it. Later ones hide it from tiers, whose constructors run below that of the connector, which
     was given it: it is among what these callers hold.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        config = frame.f_locals.get("vllm_config")
-        if isinstance(config, VllmConfig):
-            return config
+    config = getattr(offloading_spec, name, None)
+    frame: FrameType | None = sys._getframe(1)  # not this one, which would be in its own locals
+    while frame is not None and not isinstance(config, kind):
+        config = frame.f_locals.get(name)
         frame = frame.f_back
-    return None
+    return config if isinstance(config, kind) else None
 
 
 def order_of(context: Any) -> SequenceOrder:

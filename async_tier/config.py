@@ -6,11 +6,12 @@ Every mistake is a ValueError of one sentence that names the key, the value and 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -100,6 +101,11 @@ def load_policy(name: str) -> type[EvictionPolicy]:
     raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {shown(name)}")
 
 
+def nearest_key(key: object, known: Sequence[str]) -> str | None:
+    """The one of the known keys that `key` is likely a misspelling of."""
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.7)), None) if isinstance(key, str) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class TierConfig:
     """The checked configuration of one tier.
@@ -134,8 +140,15 @@ class TierConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
+                if key in SPEC_KEYS:
+                    raise ValueError(
+                        f"{key!r} is no key of a tier and belongs beside secondary_tiers, in kv_connector_extra_config"
+                    )
+                near = nearest_key(key, [*known, "custom_param"])
                 raise ValueError(
-                    f"unknown key {shown(key)} in the tier's configuration; the known keys are "
+                    f"unknown key {shown(key)} in the tier's configuration; "
+                    + (f"did you mean {near!r}? " if near else "")
+                    + "the known keys are "
                     + ", ".join([*known, "custom_param"])
                 )
         values = dict(options)
@@ -176,3 +189,26 @@ def _is_path(value: object) -> bool:
         return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
         return False
+
+
+# Keys of a tier's dictionary in `secondary_tiers`, and those of vLLM's and our spec, which lie beside that list.
+TIER_KEYS = ("type", "module_path", *(field.name for field in dataclasses.fields(TierConfig)), "custom_param")
+SPEC_KEYS = (
+    "spec_name",
+    "spec_module_path",
+    "cpu_bytes_to_use",
+    "cpu_copy_threads",
+    "secondary_tiers",
+    "backpressure",
+    "block_size",
+    "blocks_per_chunk",
+    "eviction_policy",
+    "cache_policy_module_path",
+    "store_threshold",
+    "max_tracker_size",
+    "offload_prompt_only",
+    "self_describing_kv_events",
+    "canonical_layout",
+    "tier_poll_interval_s",
+    "sync_load_budget_bytes",
+)

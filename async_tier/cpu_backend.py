@@ -14,16 +14,21 @@ order of submission. `wait` is the only fence before a block that is being store
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
     GPULoadStoreSpec,
     LoadStoreSpec,
+    OffloadingManager,
     OffloadingWorker,
     TransferResult,
 )
@@ -31,9 +36,13 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from async_tier.config import parse_threads
+from async_tier import _vllm_compat as compat
+from async_tier.config import SPEC_KEYS, TIER_KEYS, format_size, nearest_key, parse_size, parse_threads
+from async_tier.primary_file import PrimaryFile
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
+
+logger = init_logger(f"vllm.{__name__}")
 
 DEFAULT_COPY_THREADS = 1
 
@@ -41,11 +50,17 @@ DEFAULT_COPY_THREADS = 1
 class CPUBackendTieringSpec(TieringOffloadingSpec):
     """`TieringOffloadingSpec` with a worker for KV caches in host memory.
 
-    Its own key: `cpu_copy_threads`, native copy threads of each worker process, 1 to 64, default 1. Raises ValueError
-    for a number out of range and for `canonical_layout`, which this worker does not have.
+    Its own key: `cpu_copy_threads`, native copy threads of each worker process, 1 to 64, default 1. `cpu_bytes_to_use`
+    may be text with a unit, as a tier's `bytes_to_use`.
+
+    Raises ValueError, in words, for a number out of range, a primary of less than one block, a key that belongs
+    elsewhere or is misspelt, and for what this worker or vLLM would do wrong: `canonical_layout`, pipeline parallelism,
+    and several blocks a chunk where a KV group has a sliding window, local attention or Mamba state.
     """
 
     def __init__(self, config: OffloadingConfig) -> None:
+        _check_keys(config.extra_config)
+        primary_bytes = parse_size("cpu_bytes_to_use", config.extra_config.get("cpu_bytes_to_use"))
         self.cpu_copy_threads = parse_threads(
             "cpu_copy_threads", config.extra_config.get("cpu_copy_threads", DEFAULT_COPY_THREADS)
         )
@@ -53,8 +68,31 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
             raise ValueError(
                 "canonical_layout must be false with CPUBackendTieringSpec, not true: it copies whole pages"
             )
-        super().__init__(config)
+        if config.parallel.pp_size > 1:
+            raise ValueError(
+                f"pipeline_parallel_size must be 1 with CPUBackendTieringSpec, not {config.parallel.pp_size}: vLLM "
+                "takes all ranks' parts of a block for equally large, but ranks can differ in their number of layers"
+            )
+        super().__init__(replace(config, extra_config={**config.extra_config, "cpu_bytes_to_use": primary_bytes}))
+        if self.num_chunks < 1:
+            raise ValueError(
+                f"cpu_bytes_to_use must be at least {self.kv_bytes_per_chunk} bytes "
+                f"({format_size(self.kv_bytes_per_chunk)}), which is one block of all workers, not {primary_bytes}"
+            )
+        wrong = compat.partial_chunks(self)
+        if wrong:
+            raise ValueError(wrong)
         self._host_worker: HostOffloadingWorker | None = None
+
+    def get_manager(self) -> OffloadingManager:
+        """vLLM's manager. Raises ValueError if the primary's file is somebody else's, and as the tiers do."""
+        if self._manager is None:
+            with self._primary_file(None) as file:
+                super().get_manager()
+                region: Any = self._scheduler_mmap
+                region.__class__ = _MemberRegion  # vLLM has made it, but it ends as a worker's does
+                region.join(file)
+        return super().get_manager()
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """The worker of this process, made at the first call."""
@@ -63,20 +101,68 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
         return self._host_worker
 
     def create_worker(self, kv_caches: CanonicalKVCaches) -> HostOffloadingWorker:  # type: ignore[override]
-        """A worker over this process's part of the primary tier. Raises ValueError for KV caches not on the CPU."""
-        region = SharedOffloadRegion(
-            engine_id=self.config.engine_id,
-            num_chunks=self.num_chunks,
-            # A replicated layout keeps one copy for all workers, in the first one's place.
-            rank=0 if self.replicated_layout else self.config.parallel.rank,
-            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
-            cpu_page_size=self.cpu_page_size_per_worker,
-        )
+        """A worker over this process's part of the primary tier.
+
+        Raises ValueError for KV caches not on the CPU, and if the primary's file is somebody else's.
+        """
+        rank = self.config.parallel.rank
+        with self._primary_file(rank) as file:
+            region = _MemberRegion(
+                engine_id=self.config.engine_id,
+                num_chunks=self.num_chunks,
+                # A replicated layout keeps one copy for all workers, in the first one's place.
+                rank=0 if self.replicated_layout else rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            region.join(file)
         try:
             return HostOffloadingWorker(kv_caches, self.blocks_per_chunk, region, self.cpu_copy_threads)
         except BaseException:
             region.cleanup()
             raise
+
+    def _primary_file(self, rank: int | None) -> PrimaryFile:
+        size = self.num_chunks * self.kv_bytes_per_chunk
+        return PrimaryFile(self.config.engine_id, size, self.config.parallel.world_size, rank)
+
+
+class _MemberRegion(SharedOffloadRegion):
+    """vLLM's view of the primary, with which the file's name goes, be it cleaned up or dropped."""
+
+    def join(self, file: PrimaryFile) -> None:
+        file.hand_over(self)
+        self._file = file
+        weakref.finalize(self, file.unlink)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        self._file.unlink()
+
+
+def _check_keys(extra_config: Mapping[str, Any]) -> None:
+    """Refuse keys of `kv_connector_extra_config` that belong into a tier's dictionary or are misspelt; log others."""
+    tiers = extra_config.get("secondary_tiers", [])
+    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
+        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {tiers!r}")
+    for key in extra_config:
+        if key in SPEC_KEYS:
+            continue
+        if key in TIER_KEYS:
+            near = nearest_key(key, SPEC_KEYS)
+            raise ValueError(
+                f"{key!r} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
+                + (f"; or did you mean {near!r}?" if near and near not in extra_config else "")
+            )
+        near = nearest_key(key, [*SPEC_KEYS, *TIER_KEYS])
+        if near:
+            place = "" if near in SPEC_KEYS else ", in the dictionary of a tier in secondary_tiers"
+            raise ValueError(f"unknown key {key!r} in kv_connector_extra_config; did you mean {near!r}{place}?")
+        logger.warning(
+            "Key %r of kv_connector_extra_config is not known and has no effect; the known keys are %s",
+            key,
+            ", ".join(SPEC_KEYS),
+        )
 
 
 @dataclass(frozen=True)
@@ -104,8 +190,8 @@ class HostOffloadingWorker(OffloadingWorker):
     its layers use. blocks_per_chunk: blocks of the KV cache in one block of the primary. region: the primary, of which
     the worker becomes the owner. threads: copy threads.
 
-    Called by one thread, vLLM's worker. Jobs of a direction run in the order of submission; loads go before stores,
-    and expedited loads before both.
+    Called by one thread, vLLM's worker. Jobs of a direction run in the order of submission; loads go before stores. A
+    worker that is dropped ends as by `shutdown`.
     """
 
     def __init__(
@@ -122,8 +208,8 @@ class HostOffloadingWorker(OffloadingWorker):
         # By stream, oldest first; together the jobs not yet reported.
         self._stores: deque[_Transfer] = deque()
         self._loads: deque[_Transfer] = deque()
-        self._expedited_loads: deque[_Transfer] = deque()
         self._events: dict[int, CopyEvent] = {}
+        self._dropped = weakref.finalize(self, _end, self.engine, region)
 
     def _pages(self, tensor: torch.Tensor, page_bytes: int, region: SharedOffloadRegion) -> _Pages:
         if tensor.device.type != "cpu":
@@ -138,24 +224,16 @@ class HostOffloadingWorker(OffloadingWorker):
         self._submit(self._stores, self.engine.store_stream, job_id, primary, cache, sizes)
         return True
 
-    def submit_load(
-        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
-    ) -> bool:
-        """Queue the copy of blocks of the primary to the KV cache.
-
-        An expedited load (vLLM 0.33) is one that vLLM waits for within the step; it does not queue behind others.
-        """
+    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+        """Queue the copy of blocks of the primary to the KV cache."""
         cache, primary, sizes = self._addresses(dst_spec, src_spec)
-        if expedited:
-            self._submit(self._expedited_loads, self.engine.expedited_stream, job_id, cache, primary, sizes)
-        else:
-            self._submit(self._loads, self.engine.load_stream, job_id, cache, primary, sizes)
+        self._submit(self._loads, self.engine.load_stream, job_id, cache, primary, sizes)
         return True
 
     def get_finished(self) -> list[TransferResult]:
         """The jobs that ended since the last call, each once. Never blocks."""
         results = []
-        for queue in (self._stores, self._loads, self._expedited_loads):
+        for queue in (self._stores, self._loads):
             while queue and queue[0].event.is_done:
                 transfer = queue.popleft()
                 del self._events[transfer.job_id]
@@ -171,8 +249,9 @@ class HostOffloadingWorker(OffloadingWorker):
 
     def shutdown(self) -> None:
         """End the threads, then let go of the primary. Idempotent."""
+        self._dropped.detach()
         self.engine.close()
-        for queue in (self._stores, self._loads, self._expedited_loads):
+        for queue in (self._stores, self._loads):
             queue.clear()
         self._events.clear()
         if self._region is not None:
@@ -232,3 +311,9 @@ class HostOffloadingWorker(OffloadingWorker):
             nothing = np.empty(0, dtype=np.uint64)
             return nothing, nothing, nothing
         return np.concatenate(cache), np.concatenate(primary), np.concatenate(sizes)
+
+
+def _end(engine: HostEngine, region: SharedOffloadRegion) -> None:
+    """The end of a worker that was dropped: what its copies touch goes after them."""
+    engine.close()
+    region.cleanup()

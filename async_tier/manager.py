@@ -89,6 +89,9 @@ class AsyncSecondaryTierManager(compat.TierBase):
         # reset: up to the end of the first step planned after it, workers may write to rows of the primary that a
         # promotion would be given.
         self._steps_under_way = self._held_steps = 0
+        wrong = compat.partial_chunks(offloading_spec)
+        if wrong:
+            logger.warning("Tier '%s' will be asked for wrong KV: %s", tier_type, wrong)
         self._log_sizes(compat.tokens_per_block(offloading_spec), compat.tokens_per_step(offloading_spec))
 
     # ------------------------------------------------------------------------------------------ jobs and their ends

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -20,6 +24,18 @@ import pytest
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingConnectorMetadata, TransferJob
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowMLASpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -35,8 +51,13 @@ from vllm.v1.kv_offload.config import (
 )
 from vllm.v1.kv_offload.cpu import gpu_worker
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from async_tier.config import SPEC_KEYS, TIER_KEYS
 from async_tier.cpu_backend import CPUBackendTieringSpec, HostOffloadingWorker
+from async_tier.primary_file import PrimaryFile
+from tests.engine import Engine
 from tests.helpers import PATIENCE_S, returns
 
 # Bytes of a block in each KV cache tensor, and by KV group (tensor, bytes that the layer uses of the page). The groups
@@ -47,6 +68,11 @@ BLOCKS_PER_CHUNK = 3
 BLOCKS, CHUNKS = 40, 20
 # A copy thread takes this much at a time.
 PIECE = 2 << 20
+
+
+def new_engine_id() -> str:
+    """Unique, and of this process, should it be killed."""
+    return f"async-tier-test-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def shared_memory_path(engine_id: str) -> str:
@@ -60,6 +86,7 @@ def make_config(
     blocks_per_chunk: int = BLOCKS_PER_CHUNK,
     rank: int = 0,
     world_size: int = 1,
+    pp_size: int = 1,
     replicated_layout: bool = False,
     canonical_layout: bool = False,
     **extra_config: Any,
@@ -74,10 +101,20 @@ def make_config(
         engine_id=engine_id,
         model=OffloadingModelConfig("model", "float16"),
         cache=OffloadingCacheConfig(16, blocks_per_chunk),
-        parallel=OffloadingParallelConfig(rank, world_size, world_size, 1, 1, 1, 0, 1, None, False),
+        parallel=OffloadingParallelConfig(rank, world_size, world_size, pp_size, 1, 1, 0, 1, None, False),
         replicated_layout=replicated_layout,
         canonical_layout=canonical_layout,
     )
+
+
+def tier_config(**options: Any) -> dict[str, Any]:
+    return {
+        "type": "AsyncSecondaryTierManager",
+        "module_path": "async_tier.manager",
+        "engine": "host",
+        "bytes_to_use": "1MiB",
+        **options,
+    }
 
 
 def make_kv_caches(
@@ -126,7 +163,7 @@ class World:
         pages: Sequence[int] = PAGES,
         **options: Any,
     ) -> None:
-        self.path = shared_memory_path(engine_id := uuid.uuid4().hex)
+        self.path = shared_memory_path(engine_id := new_engine_id())
         self.spec = CPUBackendTieringSpec(make_config(engine_id, pages, **options))
         self.kv_caches = make_kv_caches(pages, groups, blocks)
         worker = self.spec.get_worker(self.kv_caches)
@@ -141,9 +178,9 @@ class World:
         """Submit a store, of the first and only group."""
         self.worker.submit_store(job_id, blocks_of(blocks), CPULoadStoreSpec(list(chunks)))
 
-    def load(self, job_id: int, chunks: Sequence[int], blocks: Sequence[int], **options: Any) -> None:
+    def load(self, job_id: int, chunks: Sequence[int], blocks: Sequence[int]) -> None:
         """Submit a load, of the first and only group."""
-        self.worker.submit_load(job_id, CPULoadStoreSpec(list(chunks)), blocks_of(blocks), **options)
+        self.worker.submit_load(job_id, CPULoadStoreSpec(list(chunks)), blocks_of(blocks))
 
     def reported(self) -> list[int]:
         return [result.job_id for result in returns(self.worker.get_finished)]
@@ -357,14 +394,13 @@ def test_a_transfer_that_names_more_than_its_groups_is_refused(make_world, is_st
 
 
 def held_jobs(world: World) -> dict[str, Callable[[], None]]:
-    """Hold every stream and submit jobs 1 to 3, one a stream, of one, two and three pages; how to let each go."""
+    """Hold both streams and submit jobs 1 and 2, one a stream, of one and two pages; how to let each go."""
     engine = world.worker.engine
-    streams = {"store": engine.store_stream, "load": engine.load_stream, "expedited": engine.expedited_stream}
+    streams = {"store": engine.store_stream, "load": engine.load_stream}
     for stream in streams.values():
         stream.hold()
     world.store(1, [0], [0])
     world.load(2, [1, 2], [1, 2])
-    world.load(3, [3, 4, 5], [3, 4, 5], expedited=True)
     return {name: stream.release for name, stream in streams.items()}
 
 
@@ -375,7 +411,7 @@ def test_a_job_is_not_reported_before_its_bytes_have_moved(flat):
     flat.memory.assert_equals(before)
 
 
-@pytest.mark.parametrize(("stream", "job_id", "pages"), [("store", 1, 1), ("load", 2, 2), ("expedited", 3, 3)])
+@pytest.mark.parametrize(("stream", "job_id", "pages"), [("store", 1, 1), ("load", 2, 2)])
 def test_a_job_whose_stream_lets_go_is_reported_once_whatever_else_is_held(flat, stream, job_id, pages):
     held_jobs(flat)[stream]()
     returns(lambda: flat.worker.wait({job_id}))
@@ -434,7 +470,7 @@ class _AwaitedEvent:
 
 def move_only_when_awaited(world: World) -> None:
     engine = world.worker.engine
-    for name in ("store_stream", "load_stream", "expedited_stream"):
+    for name in ("store_stream", "load_stream"):
         setattr(engine, name, MovesWhenAwaited(getattr(engine, name)))
 
 
@@ -462,12 +498,11 @@ def test_wait_blocks_while_the_stream_is_held(make_flat):
     assert landed == [True]
 
 
-@pytest.mark.parametrize("job_id", [1, 2, 3], ids=["store", "load", "expedited load"])
+@pytest.mark.parametrize("job_id", [1, 2], ids=["store", "load"])
 def test_wait_returns_when_the_job_has_ended(flat, job_id):
     move_only_when_awaited(flat)
     flat.store(1, [0], [0])
     flat.load(2, [1], [1])
-    flat.load(3, [2], [2], expedited=True)
     assert flat.finish(job_id) == [job_id]
 
 
@@ -475,8 +510,7 @@ def test_wait_waits_for_every_job_of_the_set(flat):
     move_only_when_awaited(flat)
     flat.store(1, [0], [0])
     flat.load(2, [1], [1])
-    flat.load(3, [2], [2], expedited=True)
-    assert sorted(flat.finish(1, 2, 3)) == [1, 2, 3]
+    assert sorted(flat.finish(1, 2)) == [1, 2]
 
 
 def test_wait_passes_over_ids_it_does_not_know(flat):
@@ -547,17 +581,6 @@ def test_a_store_does_not_queue_behind_loads(flat):
     assert np.array_equal(flat.memory.primary[0], before.caches[0][0])
 
 
-def test_an_expedited_load_does_not_queue_behind_loads(flat):
-    before = flat.memory.copy()
-    flat.worker.engine.load_stream.hold()
-    flat.load(1, [7], [7])
-    flat.load(2, [8], [8], expedited=True)
-    assert flat.finish(2) == [2]
-    assert np.array_equal(flat.memory.caches[0][8], before.primary[8])
-    flat.worker.engine.load_stream.release()
-    assert flat.finish(1) == [1]
-
-
 def test_a_free_thread_takes_a_load_before_a_store(make_flat):
     """The store reads the block that the load fills, so the primary tells which went first."""
     page, pieces = 256 << 10, 16
@@ -570,12 +593,12 @@ def test_a_free_thread_takes_a_load_before_a_store(make_flat):
         engine.load_stream.hold()
         world.memory.caches[0][block] = 1
         world.memory.primary[count] = 2
+        world.store(job_id, range(count)[::-1], range(count))
         world.store(job_id + 1, [block], [chunk])
         world.load(job_id + 2, [count], [block])
-        world.load(job_id, range(count)[::-1], range(count), expedited=True)
         engine.store_stream.release()
         engine.load_stream.release()
-        # Only if the one thread was still busy did it find both.
+        # Only if the one thread was still busy with the first store did it find both.
         busy = world.worker.get_finished() == []
         world.finish(job_id, job_id + 1, job_id + 2)
         if busy:
@@ -709,13 +732,502 @@ def test_a_store_reads_what_the_step_wrote_after_announcing_it(flat):
 @pytest.mark.parametrize("value", [0, 65, -1, "2", True, 1.0, None])
 def test_a_bad_number_of_threads_is_refused_by_name(value):
     with pytest.raises(ValueError, match="cpu_copy_threads must be an integer from 1 to 64") as refusal:
-        CPUBackendTieringSpec(make_config(uuid.uuid4().hex, cpu_copy_threads=value))
+        CPUBackendTieringSpec(make_config(new_engine_id(), cpu_copy_threads=value))
     assert str(refusal.value).endswith(f"not {value!r}")
 
 
 def test_a_canonical_layout_is_refused_by_name():
     with pytest.raises(ValueError, match="canonical_layout must be false"):
-        CPUBackendTieringSpec(make_config(uuid.uuid4().hex, canonical_layout=True))
+        CPUBackendTieringSpec(make_config(new_engine_id(), canonical_layout=True))
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, -(5 << 30), True, "", "a lot", "1 parsec", [], {}])
+def test_a_bad_size_of_the_primary_is_refused_by_name(value):
+    with pytest.raises(ValueError, match="cpu_bytes_to_use must be an integer number of bytes or text with a unit"):
+        CPUBackendTieringSpec(make_config(new_engine_id(), cpu_bytes_to_use=value))
+
+
+@pytest.mark.parametrize("value", [40960, "40960", "40KiB"])
+def test_the_primarys_size_is_written_as_a_tiers(value):
+    assert CPUBackendTieringSpec(make_config(new_engine_id(), cpu_bytes_to_use=value)).num_chunks == 10
+
+
+def test_a_primary_of_less_than_one_block_is_refused():
+    with pytest.raises(
+        ValueError, match=r"at least 8192 bytes \(8.0 KiB\), which is one block of all workers, not 8191"
+    ):
+        CPUBackendTieringSpec(make_config(new_engine_id(), (4096,), 1, 1, world_size=2, cpu_bytes_to_use=8191))
+    assert CPUBackendTieringSpec(make_config(new_engine_id(), (4096,), 1, 1, cpu_bytes_to_use=4096)).num_chunks == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pipeline_parallelism_is_refused(rank):
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size must be 1 .*, not 2: "):
+        CPUBackendTieringSpec(make_config(new_engine_id(), rank=rank, world_size=2, pp_size=2))
+
+
+# ------------------------------------------------------------------------------------------------------------ its keys
+
+
+@pytest.mark.parametrize("key", sorted(set(TIER_KEYS) - set(SPEC_KEYS)))
+def test_a_tiers_key_beside_the_tiers_is_refused(key):
+    with pytest.raises(ValueError, match=f"'{key}' is a key of a tier and belongs into its dictionary"):
+        CPUBackendTieringSpec(make_config(new_engine_id(), **{key: 1}))
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("cpu_byte_to_use", "'cpu_bytes_to_use'?"),
+        ("cpu_bytes", "'cpu_bytes_to_use'?"),
+        ("cpu_copy_thread", "'cpu_copy_threads'?"),
+        ("secondary_tier", "'secondary_tiers'?"),
+        ("blocks_per_chunks", "'blocks_per_chunk'?"),
+        ("byte_to_use", "'bytes_to_use', in the dictionary of a tier in secondary_tiers?"),
+        ("copy_thread", "'copy_threads', in the dictionary of a tier in secondary_tiers?"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_right_one(key, nearest):
+    with pytest.raises(ValueError, match=f"unknown key '{key}' in kv_connector_extra_config") as refusal:
+        CPUBackendTieringSpec(make_config(new_engine_id(), **{key: 1}))
+    assert str(refusal.value).endswith(f"did you mean {nearest}")
+
+
+def test_a_tiers_number_of_threads_beside_the_tiers_could_have_been_the_workers():
+    with pytest.raises(ValueError, match=r"did you mean 'cpu_copy_threads'\?"):
+        CPUBackendTieringSpec(make_config(new_engine_id(), copy_threads=2))
+
+
+@pytest.mark.parametrize("key", sorted(set(SPEC_KEYS) - set(TIER_KEYS) - {"backpressure"}))
+def test_a_key_of_the_spec_in_a_tier_is_refused(key):
+    spec = CPUBackendTieringSpec(make_config(new_engine_id(), secondary_tiers=[tier_config(**{key: 1})]))
+    with pytest.raises(ValueError, match=f"'{key}' is no key of a tier and belongs beside secondary_tiers"):
+        spec.get_manager()
+
+
+def test_a_misspelt_key_of_a_tier_is_refused_with_the_nearest_right_one():
+    spec = CPUBackendTieringSpec(make_config(new_engine_id(), secondary_tiers=[tier_config(byte_to_use=1)]))
+    with pytest.raises(
+        ValueError, match="unknown key 'byte_to_use' in the tier's configuration; did you mean 'bytes_to"
+    ):
+        spec.get_manager()
+
+
+@pytest.mark.parametrize("value", [None, "async", {"type": "async"}, ["async"], [tier_config(), None]])
+def test_tiers_that_are_no_list_of_dictionaries_are_refused(value):
+    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one a tier, not"):
+        CPUBackendTieringSpec(make_config(new_engine_id(), secondary_tiers=value))
+
+
+def test_a_key_that_is_like_none_is_logged(caplog):
+    CPUBackendTieringSpec(make_config(new_engine_id(), zzz=1))
+    assert "Key 'zzz' of kv_connector_extra_config is not known and has no effect" in caplog.text
+
+
+def test_vllms_keys_are_taken_in_silence(caplog):
+    keys = {"eviction_policy": "arc", "offload_prompt_only": False, "store_threshold": 0, "backpressure": None}
+    CPUBackendTieringSpec(make_config(new_engine_id(), spec_name="CPUBackendTieringSpec", **keys))
+    assert not caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------ parts of chunks
+
+
+ATTENTION = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
+FULL = FullAttentionSpec(**ATTENTION)
+WINDOW = SlidingWindowSpec(**ATTENTION, sliding_window=64)
+LOCAL = ChunkedLocalAttentionSpec(**ATTENTION, attention_chunk_size=64)
+MAMBA = MambaSpec(block_size=16, shapes=((8, 8),), dtypes=(torch.float16,))
+WITH_PARTS = {
+    "window": [WINDOW],
+    "full and window (Gemma 3, gpt-oss)": [FULL, WINDOW],
+    "window of MLA": [SlidingWindowMLASpec(**ATTENTION, sliding_window=64)],
+    "layers of several sizes, with windows": [UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"layer": WINDOW})],
+    "local attention (Llama 4)": [FULL, LOCAL],
+    "Mamba": [MAMBA],
+    "full and Mamba (Jamba)": [FULL, MAMBA],
+}
+WITHOUT_PARTS = {
+    "full": [FULL],
+    "windows without the hybrid manager": [FullAttentionSpec(**ATTENTION, sliding_window=64)],
+    "MLA": [MLAAttentionSpec(**ATTENTION)],
+    "layers of several sizes": [UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"layer": FULL})],
+}
+
+
+def kv_cache_config_of(groups: Sequence[KVCacheSpec]) -> KVCacheConfig:
+    return KVCacheConfig(10, [], [KVCacheGroupSpec(["layer"], spec) for spec in groups])
+
+
+def construct(kind: type, kv_cache_config: KVCacheConfig, **options: Any) -> Any:
+    """A spec, made as vLLM's connector does: below a frame that has `kv_cache_config`."""
+    return kind(make_config(new_engine_id(), **options))
+
+
+@pytest.mark.parametrize("groups", WITH_PARTS.values(), ids=WITH_PARTS.keys())
+def test_several_blocks_a_chunk_are_refused_where_vllm_frees_blocks_of_one(groups):
+    kind = r"\((sliding window|sliding window mla|chunked local attention|mamba)\)"
+    with pytest.raises(ValueError, match=f"blocks_per_chunk must be 1, not 2 .* {kind}: vLLM stores a chunk"):
+        construct(CPUBackendTieringSpec, kv_cache_config_of(groups), blocks_per_chunk=2)
+
+
+@pytest.mark.parametrize("groups", WITH_PARTS.values(), ids=WITH_PARTS.keys())
+def test_one_block_a_chunk_serves_every_kind_of_group(groups):
+    construct(CPUBackendTieringSpec, kv_cache_config_of(groups), blocks_per_chunk=1)
+
+
+@pytest.mark.parametrize("groups", WITHOUT_PARTS.values(), ids=WITHOUT_PARTS.keys())
+def test_several_blocks_a_chunk_serve_groups_whose_blocks_stay(groups):
+    construct(CPUBackendTieringSpec, kv_cache_config_of(groups), blocks_per_chunk=2)
+
+
+@pytest.mark.parametrize("groups", [(8,), (None, 8), (8, 20)])
+def test_vllms_engine_does_not_start_with_several_blocks_a_chunk_and_a_sliding_window(groups):
+    with pytest.raises(ValueError, match=r"blocks_per_chunk must be 1, not 2 .*\(sliding window\)"):
+        Engine(groups=groups, blocks_per_chunk=2)
+
+
+@pytest.mark.parametrize(("groups", "warns"), [([FULL, WINDOW], True), ([FULL], False)])
+def test_on_a_gpu_the_tier_warns_of_it(groups, warns, caplog):
+    """There the spec and the worker are vLLM's."""
+    spec = construct(TieringOffloadingSpec, kv_cache_config_of(groups), secondary_tiers=[tier_config()])
+
+    def connect(kv_cache_config: KVCacheConfig) -> None:
+        spec.get_manager().shutdown()
+
+    connect(kv_cache_config_of(groups))
+    assert ("blocks_per_chunk must be 1, not 3" in caplog.text) is warns
+
+
+# --------------------------------------------------------------------------------------- the primary's file in /dev/shm
+
+
+@pytest.fixture
+def engine_id() -> Iterator[str]:
+    name = new_engine_id()
+    yield name
+    remove_files_of(name)
+
+
+@pytest.fixture
+def start(engine_id) -> Iterator[Callable[..., Any]]:
+    """Starts a member of an engine: its spec, whose worker or manager has opened the primary."""
+    ends: list[Callable[[], None]] = []
+
+    def start(role: str = "worker", **options: Any) -> CPUBackendTieringSpec:
+        spec = CPUBackendTieringSpec(make_config(engine_id, **options))
+        member = spec.get_manager() if role == "scheduler" else spec.get_worker(make_kv_caches())
+        ends.append(member.shutdown)
+        return spec
+
+    yield start
+    for end in ends:
+        end()
+
+
+def files_of(engine_id: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if engine_id in name]
+
+
+def remove_files_of(engine_id: str) -> None:
+    """Only after a failure are there any."""
+    for name in files_of(engine_id):
+        Path("/dev/shm", name).unlink()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_left() -> Iterator[None]:
+    yield
+    remove_files_of(f"async-tier-test-{os.getpid()}-")
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """What a call is refused with, soon."""
+    refusals: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(ValueError, match="the primary's file") as refused:
+            call()
+        refusals.append(str(refused.value))
+
+    returns(run)
+    return refusals[0]
+
+
+def inode_of(spec: CPUBackendTieringSpec, role: str) -> int:
+    """The file that a member has mapped."""
+    region = spec._scheduler_mmap if role == "scheduler" else spec._host_worker._region
+    address = f"{region._base.data_ptr():x}-"
+    (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(address)]
+    return int(line.split()[4])
+
+
+@pytest.mark.parametrize("order", [(0, 1, None), (1, 0, None), (None, 0, 1)])
+def test_workers_and_scheduler_of_one_engine_share_the_file(start, order):
+    inodes = []
+    for rank in order:
+        role = "scheduler" if rank is None else "worker"
+        inodes.append(inode_of(start(role, rank=rank or 0, world_size=2), role))
+    assert len(set(inodes)) == 1
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_a_second_connector_of_the_same_process_is_refused(start, engine_id, role):
+    start(role)
+    with pytest.raises(ValueError, match="is in use by") as refusal:
+        start(role)
+    assert shared_memory_path(engine_id) in str(refusal.value)
+    assert f"process {os.getpid()} (" in str(refusal.value)
+    assert ", this one)" in str(refusal.value)
+    assert files_of(engine_id)
+
+
+def test_a_connector_that_was_refused_leaves_the_first_its_file(make_flat):
+    world = make_flat()
+    before = world.memory.copy()
+    with pytest.raises(ValueError, match="is in use by"):
+        CPUBackendTieringSpec(world.spec.config).get_worker(make_kv_caches())
+    world.store(1, [3], [5])
+    assert world.finish(1) == [1]
+    assert np.array_equal(world.memory.primary[5], before.caches[0][3])
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"rank": 1, "world_size": 2}),
+        ({"rank": 1, "world_size": 2}, {}),
+        ({}, {"rank": 1, "world_size": 2, "chunks": 2 * CHUNKS}),
+        ({}, {"chunks": 2 * CHUNKS}),
+        ({"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 2, "chunks": 2 * CHUNKS}),
+    ],
+    ids=["more workers, same size", "fewer workers, same size", "more workers", "larger", "larger, another rank"],
+)
+def test_an_engine_of_another_shape_is_refused_at_once(start, role, first, second):
+    start(**first)
+    assert "is in use by" in refusal(lambda: start(role, **second))
+
+
+def test_a_file_that_a_spec_of_vllms_own_uses_is_refused(start, engine_id):
+    region = SharedOffloadRegion(engine_id, 1, 0, 4096, 4096)
+    try:
+        assert f"is in use by process {os.getpid()}" in refusal(start)
+        assert files_of(engine_id)
+    finally:
+        region.cleanup()
+
+
+@pytest.mark.parametrize("size", [1, 4096, CHUNKS * 4096, 10 << 20])
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_a_file_that_was_left_behind_is_replaced_with_a_line_in_the_log(start, engine_id, role, size, caplog):
+    path = Path(shared_memory_path(engine_id))
+    path.touch()
+    os.truncate(path, size)
+    left = path.stat().st_ino
+    spec = returns(lambda: start(role))
+    assert inode_of(spec, role) == path.stat().st_ino != left
+    assert f"Replaced {path}" in caplog.text
+    assert engine_id in caplog.text
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_a_file_that_its_maker_left_empty_is_used(start, engine_id, role):
+    Path(shared_memory_path(engine_id)).touch()
+    returns(lambda: start(role))
+
+
+@pytest.mark.starts_process
+def test_a_file_is_refused_while_its_engine_lives_and_replaced_when_that_was_killed(start, engine_id, caplog):
+    script = f"""
+import time
+from tests.test_cpu_backend import *
+worker = CPUBackendTieringSpec(make_config({engine_id!r})).get_worker(make_kv_caches())
+print("open", flush=True)
+time.sleep({PATIENCE_S})
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(ValueError, match=f"is in use by process {other.pid} "):
+            start()
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        other.stdout.close()
+    returns(start)
+    assert f"Replaced {shared_memory_path(engine_id)}" in caplog.text
+
+
+def claims_at_once(engine_id: str, ranks: Sequence[int | None]) -> list[int | ValueError]:
+    """Members that claim their engine's file, and map it, at the same time: its inode by member, or the refusal."""
+    barrier, all_claimed = threading.Barrier(len(ranks)), threading.Barrier(len(ranks))
+    found: list[Any] = [None] * len(ranks)
+
+    def claim(number: int, rank: int | None) -> None:
+        barrier.wait(PATIENCE_S)
+        region = None
+        try:
+            with PrimaryFile(engine_id, 8192, 2, rank) as file:
+                region = SharedOffloadRegion(engine_id, 2, rank, 4096, 2048)
+                file.hand_over(region)
+            found[number] = os.stat(file.path).st_ino
+        except ValueError as error:
+            found[number] = error
+        all_claimed.wait(PATIENCE_S)
+        if region is not None:
+            region.cleanup()
+
+    threads = [threading.Thread(target=claim, args=each, daemon=True) for each in enumerate(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    return found
+
+
+def test_members_that_start_at_once_over_a_file_left_behind_share_one(engine_id):
+    for _ in range(30):  # the file of each round is left behind to the next
+        found = claims_at_once(engine_id, (0, 1, None))
+        assert len(set(found)) == 1, found
+
+
+def test_of_two_engines_that_start_at_once_one_is_refused(engine_id):
+    for _ in range(30):
+        found = claims_at_once(engine_id, (0, 0))
+        assert sorted(isinstance(each, ValueError) for each in found) == [False, True], found
+
+
+def test_the_first_member_that_ends_takes_the_name_so_that_another_engine_can_start(start, engine_id):
+    first = start("scheduler", rank=0, world_size=2)
+    ending, staying = start(rank=0, world_size=2), start(rank=1, world_size=2)
+    ending._host_worker.shutdown()
+    assert not files_of(engine_id)
+    other = start(rank=0, world_size=2)
+    assert inode_of(other, "worker") != inode_of(staying, "worker") == inode_of(first, "scheduler")
+    # Nor does the end of the others take the new file's name.
+    staying._host_worker.shutdown()
+    first.get_manager().shutdown()
+    del first
+    gc.collect()
+    assert files_of(engine_id)
+
+
+def test_a_forked_child_that_ends_leaves_its_parent_the_file(engine_id):
+    with PrimaryFile(engine_id, 4096, 1, 0) as file:
+        child = os.fork()
+        if child == 0:
+            file.unlink()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert files_of(engine_id)
+    file.unlink()
+    assert not files_of(engine_id)
+
+
+@pytest.mark.parametrize("engine_id", ["no/such/folder", "x" * 300])
+def test_an_engine_id_that_names_no_file_is_refused(engine_id):
+    with pytest.raises(ValueError, match=f"named after engine_id '{engine_id}', cannot be opened: "):
+        CPUBackendTieringSpec(make_config(engine_id)).get_worker(make_kv_caches())
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+def test_what_is_no_file_is_refused(start, engine_id, kind):
+    path = Path(shared_memory_path(engine_id))
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/nothing")
+    try:
+        assert "cannot be opened: " in refusal(start)
+    finally:
+        path.rmdir() if kind == "folder" else path.unlink()
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_a_primary_that_dev_shm_has_no_room_for_leaves_no_file(start, engine_id, role):
+    with pytest.raises(RuntimeError, match="Insufficient space in /dev/shm"):
+        start(role, cpu_bytes_to_use="1000TiB")
+    assert not files_of(engine_id)
+
+
+# -------------------------------------------------------------------------------------------------- what a start leaves
+
+
+@pytest.mark.parametrize("with_worker", [False, True], ids=["scheduler alone", "with its worker"])
+def test_a_start_that_the_tiers_configuration_refuses_leaves_nothing(engine_id, with_worker):
+    before = descriptors()
+    for _ in range(3):
+        spec = CPUBackendTieringSpec(make_config(engine_id, secondary_tiers=[tier_config(bytes_to_use="x")]))
+        if with_worker:
+            spec.get_worker(make_kv_caches())
+        with pytest.raises(ValueError, match="bytes_to_use must be"):
+            spec.get_manager()
+        assert bool(files_of(engine_id)) is with_worker  # the worker has its file until it ends
+        if with_worker:
+            spec._host_worker.shutdown()
+    del spec
+    assert not files_of(engine_id)
+    assert descriptors() <= before
+
+
+def test_a_start_that_the_spec_refuses_leaves_nothing(engine_id):
+    before = descriptors()
+    for options in ({"bytes_to_use": 1}, {"cpu_copy_threads": 0}, {"cpu_bytes_to_use": 1}, {"pp_size": 2}):
+        with pytest.raises(ValueError, match=r"must be|is a key of a tier"):
+            CPUBackendTieringSpec(make_config(engine_id, **options))
+    assert not files_of(engine_id)
+    assert descriptors() <= before
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("roles", [("worker",), ("scheduler",), ("worker", "scheduler")], ids="+".join)
+def test_engines_that_are_dropped_without_shutdown_leave_no_descriptor_and_no_file(engine_id, roles):
+    def start_and_drop(number: int) -> None:
+        spec = CPUBackendTieringSpec(make_config(f"{engine_id}-{number}", secondary_tiers=[tier_config()]))
+        if "worker" in roles:
+            spec.get_worker(make_kv_caches())
+        if "scheduler" in roles:
+            spec.get_manager()
+        assert files_of(engine_id)
+
+    start_and_drop(0)  # what is opened once
+    before = descriptors()
+    for number in range(8):
+        start_and_drop(number)
+        gc.collect()
+        assert not files_of(engine_id)
+    assert descriptors() <= before
+
+
+def test_a_worker_that_is_dropped_ends_its_copies_before_it_lets_go_of_the_primary(make_flat):
+    world = make_flat()
+    stream, ended = world.worker.engine.store_stream, []
+    stream.hold()
+    world.store(1, [0], [0])
+    event, region = world.worker._stores[0].event, world.worker._region
+    cleanup = region.cleanup
+    region.cleanup = lambda: (ended.append(event.is_done), cleanup())
+    world.spec._host_worker = world.worker = None
+    gc.collect()
+    assert ended == [True]
+    world.worker = MagicMock()  # for the fixture
+
+
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_shutdown_lets_another_engine_of_the_same_name_start(start, engine_id, role):
+    first = start(role)
+    member = first.get_manager() if role == "scheduler" else first._host_worker
+    member.shutdown()
+    assert not files_of(engine_id)
+    start(role)
+
+
+# ----------------------------------------------------------------------------------------------------------- the worker
 
 
 @pytest.mark.parametrize("options", [{}, {"cpu_copy_threads": 1}, {"cpu_copy_threads": 5}])
@@ -738,7 +1250,7 @@ def test_the_worker_keeps_the_memory_of_the_kv_caches(flat):
 
 @pytest.mark.parametrize("devices", [("meta", "cpu", "cpu"), ("cpu", "cpu", "meta")])
 def test_kv_caches_elsewhere_than_in_host_memory_are_refused_and_nothing_is_left(devices, caplog):
-    engine_id = uuid.uuid4().hex
+    engine_id = new_engine_id()
     spec = CPUBackendTieringSpec(make_config(engine_id))
     with pytest.raises(ValueError, match="needs KV caches in host memory, not on meta"):
         spec.get_worker(make_kv_caches(devices=devices))
@@ -781,4 +1293,4 @@ def test_shutdown_ends_copies_before_it_lets_go_of_the_primary(flat):
 def test_shutdown_does_not_report_jobs_that_it_cut_off(flat):
     held_jobs(flat)
     returns(flat.worker.shutdown)
-    assert flat.finish(1, 2, 3) == []
+    assert flat.finish(1, 2) == []
