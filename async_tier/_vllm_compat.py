@@ -62,7 +62,7 @@ _result_values = operator.attrgetter(*(_RESULT_FIELDS[name] for name in _result_
 _UNKNOWN_FIELDS = dict.fromkeys(
     name
     for name, field in JobResult.__dataclass_fields__.items()
-    if name not in _RESULT_FIELDS and field.default is field.default_factory is dataclasses.MISSING
+    if name not in _RESULT_FIELDS and field.init and field.default is field.default_factory is dataclasses.MISSING
 )
 _Job = vars(vllm_tiering).get("TransferJob") or vars(vllm_tiering)["JobMetadata"]  # that before 0.28
 # The rows of the primary of a job, in the order of its keys.

@@ -24,7 +24,7 @@ import numpy as np
 from async_tier.arena import Rows
 from async_tier.config import TierConfig, format_size, load_policy, shown
 from async_tier.engines import RowMemory, open_engine
-from async_tier.faults import FaultLog
+from async_tier.faults import FaultLog, one_line
 from async_tier.index import READY, BlockIndex
 from async_tier.order import SequenceOrder
 from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
@@ -103,7 +103,7 @@ class _Job:
         self.traced: Submitted | None = None
 
     def __str__(self) -> str:
-        request = "" if self.sequence is None else f", request {self.sequence!r}"
+        request = "" if self.sequence is None else f", request {shown(self.sequence)}"
         return f"job {self.job_id} ({self.kind}{request}, {self.blocks} block{'s' * (self.blocks != 1)})"
 
 
@@ -150,7 +150,8 @@ class BlockStore:
                 raise
         self._engine, self._arena = engine, arena
         # Also when nobody calls close().
-        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer)
+        self._log = FaultLog(logger)
+        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer, self._log)
         self._rows = self._arena.rows
         try:
             self._index = BlockIndex(self._rows.count, policy)
@@ -175,7 +176,6 @@ class BlockStore:
         self._store_jobs = self._load_jobs = self._failed_jobs = 0
         self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
         self._hits = self._misses = self._faults = 0
-        self._log = FaultLog(logger)
         self._closed = False
         self._broken = False
         self._trace: TierTrace | None = None
@@ -373,11 +373,11 @@ class BlockStore:
             self._index.use(hits, sequence, None)  # else its end is a use of these as well
         self._index.finish(sequence, order)
 
-    def fault(self, doing: str, reason: object) -> None:
+    def fault(self, doing: str, reason: object, traceback: str | None = None) -> None:
         """Count something that went wrong, and say so in the log; an exception's traceback, too, the first time."""
         self._faults += 1
         error = reason if isinstance(reason, BaseException) else None
-        self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error)
+        self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error, _said(reason), traceback)
 
     def fail(
         self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
@@ -463,8 +463,8 @@ class BlockStore:
         try:
             if job.traced is not None:
                 trace.ended(job.traced, job.job_id, job.event, self._index.rows_used, reason)
-            elif reason is not None:
-                trace.refused(job.kind, job.blocks, job.job_id, reason)
+            else:
+                trace.without_copies(job.kind, job.blocks, job.job_id, reason)
         except Exception as error:  # nor must its end
             self._stop_tracing(error)
 
@@ -475,7 +475,7 @@ class BlockStore:
     def _end_store(self, job: _Job) -> None:
         if job.event.failed:
             self._index.drop_filling(job.keys, job.rows)
-            self._finish(job, self._why_failed(job))
+            self._finish(job, self._why_failed(job), traceback=getattr(job.event, "traceback", None))
             return
         self._index.fill(job.rows)
         self._blocks_stored += len(job.rows)
@@ -485,7 +485,7 @@ class BlockStore:
         self._index.unpin(job.rows)
         if job.event.failed:
             self._index.drop(job.keys)
-            self._finish(job, self._why_failed(job))
+            self._finish(job, self._why_failed(job), traceback=getattr(job.event, "traceback", None))
             return
         self._blocks_loaded += len(job.rows)
         loaded = tuple(job.keys) if job.missing else None
@@ -502,7 +502,7 @@ class BlockStore:
     def _why_incomplete(self, job: _Job) -> str | None:
         if not job.missing:
             return None
-        return f"{job.missing} of its blocks {'is' if job.missing == 1 else 'are'} not in the tier"
+        return f"the tier lacks {job.missing} of its blocks"
 
     def _refuse(self, job: _Job, refusal: _RefusedError) -> None:
         """The job is not taken. Where the engine is broken that was counted when it broke."""
@@ -522,6 +522,7 @@ class BlockStore:
         size: int = 0,
         seconds: float = 0.0,
         error: BaseException | None = None,
+        traceback: str | None = None,
     ) -> None:
         """The last of a job. reason: why it failed; None for a success."""
         if self._trace is not None:
@@ -529,7 +530,7 @@ class BlockStore:
         if reason is not None:
             self._failed_jobs += 1
             line = str(job)
-            self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error)
+            self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error, reason, traceback)
         self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind))
 
     # ------------------------------------------------------------------------------------------------------- details
@@ -540,7 +541,8 @@ class BlockStore:
         if self._engine.broken is not None and not self._broken:
             self._broken = True
             self.clear()
-            self.fault("go on copying; it is empty and takes nothing more", self._engine.broken)
+            traceback = getattr(self._engine, "traceback", None)
+            self.fault("go on copying; it is empty and takes nothing more", self._engine.broken, traceback)
         if self._index.usable < self._index.capacity:
             self._index.usable = self._arena.ready
 
@@ -594,12 +596,16 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
 
 def _said(reason: object) -> str:
     """An error as a log line says it."""
-    return f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else str(reason)
+    text = one_line(reason)
+    if isinstance(reason, BaseException):
+        text = f"{type(reason).__name__}: {text}" if text else type(reason).__name__
+    return text
 
 
-def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None) -> None:
+def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None, log: FaultLog) -> None:
     """Engine before arena: no copy may touch freed memory. What one cannot do must not keep the others from it."""
     with contextlib.ExitStack() as ends:
+        ends.callback(log.flush, now=True)
         if writer is not None:
             ends.callback(writer.close)
         ends.callback(arena.close)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 
 # Between two lines of one kind.
 INTERVAL_S = 1.0
+# What differs between reasons that are alike.
+_VARYING = re.compile(r"0x[0-9a-fA-F]+|\d+|b?'[^']*'")
+# Beyond so many, kinds are told apart by the error's type alone: there may be one whose text never repeats.
+MOST_KINDS = 64
+
+
+def one_line(text: object) -> str:
+    """`text` without line breaks, of which torch's errors have some."""
+    return " ".join(str(text).split())
 
 
 class _Kind:
@@ -23,24 +33,28 @@ class _Kind:
 class FaultLog:
     """At most one line a second of a kind: the first with its traceback, later ones with how many there were between.
 
-    A kind is what was being done and the type of the error. For one thread at a time.
+    A kind is what was being done, the type of the error, and the reason but for its numbers. For one thread at a time.
     """
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
         self._clock = clock
-        self._kinds: dict[tuple[str, type | None], _Kind] = {}
+        self._kinds: dict[tuple[str, type, str], _Kind] = {}
         # Whether `flush` may have something to say. To be read by anyone.
         self.is_holding = False
 
-    def report(self, doing: str, line: str, error: BaseException | None = None) -> None:
-        """Say `line` now, or count it and say that later."""
+    def report(
+        self, doing: str, line: str, error: BaseException | None = None, reason: str = "", traceback: str | None = None
+    ) -> None:
+        """Say `line`, which has the reason in it, now, or count it and say that later. traceback: where no error is."""
         now = self._clock()
-        name = doing, None if error is None else type(error)
+        name = doing, type(error), _VARYING.sub("#", reason)
+        if name not in self._kinds and len(self._kinds) >= MOST_KINDS:
+            name = doing, type(error), ""
         kind = self._kinds.get(name)
         if kind is None:
             self._kinds[name] = _Kind(now)
-            self._logger.error("%s", line, exc_info=error)
+            self._logger.error("%s%s", line, f"\n{traceback}" if traceback else "", exc_info=error)
         else:
             kind.held += 1
             kind.last_line = line

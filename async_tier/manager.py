@@ -149,7 +149,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
         try:
             ended = self._store.poll()
             for finished in ended:
-                self._promises.note_end(finished.job_id, finished.success)
+                try:
+                    self._promises.note_end(finished.job_id, finished.success)
+                except Exception as error:  # none must be lost for its promise
+                    self._store.fault("keep account of a promise", error)
             self._detector.reported(each.seconds for each in ended if each.kind == "store" and each.success)
             return [compat.job_result(finished) for finished in ended]
         except Exception as error:

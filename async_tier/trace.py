@@ -235,10 +235,10 @@ class TierTrace:
         for leg, start, end in spans:
             self._writer.slice(f"{job.kind} {leg}", start, end, **about)
 
-    def refused(self, kind: str, blocks: int, job_id: int, reason: str) -> None:
-        """A job failed of which nothing was queued."""
+    def without_copies(self, kind: str, blocks: int, job_id: int, reason: str | None) -> None:
+        """A job was over at once: it failed for that reason, or there was nothing to copy."""
         now = time.monotonic_ns()
-        self._writer.slice(f"{kind} queued", now, now, job=job_id, blocks=blocks, bytes=0, outcome=reason)
+        self._writer.slice(f"{kind} queued", now, now, job=job_id, blocks=blocks, bytes=0, outcome=reason or "success")
 
     def scheduled(self) -> None:
         """A step was planned, and the model is about to run it."""

@@ -203,8 +203,8 @@ def pinning(bench: Bench) -> dict[str, float]:
     small = torch.zeros(1, device="cuda")
 
     def launches(during: threading.Thread | None) -> list[float]:
-        took = []
-        while (during is None and len(took) < 1000) or (during is not None and during.is_alive()):
+        took: list[float] = []
+        while not took or (len(took) < 1000 if during is None else during.is_alive()):
             started = time.perf_counter()
             small.zero_()
             torch.cuda.current_stream().synchronize()

@@ -40,9 +40,9 @@ HEXADECIMAL = re.compile("-?(0x)?[0-9a-f]+", re.IGNORECASE)
 DECIMAL = re.compile(r"[0-9]{1,40}(\.[0-9]{1,40})?")
 # Names of fields that tell when a request comes by another request: AIPerf's and Dynamo's `delay`, Dynamo's `wait_for`
 # and `dependencies`, and deltas.
-RELATIVE_TIME = re.compile("delay|delta|wait_for|dependenc", re.IGNORECASE)
+RELATIVE_TIME = re.compile("delay|delta|wait|dependenc|(^|_)gap|think_?time|inter_?arriv|^iat", re.IGNORECASE)
 # Names under which others note a time: without a `timestamp`, one of these may order the lines differently.
-OTHER_TIME = re.compile("time|(^|_)date|arriv|interval|_at$|^ts?$", re.IGNORECASE)
+OTHER_TIME = re.compile("time|(^|_)date|arriv|interval|start|begin|creat|offset|_at$|^ts?$", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
 

@@ -842,7 +842,7 @@ def test_what_vllm_would_stumble_over_is_refused_in_words(options, words):
 
 def test_a_block_larger_than_any_memory_is_told_in_words():
     with pytest.raises(ValueError, match="which is one block of all workers, not"):
-        CPUBackendTieringSpec(make_config(new_engine_id(), blocks_per_chunk=10**400))
+        CPUBackendTieringSpec(make_config(new_engine_id(), blocks_per_chunk=10**400, cpu_bytes_to_use="1GiB"))
 
 
 @pytest.mark.parametrize("key", ["bytesToUse", "BYTES_TO_USE", "cpuBytesToUse", "Cpu-Bytes-To-Use"])

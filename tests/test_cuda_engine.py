@@ -1030,7 +1030,11 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     store.submit_load(3, names(4, 904), range(110, 114))
     store.submit_store(4, names(4, 50), range(50, 54))
     assert finish(store) == {2: False, 3: True, 4: True}
-    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.getMessage().startswith(f"Job 2 ({'load' if is_load else 'store'}, 4 blocks) failed: CUDA refused to ")
+    said, _, traceback = line.getMessage().partition("\n")
+    assert "unknown error" in said
+    assert traceback.startswith("Traceback")
     if is_load:
         assert not any(store.lookup(name) for name in names(4, 900)), "a key whose load failed is gone (R4)"
     else:
@@ -1168,14 +1172,17 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
     assert not all(ends.values())
     assert store.num_blocks == 0
     assert not store.lookup(names(1, 900)[0])
-    # Later jobs fail at once, drain and close return, and all that is said of it is said once.
+    # Later jobs fail at once, drain and close return, and that it is lost is said once.
     store.submit_store(4, names(2), [0, 1])
     store.submit_load(5, names(2), [0, 1])
     assert [(end.job_id, end.success) for end in store.poll()] == [(4, False), (5, False)]
     assert returns(lambda: store.drain() or True)
     assert store.statistics().faults == 1
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "go on copying" in caplog.text
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("go on copying" in line for line in lines) == 1
+    assert all(line.startswith(("The tier could not go on", "Job ")) for line in lines)
+    assert len(lines) <= 1 + 2 * 2, "before and after it was known, a kind of job"
+    assert caplog.text.count("Traceback") in (1, 2), "of the question that had no answer, and of the job it was about"
     assert returns(lambda: store.close() or True)
     assert store.poll() == []
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from async_tier.faults import INTERVAL_S, FaultLog
+from async_tier.faults import INTERVAL_S, MOST_KINDS, FaultLog
 
 
 class Clock:
@@ -89,3 +89,22 @@ def test_what_was_held_back_is_said_once_it_may_be(log, clock, caplog):
     log.report("load", "load 3", raised("x"))
     log.flush(now=True)
     assert lines(caplog) == ["load 3"]
+
+
+def test_reasons_that_differ_by_more_than_numbers_are_kinds_of_their_own(log, caplog):
+    for number in range(100):
+        log.report("load", f"Job {number}: lacks {number}", reason=f"the tier lacks {number} of its blocks")
+        log.report("load", f"Job {number}: 'a{number}'", reason=f"no key 'a{number}' at 0x{number:x}")
+    log.report("load", "Job 100: closed", reason="the tier is shut down")
+    assert lines(caplog) == ["Job 0: lacks 0", "Job 0: 'a0'", "Job 100: closed"]
+
+
+def test_reasons_that_never_repeat_do_not_fill_the_log(log, caplog):
+    letters = str.maketrans("0123456789", "abcdefghij")
+    for number in range(1000):
+        log.report("load", f"load {number}", reason=f"no {str(number).translate(letters)} today")
+    log.report("load", "load a known one", reason="no a today")
+    said = lines(caplog)
+    assert len(said) == MOST_KINDS + 1
+    log.flush(now=True)
+    assert "load a known one" in lines(caplog)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 import subprocess
@@ -1056,9 +1057,7 @@ def test_a_failed_job_has_a_line_with_its_request_and_why(tier, primary, caplog)
     store(tier, 1, keys(0), [0])
     assert said(caplog) == []
     assert not load(tier, 2, keys(0, 8, 9), [1, 2, 3]).success
-    assert said(caplog) == [
-        "Job 2 (load, request 'request of job 2', 3 blocks) failed: 2 of its blocks are not in the tier"
-    ]
+    assert said(caplog) == ["Job 2 (load, request 'request of job 2', 3 blocks) failed: the tier lacks 2 of its blocks"]
     caplog.clear()
     assert not store(tier, 3, keys(1), [primary.shape[0]]).success
     assert said(caplog) == [
@@ -1094,6 +1093,41 @@ def test_a_job_that_is_cut_off_says_so(primary, caplog):
     assert first.startswith("Job 0 (store, request 'request of job 0', 1 block) failed: ")
     assert last.startswith("Job 2 ")
     assert last.endswith(" (and 1 more like it since the last such line)")
+
+
+def test_what_was_counted_is_said_when_a_tier_is_dropped(primary, caplog):
+    tier = make_tier(primary, blocks=4)
+    for number in range(3):
+        load(tier, number, keys(9), [0])
+    helpers.forget()
+    del tier
+    gc.collect()
+    first, last = said(caplog)
+    assert first.startswith("Job 0 ")
+    assert last.startswith("Job 2 ")
+
+
+def test_a_reason_is_one_line(tier, caplog):
+    tier._store._index.reserve = MagicMock(side_effect=RuntimeError("no luck:\n\n  try again\n"))
+    store(tier, 1, keys(1), [1])
+    tier._store._index.reserve = MagicMock(side_effect=AssertionError)
+    store(tier, 2, keys(1), [1], context=request("x" * 5000))
+    first, second = said(caplog)
+    assert first.endswith("failed: RuntimeError: no luck: try again")
+    assert second.endswith("failed: AssertionError")
+    assert len(second) < 300
+    del tier._store._index.reserve
+
+
+def test_r2_no_job_is_lost_for_its_promise(tier, caplog):
+    real = tier._promises.note_end
+    tier._promises.note_end = MagicMock(side_effect=[OSError("out of luck"), None])
+    tier.submit_store(job(1, keys(0), [0]))
+    tier.submit_store(job(2, keys(1), [1]))
+    assert {job_id: result.success for job_id, result in finish(tier).items()} == {1: True, 2: True}
+    assert tier.statistics().faults == 1
+    assert said(caplog) == ["The tier could not keep account of a promise: OSError: out of luck"]
+    tier._promises.note_end = real
 
 
 @pytest.mark.parametrize("method", ["lookup", "end_step", "touch", "submit_load"])

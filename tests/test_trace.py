@@ -360,7 +360,8 @@ def test_the_trace_says_what_became_of_each_job(path):
     }
     assert outcomes == {
         1: "success",
-        2: "1 of its blocks is not in the tier",
-        3: "1 of its blocks is not in the tier",
+        2: "the tier lacks 1 of its blocks",
+        3: "the tier lacks 1 of its blocks",
         4: "1 keys but 2 row numbers",
+        5: "success",
     }

@@ -246,6 +246,11 @@ def test_times_that_decrease_are_refused(tmp_path, times):
         {"arrived_at": 1.5},
         {"t": 2.5},
         {"ts": 2.5},
+        {"start_ms": 2.5},
+        {"created": 7},
+        {"timestamp": 9, "gap_ms": 5},
+        {"timestamp": 9, "think_time": 5},
+        {"iat": 0.5},
     ],
     ids=str,
 )

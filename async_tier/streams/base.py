@@ -17,7 +17,7 @@ from async_tier.arena import Rows
 
 
 class CopyEvent(Protocol):
-    """The end of the copies queued by one call. It may have a `reason`: why it failed, in words."""
+    """The end of the copies queued by one call. It may have a `reason` and a `traceback`, both text: why it failed."""
 
     @property
     def is_done(self) -> bool:

@@ -31,6 +31,7 @@ import ctypes
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 
 from async_tier.arena import Rows
+from async_tier.faults import one_line
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
 from async_tier.streams.segments import Segments, segments
@@ -164,6 +166,7 @@ class CudaJob:
         "seconds",
         "spans",
         "started",
+        "traceback",
     )
 
     def __init__(self, stream: CudaStream, legs: list[Segments], size: int) -> None:
@@ -176,6 +179,7 @@ class CudaJob:
         self.done = False
         self.failed = False
         self.reason: str | None = None
+        self.traceback: str | None = None
         self.seconds = 0.0
         # By leg, (first start, last end): see CudaStream.spans.
         self.spans: dict[str, tuple[int, int]] = {}
@@ -405,7 +409,8 @@ class CudaStream:
         self._stalled = True
         if job is not None:
             job.failed = True
-            job.reason = f"CUDA refused to {doing}: {error}"
+            job.reason = f"CUDA refused to {doing}: {one_line(error)}"
+            job.traceback = _traceback(error)
         try:
             self.is_idle()
         except CudaError as lost:  # whoever asks for the engine's health says so
@@ -479,6 +484,7 @@ class CudaEngine:
         self.context = DeviceContext(self.driver, ordinal)
         self.events = EventPool()
         self.broken: str | None = None
+        self.traceback: str | None = None  # of the error that broke it
         # Whether it is known that no copy is under way any more; without that, memory must stay where it is.
         self.is_quiet = True
         self._closed = False
@@ -549,7 +555,7 @@ class CudaEngine:
     def lose(self, error: Exception) -> None:
         """The context is lost, and with it every job."""
         if self.broken is None:
-            self.broken = str(error)
+            self.broken, self.traceback = one_line(error), _traceback(error)
             self.is_quiet = False
             self.events.keep_for_ever()
             for stream in (self.load_stream, self.store_stream):
@@ -668,6 +674,11 @@ def _row_numbers(rows: Rows, numbers: list[int]) -> np.ndarray:
     if len(array) and not (array.min() >= 0 and array.max() < rows.count):
         raise ValueError(f"a row number is not from 0 to {rows.count - 1}")
     return array.astype(np.int64, copy=False)
+
+
+def _traceback(error: Exception) -> str:
+    """As text: an error that was kept would keep events, whose end must not be left to the garbage collector."""
+    return "".join(traceback.format_exception(error, chain=False)).rstrip()
 
 
 def _seconds(started: torch.cuda.Event, ended: torch.cuda.Event) -> float:
