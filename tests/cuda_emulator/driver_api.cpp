@@ -88,6 +88,7 @@ int device_attribute(int attribute) {
         case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS: return 1;
         case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: return 1;
         case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: return 1;
+        case CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM: return 1;
         case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED: return 1;
         default: return 0;
     }
