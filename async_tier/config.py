@@ -73,6 +73,8 @@ def parse_size(key: str, value: object) -> int:
 
 def format_size(size: int) -> str:
     """`size` bytes for a person: "1.5 GiB"."""
+    if size > _MAX_SIZE:
+        return "more than 2^100 bytes"
     for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
@@ -103,7 +105,10 @@ def load_policy(name: str) -> type[EvictionPolicy]:
 
 def nearest_key(key: object, known: Sequence[str]) -> str | None:
     """The one of the known keys that `key` is likely a misspelling of."""
-    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.7)), None) if isinstance(key, str) else None
+    if not isinstance(key, str):
+        return None
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()  # bytesToUse, BYTES_TO_USE
+    return next(iter(difflib.get_close_matches(words, known, n=1, cutoff=0.7)), None)
 
 
 @dataclasses.dataclass(frozen=True)

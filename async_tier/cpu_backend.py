@@ -37,7 +37,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier import _vllm_compat as compat
-from async_tier.config import SPEC_KEYS, TIER_KEYS, format_size, nearest_key, parse_size, parse_threads
+from async_tier.config import SPEC_KEYS, TIER_KEYS, format_size, nearest_key, parse_size, parse_threads, shown
 from async_tier.primary_file import PrimaryFile
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
@@ -76,7 +76,7 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
         super().__init__(replace(config, extra_config={**config.extra_config, "cpu_bytes_to_use": primary_bytes}))
         if self.num_chunks < 1:
             raise ValueError(
-                f"cpu_bytes_to_use must be at least {self.kv_bytes_per_chunk} bytes "
+                f"cpu_bytes_to_use must be at least {shown(self.kv_bytes_per_chunk)} bytes "
                 f"({format_size(self.kv_bytes_per_chunk)}), which is one block of all workers, not {primary_bytes}"
             )
         wrong = compat.partial_chunks(self)
@@ -144,23 +144,33 @@ def _check_keys(extra_config: Mapping[str, Any]) -> None:
     """Refuse keys of `kv_connector_extra_config` that belong into a tier's dictionary or are misspelt; log others."""
     tiers = extra_config.get("secondary_tiers", [])
     if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {tiers!r}")
+        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {shown(tiers)}")
+    for tier in tiers:
+        for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
+            if key in tier:
+                raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
+        for key in ("type", "module_path"):
+            if key in tier and not (isinstance(tier[key], str) and tier[key]):
+                raise ValueError(f"{key} of a tier must be a name, not {shown(tier[key])}")
+    for settings in (extra_config, *tiers):
+        if not isinstance(settings.get("backpressure") or {}, dict):
+            raise ValueError(f"backpressure must be a dictionary, not {shown(settings['backpressure'])}")
     for key in extra_config:
         if key in SPEC_KEYS:
             continue
         if key in TIER_KEYS:
             near = nearest_key(key, SPEC_KEYS)
             raise ValueError(
-                f"{key!r} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
+                f"{shown(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
                 + (f"; or did you mean {near!r}?" if near and near not in extra_config else "")
             )
         near = nearest_key(key, [*SPEC_KEYS, *TIER_KEYS])
         if near:
             place = "" if near in SPEC_KEYS else ", in the dictionary of a tier in secondary_tiers"
-            raise ValueError(f"unknown key {key!r} in kv_connector_extra_config; did you mean {near!r}{place}?")
+            raise ValueError(f"unknown key {shown(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
         logger.warning(
-            "Key %r of kv_connector_extra_config is not known and has no effect; the known keys are %s",
-            key,
+            "Key %s of kv_connector_extra_config is not known and has no effect; the known keys are %s",
+            shown(key),
             ", ".join(SPEC_KEYS),
         )
 

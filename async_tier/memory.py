@@ -76,7 +76,8 @@ def refuse_if_unavailable(size: int) -> None:
             if promised:
                 words += f", of which {_told(promised)} are promised to tiers that do not use it yet"
             for holder in under:
-                words += f"; process {holder.process} ({holder.name}) has {format_size(holder.size)} for its tiers"
+                own = ", this one" if holder.process == os.getpid() else ""
+                words += f"; process {holder.process} ({holder.name}{own}) has {format_size(holder.size)} for its tiers"
             raise MemoryError(f"{words}; set bytes_to_use to less")
 
 

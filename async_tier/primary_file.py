@@ -26,6 +26,8 @@ from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_s
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
+from async_tier.config import shown
+
 logger = init_logger(f"vllm.{__name__}")
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: to the end), process
@@ -140,10 +142,11 @@ class PrimaryFile:
                 with contextlib.suppress(FileNotFoundError):
                     return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
                 return None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # no file can be named so
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(
-                f"the primary's file {self.path}, named after engine_id {self._engine_id!r}, cannot be opened: "
-                f"{error.strerror}"
+                f"the primary's file {shown(self.path)}, named after engine_id {shown(self._engine_id)}, cannot be "
+                f"opened: {reason}"
             ) from error
 
     def _take(self, fd: int, size: int) -> bool:

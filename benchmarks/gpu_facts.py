@@ -982,8 +982,9 @@ store, primary = small_store()
 store.submit_store(1, [b"a"], [0]); store.drain(); assert [end.success for end in store.poll()] == [True]
 if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
     emulator.inject("exec_h2d", 1, 700, asynchronous=True)
+    pinned = torch.zeros(4).pin_memory()  # kept: freed once the copy has failed, it would end the process
     try:
-        torch.zeros(4).pin_memory().to("cuda", non_blocking=True); torch.cuda.synchronize()
+        pinned.to("cuda", non_blocking=True); torch.cuda.synchronize()
     except RuntimeError:
         pass
 else:

@@ -366,8 +366,10 @@ MUTANTS = [
         "                    pass",
         ENGINE,
     ),
-    Mutant("but only for what its engine process has", "streams/host.py", "cpus |= os.sched_getaffinity(parent.pid)", "cpus |= set(range(os.cpu_count() or 1))", ENGINE),
-    Mutant("nor for the user's own binding", "streams/host.py", ' and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":', ":", ENGINE),
+    Mutant("but only for what its engine process has", "streams/host.py", "given = os.sched_getaffinity(parent.pid)", "given = set(range(os.cpu_count() or 1))", ENGINE),
+    Mutant("nor for the user's own binding", "streams/host.py", ' and asked != "nobind"', "", ENGINE),
+    Mutant("nor where vLLM has bound nothing", "streams/host.py", " and listed is not None", "", ENGINE),
+    Mutant("nor beyond what the user has listed", "streams/host.py", "if asked != \"auto\":", "if False:", ENGINE),
     Mutant("nor for numactl's", "streams/host.py", " and not has_numactl", "", ENGINE),
     Mutant("an engine process that may not be asked", "streams/host.py", "contextlib.suppress(OSError)", "contextlib.suppress(ValueError)", ENGINE),
     Mutant(

@@ -364,7 +364,7 @@ async def test_copies_that_fail_reach_whoever_waits(primary):
         storing = asyncio.ensure_future(store.store(keys(1), [1]))
         loading = await begun(store.load(keys(0), [9]))
         store._store._engine.close()  # cuts them off
-        with pytest.raises(TransferError, match="the store of 1 blocks failed"):
+        with pytest.raises(TransferError, match="the store of 1 blocks failed: its copies were not made"):
             await storing
         assert await loading == ()
         assert store.statistics().rows_used == store.num_blocks == 0
@@ -976,6 +976,16 @@ async def test_where_it_can_only_be_asked_the_pauses_grow(primary, monkeypatch):
     await store.close()
 
 
+async def test_a_load_of_what_is_not_there_is_an_answer_and_no_failure(primary, caplog):
+    async with open_store(primary) as store:
+        await store.store(keys(0), [0])
+        assert await store.load(keys(5, 0, 6), [8, 9, 10]) == tuple(keys(0))
+        assert await store.load(keys(5), [8]) == ()
+        assert store.statistics().failed_jobs == 0
+        assert store.statistics().blocks_loaded == 1
+    assert not caplog.records
+
+
 async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch):
     async with open_store(primary) as store:
         store._store._store_stream.hold()
@@ -988,6 +998,7 @@ async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch)
             for task in tasks:
                 with pytest.raises(OSError, match="out of luck"):
                     await task
+        assert store.statistics().load_jobs == 0, "its stores go on"
         draining = await begun(store.drain())
         assert not draining.done(), "the copies go on, and are waited for"
         store._store._store_stream.release()

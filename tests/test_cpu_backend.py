@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from async_tier.config import SPEC_KEYS, TIER_KEYS
+from async_tier.config import SPEC_KEYS, TIER_KEYS, shown
 from async_tier.cpu_backend import CPUBackendTieringSpec, HostOffloadingWorker
 from async_tier.primary_file import PrimaryFile
 from tests.engine import Engine
@@ -813,10 +814,41 @@ def test_a_misspelt_key_of_a_tier_is_refused_with_the_nearest_right_one():
         spec.get_manager()
 
 
-@pytest.mark.parametrize("value", [None, "async", {"type": "async"}, ["async"], [tier_config(), None]])
+@pytest.mark.parametrize(
+    "value", [None, "async", {"type": "async"}, ["async"], [tier_config(), None], [10**5000], ["x" * 10**5]]
+)
 def test_tiers_that_are_no_list_of_dictionaries_are_refused(value):
-    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one a tier, not"):
+    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one a tier, not") as error:
         CPUBackendTieringSpec(make_config(new_engine_id(), secondary_tiers=value))
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"offloading_spec": 1}, "'offloading_spec' is no key of a tier: vLLM hands that over itself"),
+        ({"tier_type": "x"}, "'tier_type' is no key of a tier: vLLM hands that over itself"),
+        ({"type": 5}, "type of a tier must be a name, not 5"),
+        ({"module_path": ""}, "module_path of a tier must be a name, not ''"),
+        ({"backpressure": 1}, "backpressure must be a dictionary, not 1"),
+    ],
+)
+def test_what_vllm_would_stumble_over_is_refused_in_words(options, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        CPUBackendTieringSpec(
+            make_config(new_engine_id(), secondary_tiers=[tier_config(), {**tier_config(), **options}])
+        )
+
+
+def test_a_block_larger_than_any_memory_is_told_in_words():
+    with pytest.raises(ValueError, match="which is one block of all workers, not"):
+        CPUBackendTieringSpec(make_config(new_engine_id(), blocks_per_chunk=10**400))
+
+
+@pytest.mark.parametrize("key", ["bytesToUse", "BYTES_TO_USE", "cpuBytesToUse", "Cpu-Bytes-To-Use"])
+def test_a_key_in_another_case_is_refused_with_the_right_one(key):
+    with pytest.raises(ValueError, match=f"unknown key '{key}' .*did you mean '(cpu_)?bytes_to_use'"):
+        CPUBackendTieringSpec(make_config(new_engine_id(), **{key: 1}))
 
 
 def test_a_key_that_is_like_none_is_logged(caplog):
@@ -1125,10 +1157,13 @@ def test_a_forked_child_that_ends_leaves_its_parent_the_file(engine_id):
     assert not files_of(engine_id)
 
 
-@pytest.mark.parametrize("engine_id", ["no/such/folder", "x" * 300])
+@pytest.mark.parametrize("engine_id", ["no/such/folder", "x" * 300, "a\0b", "\ud800"])
 def test_an_engine_id_that_names_no_file_is_refused(engine_id):
-    with pytest.raises(ValueError, match=f"named after engine_id '{engine_id}', cannot be opened: "):
+    words = f"named after engine_id {re.escape(shown(engine_id))}, cannot be opened: "
+    with pytest.raises(ValueError, match=words) as error:
         CPUBackendTieringSpec(make_config(engine_id)).get_worker(make_kv_caches())
+    assert len(str(error.value)) < 500
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("kind", ["folder", "link to nothing"])

@@ -865,10 +865,11 @@ def test_copy_threads_stay_on_the_cpus_that_the_thread_was_given():
     assert (done.stdout, done.stderr) == (f"{{'{max(CPUS)}'}}\n", "")
 
 
-def worker_cpus(parent: set[int], environment: str = "") -> set[int]:
+def worker_cpus(parent: set[int], environment: str = "", listed: str = "OMP_PLACES={0,1}") -> set[int]:
     """What the copy threads of a worker of vLLM's CPU backend may run on that was started on the CPUs `parent`, with
-    variables such as "NAME=value", and whose first thread was bound to the first CPU of these afterwards."""
-    variables = f"VLLM_CPU_OMP_THREADS_BIND=auto {environment}"
+    variables such as "NAME=value", and whose first thread was bound to the first CPU of these afterwards. `listed` is
+    OpenMP's variable with all that its threads are bound to."""
+    variables = f"VLLM_CPU_OMP_THREADS_BIND=auto {listed} {environment}"
     done = run_python(
         f"""
         import multiprocessing
@@ -909,6 +910,20 @@ def test_what_vllms_cpu_backend_has_not_narrowed_stays_narrow(environment: str):
 
 
 @needs_two_cpus
+def test_a_process_that_vllm_has_not_bound_stays_narrow():
+    """Such as a user's own worker, that was started by multiprocessing as well."""
+    assert worker_cpus(CPUS, listed="") == {min(CPUS)}
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("variable", ["OMP_PLACES={0}", "GOMP_CPU_AFFINITY=0", "KMP_AFFINITY=explicit,proclist=[0]"])
+def test_a_worker_stays_on_the_cpus_that_the_user_has_listed_for_it(variable: str):
+    variable = variable.replace("0", str(min(CPUS)))
+    assert worker_cpus(CPUS, f"VLLM_CPU_OMP_THREADS_BIND={min(CPUS)}|{max(CPUS)}", variable) == {min(CPUS)}
+    assert worker_cpus(CPUS, listed=variable) == CPUS, "where vLLM chose them itself, others are for this"
+
+
+@needs_two_cpus
 def test_a_process_that_vllm_did_not_start_has_the_cpus_of_its_thread():
     done = run_python(f"""
         from async_tier.streams.host import cpus_before_openmp
@@ -926,6 +941,7 @@ def test_a_worker_whose_engine_process_may_not_be_asked_has_the_cpus_of_its_thre
 
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=1))
     monkeypatch.setattr(os, "sched_getaffinity", ask)
+    monkeypatch.setenv("OMP_PLACES", "{5}")
     assert cpus_before_openmp() == {5}
 
 

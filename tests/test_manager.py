@@ -656,20 +656,17 @@ class TestDetector:
         tier = make_tier(primary, blocks=8, backpressure_detector=detector)
         tier._detector.reported([100.0])  # of a poll after which nobody told the detector
         store(tier, 1, keys(0), [0])
+        tier.bp_detector.update(time.monotonic() - 500, 1)
+        assert told.pop() < 100
         tier.submit_load(job(2, keys(0), [1], load=True))
         tier.submit_load(job(3, keys(5), [1], load=True))  # not here
         tier.submit_store(job(4, keys(1), [40]))  # no such row
         tier.submit_store(job(5, keys(1), [1]))
-        stores = [result for result in finish(tier).values() if result.success and result.job_id == 5]
-        for seconds in (100.0, 200.0):
-            tier._detector.reported([seconds, 7.0])
-            tier.bp_detector.update(time.monotonic(), 1)
-            assert told.pop() == pytest.approx(seconds, abs=1.0)
-        assert len(stores) == 1
-        tier.bp_detector.update(time.monotonic(), 1)
-        assert told.pop() == pytest.approx(7.0, abs=1.0)
-        tier.bp_detector.update(time.monotonic(), 1)  # nothing is known of it
-        assert told.pop() == pytest.approx(0.0, abs=1.0)
+        assert [result.success for result in finish(tier).values()].count(True) == 2
+        tier.bp_detector.update(time.monotonic() - 500, 1)
+        assert told.pop() < 100
+        tier.bp_detector.update(time.monotonic() - 500, 1)  # of a store that nothing is known of
+        assert told.pop() == pytest.approx(500, abs=100)
         tier.shutdown()
 
     def test_r10_without_one_nothing_is_ever_held_back(self, tier):

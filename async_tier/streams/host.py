@@ -11,6 +11,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # For `limit`: no limit.
 _UNLIMITED = -1
+# How vLLM tells OpenMP to bind a worker's threads: its variable depends on the library.
+_OPENMP_BINDINGS = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 # The queue that is served last.
 _POPULATION = 2
 
@@ -171,12 +174,18 @@ def cpus_before_openmp() -> set[int]:
     What the process was given can only be asked of the process that started it, which vLLM does not bind.
 
     The calling thread's CPUs alone where vLLM binds nothing, so that whatever does is the user's, and where vLLM put
-    numactl between the two processes (`--numa-bind`), so that the worker was given less.
+    numactl between the two processes (`--numa-bind`), so that the worker was given less. Of what the user has listed
+    for the workers, this one's part.
     """
     cpus = os.sched_getaffinity(0)
     parent = multiprocessing.parent_process()
+    listed = next((os.environ[name] for name in _OPENMP_BINDINGS if name in os.environ), None)
+    asked = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     has_numactl = "_VLLM_INTERNAL_NUMACTL_ARGS" in os.environ
-    if parent and parent.pid and not has_numactl and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+    if parent and parent.pid and listed is not None and asked != "nobind" and not has_numactl:
         with contextlib.suppress(OSError):  # it has ended, or may not be asked
-            cpus |= os.sched_getaffinity(parent.pid)
+            given = os.sched_getaffinity(parent.pid)
+            if asked != "auto":
+                given &= {int(number) for number in re.findall(r"\d+", listed)}
+            cpus |= given
     return cpus
