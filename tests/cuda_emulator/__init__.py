@@ -61,6 +61,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "pending": (ctypes.c_int64, (_handle,)),
     "inject": (None, (_text, ctypes.c_long, _int, _int)),
     "hide": (None, (_text,)),
+    "set_attribute": (None, (_int, _int)),
     "reset": (_int, ()),
     "sticky": (_int, ()),
     "violations": (_u64, ()),
@@ -158,6 +159,13 @@ class Emulator:
     def hide(self, symbol: str) -> None:
         """Make cuGetProcAddress not find a function: a driver that is older than it."""
         self._call["hide"](symbol.encode())
+
+    def set_attribute(self, attribute: int, value: int) -> None:
+        """What devices say of themselves, by CUdevice_attribute.
+
+        With 91 (host pointers of registered memory) at 0 a batch that copies from or to such memory loses the context.
+        """
+        self._call["set_attribute"](attribute, value)
 
     def reset(self) -> None:
         """Everything as it was when the emulator was loaded, and all streams empty.

@@ -157,6 +157,11 @@ void cudaemu_inject(const char *point, long nth, int code, int asynchronous) {
     state.rules.push_back({point, nth, code, asynchronous != 0});
 }
 
+void cudaemu_set_attribute(int attribute, int value) {
+    Lock lock(state.mutex);
+    state.settings.attributes[attribute] = value;
+}
+
 void cudaemu_hide(const char *symbol) {
     Lock lock(state.mutex);
     state.hidden.insert(symbol);
@@ -168,6 +173,7 @@ int cudaemu_reset(void) {
     state.random.seed(state.defaults.seed);
     state.rules.clear();
     state.hidden.clear();
+    state.captures.clear();
     state.resets++;
     for (auto &[handle, stream] : state.streams) {
         stream->held = false;

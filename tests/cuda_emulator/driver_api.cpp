@@ -41,6 +41,8 @@ static const ErrorText ERRORS[] = {
     {214, "CUDA_ERROR_ECC_UNCORRECTABLE", "cudaErrorECCUncorrectable", "uncorrectable ECC error encountered"},
     {304, "CUDA_ERROR_OPERATING_SYSTEM", "cudaErrorOperatingSystem", "OS call failed or not supported on this OS"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {401, "CUDA_ERROR_ILLEGAL_STATE", "cudaErrorIllegalState",
+     "the operation cannot be performed in the present state"},
     {500, "CUDA_ERROR_NOT_FOUND", "cudaErrorSymbolNotFound", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "cudaErrorNotReady", "device not ready"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
@@ -51,6 +53,12 @@ static const ErrorText ERRORS[] = {
     {719, "CUDA_ERROR_LAUNCH_FAILED", "cudaErrorLaunchFailure", "unspecified launch failure"},
     {800, "CUDA_ERROR_NOT_PERMITTED", "cudaErrorNotPermitted", "operation not permitted"},
     {801, "CUDA_ERROR_NOT_SUPPORTED", "cudaErrorNotSupported", "operation not supported"},
+    {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
+    {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "cudaErrorStreamCaptureInvalidated",
+     "operation failed due to a previous error during capture"},
+    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", "cudaErrorStreamCaptureWrongThread",
+     "attempt to terminate a thread-local capture sequence from another thread"},
     {999, "CUDA_ERROR_UNKNOWN", "cudaErrorUnknown", "unknown error"},
 };
 
@@ -61,7 +69,9 @@ const ErrorText *error_text(int code) {
 }
 
 // Those of an H100, where anybody asked so far.
-int device_attribute(int attribute) {
+int device_attribute(const Lock &, int attribute) {
+    auto set = state.settings.attributes.find(attribute);
+    if (set != state.settings.attributes.end()) return set->second;
     switch (attribute) {
         case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
         case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X: return 1024;
@@ -88,9 +98,15 @@ int device_attribute(int attribute) {
         case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS: return 1;
         case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: return 1;
         case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: return 1;
+        case CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM: return 1;
         case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED: return 1;
         default: return 0;
     }
+}
+
+int device_attribute(int attribute) {
+    Lock lock(state.mutex);
+    return device_attribute(lock, attribute);
 }
 
 }  // namespace cuda_emulator
@@ -486,9 +502,35 @@ EXPORT cuStreamGetCtx(CUstream stream, CUcontext *context) {
     return CUDA_SUCCESS;
 }
 
-EXPORT cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) {
+EXPORT cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
+    ENTER("stream_begin_capture");
+    return result(begin_capture(handle(stream), mode));
+}
+
+EXPORT cuStreamEndCapture(CUstream stream, CUgraph *graph) {
+    ENTER("stream_end_capture");
+    uintptr_t captured;
+    int error = end_capture(handle(stream), &captured);
+    *graph = reinterpret_cast<CUgraph>(captured);
+    return result(error);
+}
+
+EXPORT cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
     ENTER_UNCOUNTED;
-    *status = CU_STREAM_CAPTURE_STATUS_NONE;
+    *status = static_cast<CUstreamCaptureStatus>(capture_status(handle(stream)));
+    return CUDA_SUCCESS;
+}
+
+EXPORT cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
+    ENTER_UNCOUNTED;
+    int exchanged = *mode;
+    int error = exchange_capture_mode(&exchanged);
+    *mode = static_cast<CUstreamCaptureMode>(exchanged);
+    return result(error);
+}
+
+EXPORT cuGraphDestroy(CUgraph) {
+    ENTER("graph_destroy");
     return CUDA_SUCCESS;
 }
 
@@ -588,13 +630,18 @@ static void *function_of_version(const std::string &name, int version) {
     return nullptr;
 }
 
+// What there is not, or not in that version, is no error.
 EXPORT cuGetProcAddress_v2(const char *name, void **function, int version, cuuint64_t,
                            CUdriverProcAddressQueryResult *status) {
     ENTER_UNINITIALIZED;
+    *function = nullptr;
+    if (version > DRIVER_VERSION) return CUDA_ERROR_INVALID_VALUE;
     *function = function_of_version(name, version);
     if (status)
-        *status = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
-    return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+        *status = *function                                      ? CU_GET_PROC_ADDRESS_SUCCESS
+                  : function_of_version(name, DRIVER_VERSION) ? CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT
+                                                              : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    return CUDA_SUCCESS;
 }
 
 #undef cuGetProcAddress

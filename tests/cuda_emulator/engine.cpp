@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
-#include <thread>
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -18,7 +17,6 @@ namespace cuda_emulator {
 
 namespace {
 
-constexpr uintptr_t HANDLE_STEP = 0x10;
 constexpr char POISON = static_cast<char>(0xDB);
 constexpr size_t POISON_CHUNK = 64 << 10;
 
@@ -120,6 +118,7 @@ int begin(const char *api) {
     }
     state.calls[api]++;
     if (state.sticky) return state.sticky;
+    if (int error = check_captures(lock, api)) return error;
     return injected_error(lock, api, false);
 }
 
@@ -546,7 +545,8 @@ const char *injection_point(Kind kind) {
     }
 }
 
-int submit_copies(const std::vector<CopyRequest> &requests, Kind required, StreamHandle on, bool blocking) {
+int submit_copies(const std::vector<CopyRequest> &requests, Kind required, StreamHandle on, bool blocking,
+                  bool batch = false) {
     Lock lock(state.mutex);
     auto stream = find_stream(lock, on);
     if (!stream) return INVALID_HANDLE;
@@ -561,8 +561,18 @@ int submit_copies(const std::vector<CopyRequest> &requests, Kind required, Strea
         if (from_device && !is_allocated(lock, request.source, request.bytes)) return INVALID_VALUE;
         Kind kind = kind_of(to_device, from_device);
         if (required != ANY_KIND && kind != required) return INVALID_VALUE;
-        bool to_pageable = !to_device && !is_pinned(lock, request.destination, request.bytes);
-        bool from_pageable = !from_device && !is_pinned(lock, request.source, request.bytes);
+        bool to_pageable = false;
+        bool from_pageable = false;
+        auto is_refused = [&](const void *pointer, bool *pageable) {
+            HostRange range = host_range(lock, pointer, request.bytes);
+            *pageable = range != HostRange::PINNED;
+            // Without the attribute the device has another address for registered memory, which a batch does not use.
+            if (batch && is_registered(lock, pointer) && !device_attribute(lock, HOST_POINTER_OF_REGISTERED))
+                operation.injected = ILLEGAL_ADDRESS;
+            return range == HostRange::MIXED || (range == HostRange::PINNED_APART && batch);
+        };
+        if (!to_device && is_refused(request.destination, &to_pageable)) return INVALID_VALUE;
+        if (!from_device && is_refused(request.source, &from_pageable)) return INVALID_VALUE;
         // From pageable memory: what is on the stream ends first, then the source is read before the call returns.
         // To pageable memory, and from host to host: the call returns when the copy is done.
         if (from_pageable && request.order == SourceOrder::STREAM) synchronize_before = true;
@@ -588,7 +598,7 @@ int submit_copies(const std::vector<CopyRequest> &requests, Kind required, Strea
         const char *device = shadow(copy.source);
         if (move_host(copy.stage.data(), device ? device : copy.source, copy.bytes)) return INVALID_VALUE;
     }
-    operation.injected = injected_error(lock, injection_point(operation.kind), true);
+    if (!operation.injected) operation.injected = injected_error(lock, injection_point(operation.kind), true);
     if (!operation.injected) operation.injected = injected_error(lock, "exec_copy", true);
     for (const Copy &copy : operation.copies) {
         state.copied[copy.kind].entries++;
@@ -630,7 +640,7 @@ int copy_batch(void *const *destinations, const void *const *sources, const size
         if (current + 1 < attribute_count && attributes_from[current + 1] == i) current++;
         requests[i] = {destinations[i], sources[i], sizes[i], SourceOrder{attributes[current].order}};
     }
-    return submit_copies(requests, ANY_KIND, stream, false);
+    return submit_copies(requests, ANY_KIND, stream, false, true);
 }
 
 // --------------------------------------------------------------------------------------------------------- other work

@@ -17,6 +17,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace cuda_emulator {
@@ -30,6 +31,7 @@ enum Code : int {
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
+    ILLEGAL_STATE = 401,
     NOT_FOUND = 500,
     NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
@@ -37,6 +39,9 @@ enum Code : int {
     NOT_REGISTERED = 713,
     NOT_PERMITTED = 800,
     NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_WRONG_THREAD = 908,
 };
 
 // What an operation does. The first three have a copy engine; OTHER are records of events and waits for them. The order
@@ -55,12 +60,16 @@ enum class EventHandle : uintptr_t {};
 constexpr StreamHandle LEGACY_STREAM{0};
 constexpr StreamHandle LEGACY_STREAM_BY_NAME{1};
 
+constexpr uintptr_t HANDLE_STEP = 0x10;
+
 constexpr unsigned STREAM_NON_BLOCKING = 1;
 constexpr unsigned EVENT_DISABLE_TIMING = 2;
 constexpr unsigned HOST_REGISTER_READ_ONLY = 8;
 constexpr int LOWEST_PRIORITY = 0;
 constexpr int HIGHEST_PRIORITY = -5;
 constexpr int DRIVER_VERSION = 13000;
+// CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+constexpr int HOST_POINTER_OF_REGISTERED = 91;
 
 // ------------------------------------------------------------------------------------------------ for the API layers
 
@@ -122,6 +131,14 @@ int query_event(EventHandle handle);
 int synchronize_event(EventHandle handle);
 int elapsed_time(EventHandle start, EventHandle end, float *milliseconds);
 int wait_event(StreamHandle stream, EventHandle event);
+
+// Captures: see captures.cpp. The numbers are those of CUstreamCaptureMode and CUstreamCaptureStatus.
+enum CaptureMode : int { CAPTURE_GLOBAL, CAPTURE_THREAD_LOCAL, CAPTURE_RELAXED };
+enum class CaptureStatus { NONE, ACTIVE, INVALIDATED };
+int begin_capture(StreamHandle stream, int mode);
+int end_capture(StreamHandle stream, uintptr_t *graph);
+CaptureStatus capture_status(StreamHandle stream);
+int exchange_capture_mode(int *mode);  // the calling thread's
 
 // Work on streams.
 struct CopyRequest {
@@ -202,6 +219,12 @@ struct Event {
     std::shared_ptr<Completion> recorded;  // what the last record captured; null: never recorded
 };
 
+struct Capture {
+    std::thread::id thread;
+    int mode;
+    bool invalidated;
+};
+
 struct Rule {
     std::string point;
     long countdown;
@@ -217,6 +240,7 @@ struct Settings {
     bool poison = false;
     bool ignore_kernels = false;
     bool hold_new_streams = false;
+    std::map<int, int> attributes;  // of devices, instead of what they are
 };
 
 struct Device {
@@ -255,6 +279,7 @@ struct State {
     std::map<uintptr_t, Pinned> pinned;
     std::map<StreamHandle, std::shared_ptr<Stream>> streams;
     std::map<EventHandle, Event> events;
+    std::map<StreamHandle, Capture> captures;
     uintptr_t next_handle = 0x1000;
     uint64_t submissions = 0;
 
@@ -272,6 +297,8 @@ struct State {
 };
 extern State &state;
 
+// CAPTURE_UNSUPPORTED where a call is unsafe while somebody captures, whose capture is lost then; or SUCCESS.
+int check_captures(const Lock &, const std::string &api);
 // The code of an injection rule that comes due at this point, or SUCCESS.
 int injected_error(const Lock &, const std::string &point, bool asynchronous);
 void add_rules(State &to, const char *text);  // "point@nth=code[:async];..."
@@ -281,11 +308,15 @@ bool is_idle(const Lock &, const Stream &stream);
 void wake_workers(const Lock &);
 
 bool is_device_pointer(const void *pointer);
-bool is_pinned(const Lock &, const void *pointer, size_t bytes);
+// What a range of host memory is for a copy. MIXED: part of it is pinned, and part of it is not.
+enum class HostRange { PAGEABLE, PINNED, PINNED_APART, MIXED };
+HostRange host_range(const Lock &, const void *pointer, size_t bytes);
+bool is_registered(const Lock &, const void *pointer);  // pinned, but not allocated by us
 // Whether a range was registered and something else has been mapped there since: the driver still copies from and to
 // the pages that it pinned, which nobody sees any more.
 bool is_mapped_anew(const Lock &, const void *pointer, size_t bytes);
 bool is_allocated(const Lock &, const void *device_pointer, size_t bytes);
+int device_attribute(const Lock &, int attribute);
 // Copies between host addresses (of which shadows are some): ILLEGAL_ADDRESS, not a crash, where nothing is mapped.
 int move_host(char *destination, const char *source, size_t bytes);
 

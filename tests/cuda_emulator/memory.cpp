@@ -51,15 +51,10 @@ std::map<uintptr_t, Pinned>::iterator pinned_around(const Lock &, uintptr_t addr
     return address < found->first + found->second.bytes ? found : state.pinned.end();
 }
 
-// Registrations pin whole pages, so two of them that share a page overlap.
-bool overlaps_pinned(const Lock &, uintptr_t address, size_t bytes) {
-    uintptr_t begin = address / PAGE * PAGE;
-    uintptr_t end = round_up(address + bytes, PAGE);
-    auto next = state.pinned.lower_bound(begin);
-    if (next != state.pinned.end() && next->first < end) return true;
-    if (next == state.pinned.begin()) return false;
-    auto before = std::prev(next);
-    return before->first + before->second.bytes > begin;
+bool overlaps_pinned(const Lock &lock, uintptr_t address, size_t bytes) {
+    auto next = state.pinned.lower_bound(address);
+    if (next != state.pinned.end() && next->first < address + bytes) return true;
+    return pinned_around(lock, address) != state.pinned.end();
 }
 
 // Whether every page of a range is mapped, and writable unless it need not be.
@@ -91,6 +86,15 @@ int mapping_at(uintptr_t address) {
 bool mark(uintptr_t address, size_t bytes) {
     return !mlock2(reinterpret_cast<void *>(address), bytes, MLOCK_ONFAULT) && mapping_at(address) == EBUSY &&
            mapping_at(address + bytes - 1) == EBUSY;
+}
+
+// Undoes it, but for pages that another registration has a part of.
+void unmark(const Lock &lock, uintptr_t address, size_t bytes) {
+    uintptr_t begin = address / PAGE * PAGE;
+    uintptr_t end = round_up(address + bytes, PAGE);
+    if (overlaps_pinned(lock, begin, PAGE)) begin += PAGE;
+    if (end > begin && overlaps_pinned(lock, end - PAGE, PAGE)) end -= PAGE;
+    if (end > begin) munlock(reinterpret_cast<void *>(begin), end - begin);
 }
 
 // A range is about to vanish under copies that still have to read or write it.
@@ -192,10 +196,22 @@ size_t free_memory(int device) {
 
 // ------------------------------------------------------------------------------------------------------- host memory
 
-bool is_pinned(const Lock &lock, const void *pointer, size_t bytes) {
+HostRange host_range(const Lock &lock, const void *pointer, size_t bytes) {
     uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-    auto found = pinned_around(lock, address);
-    return found != state.pinned.end() && bytes <= found->first + found->second.bytes - address;
+    uintptr_t end = address + bytes;
+    if (!overlaps_pinned(lock, address, bytes)) return HostRange::PAGEABLE;
+    bool apart = false;
+    for (auto found = pinned_around(lock, address); found != state.pinned.end(); apart = true) {
+        address = found->first + found->second.bytes;
+        if (address >= end) return apart ? HostRange::PINNED_APART : HostRange::PINNED;
+        found = pinned_around(lock, address);
+    }
+    return HostRange::MIXED;
+}
+
+bool is_registered(const Lock &lock, const void *pointer) {
+    auto found = pinned_around(lock, reinterpret_cast<uintptr_t>(pointer));
+    return found != state.pinned.end() && !found->second.ours;
 }
 
 bool find_pinned(const void *pointer, void **base, size_t *bytes) {
@@ -231,8 +247,9 @@ int unregister_host(void *pointer) {
     auto found = state.pinned.find(reinterpret_cast<uintptr_t>(pointer));
     if (found == state.pinned.end() || found->second.ours) return NOT_REGISTERED;
     check_not_in_flight(lock, found->first, found->second.bytes, "host unregister");
-    if (found->second.marked) munlock(pointer, found->second.bytes);
+    Pinned range = found->second;
     state.pinned.erase(found);
+    if (range.marked) unmark(lock, reinterpret_cast<uintptr_t>(pointer), range.bytes);
     return SUCCESS;
 }
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ OUT_OF_MEMORY = 2
 NOT_INITIALIZED = 3
 INVALID_CONTEXT = 201
 INVALID_HANDLE = 400
-NOT_FOUND = 500
+ILLEGAL_STATE = 401
 NOT_READY = 600
 ILLEGAL_ADDRESS = 700
 ALREADY_REGISTERED = 712
@@ -489,15 +490,6 @@ def test_registration(pages: int) -> None:
     assert runtime.cudaHostUnregister(pages) == NOT_REGISTERED
 
 
-def test_registrations_share_no_page(pages: int) -> None:
-    page = mmap.PAGESIZE
-    assert runtime.cudaHostRegister(pages, page // 2, 0) == 0
-    assert runtime.cudaHostRegister(pages + page // 2, page, 0) == ALREADY_REGISTERED
-    assert runtime.cudaHostRegister(pages + page, page, 0) == 0
-    assert runtime.cudaHostUnregister(pages) == 0
-    assert runtime.cudaHostUnregister(pages + page) == 0
-
-
 @pytest.mark.parametrize(
     ("there", "tried"),
     [
@@ -507,19 +499,27 @@ def test_registrations_share_no_page(pages: int) -> None:
         ((1.5, 0.25), (0.5, 0.75)),
     ],
 )
-def test_registrations_that_share_a_page_but_no_byte_collide(
-    pages: int, there: tuple[float, float], tried: tuple[float, float]
+def test_registrations_may_share_a_page_but_no_byte(
+    pages: int, stream: torch.cuda.Stream, emulator: Emulator, there: tuple[float, float], tried: tuple[float, float]
 ) -> None:
-    """F5. Both are (start, length) in pages."""
-
-    def register(start: float, length: float) -> int:
-        return runtime.cudaHostRegister(pages + int(start * mmap.PAGESIZE), int(length * mmap.PAGESIZE), 0)
-
-    assert register(*there) == 0
-    assert register(*tried) == ALREADY_REGISTERED
-    assert runtime.cudaHostUnregister(pages + int(there[0] * mmap.PAGESIZE)) == 0
-    assert register(*tried) == 0
-    assert runtime.cudaHostUnregister(pages + int(tried[0] * mmap.PAGESIZE)) == 0
+    """F5. Both are (start, length) in pages. Either outlives the other."""
+    ranges = [[int(each * mmap.PAGESIZE) for each in there], [int(each * mmap.PAGESIZE) for each in tried]]
+    device, before = on_device(), locked_pages()
+    for gone, left in (ranges, ranges[::-1]):
+        for start, length in ranges:
+            assert runtime.cudaHostRegister(pages + start, length, 0) == 0
+        for start, length in ranges:
+            assert runtime.cudaHostRegister(pages + start + length - 1, 1, 0) == ALREADY_REGISTERED
+        assert runtime.cudaHostUnregister(pages + gone[0]) == 0
+        assert locked_pages() == before + (sum(left) - 1) // mmap.PAGESIZE - left[0] // mmap.PAGESIZE + 1
+        ctypes.memset(pages + left[0], 7, left[1])
+        arguments = device.data_ptr(), pages + left[0], left[1], COPY_DEFAULT, stream.cuda_stream
+        assert runtime.cudaMemcpyAsync(*arguments) == 0
+        stream.synchronize()
+        assert emulator.peek(device.data_ptr(), left[1]) == b"\7" * left[1]
+        assert runtime.cudaHostUnregister(pages + left[0]) == 0
+        assert locked_pages() == before
+    assert emulator.violations() == 0
 
 
 def test_only_mapped_and_writable_memory_can_be_registered() -> None:
@@ -715,27 +715,64 @@ class TestRegisteredMemoryThatIsMappedAnew:
         assert emulator.violations() == 0
 
 
+def locked_pages() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmLck:")[1].split()[0]) * 1024 // mmap.PAGESIZE
+
+
 def test_memory_is_locked_while_it_is_registered(pages: int) -> None:
-    def locked_kib() -> int:
-        return int(Path("/proc/self/status").read_text().split("VmLck:")[1].split()[0])
-
-    before = locked_kib()
+    before = locked_pages()
     assert runtime.cudaHostRegister(pages, mmap.PAGESIZE, 0) == 0
-    assert locked_kib() == before + mmap.PAGESIZE // 1024
+    assert locked_pages() == before + 1
     assert runtime.cudaHostUnregister(pages) == 0
-    assert locked_kib() == before
+    assert locked_pages() == before
 
 
-def test_memory_beyond_a_registration_is_not_mistaken_for_it(
-    emulator: Emulator, stream: torch.cuda.Stream, memory: int
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_memory_is_copied_if_all_or_none_of_it_is_registered(
+    emulator: Emulator, stream: torch.cuda.Stream, first: int
 ) -> None:
-    there, size = on_device(1), 3 * mmap.PAGESIZE  # one page more than is registered
-    ctypes.memset(memory, 7, size)
-    for to, of in ((there.data_ptr(), memory), (memory, there.data_ptr())):
-        assert runtime.cudaMemcpyAsync(to, of, size, COPY_DEFAULT, stream.cuda_stream) == 0
-    assert ctypes.string_at(memory, size) == b"\7" * size
-    assert emulator.peek(there.data_ptr(), size) == b"\7" * size
-    assert emulator.violations() == 0
+    """F37. Of eight pages those from 2 to 5 are registered, in two halves; a copy has three."""
+    pages, page = map_pages(8), mmap.PAGESIZE
+    ctypes.memset(pages, 7, 8 * page)
+    for half in (2, 4):
+        assert runtime.cudaHostRegister(pages + half * page, 2 * page, 0) == 0
+    there, host = on_device(1).data_ptr(), pages + first * page
+    whole = first in (2, 3)
+    for to, of in ((there, host), (host, there)):
+        arguments = (to, of, 3 * page, COPY_DEFAULT, stream.cuda_stream)
+        assert runtime.cudaMemcpyAsync(*arguments) == (0 if whole else INVALID_VALUE)
+        # In a batch not even all of it, if it was registered apart.
+        batch = batch_arguments([there + 8 * page, to], [pages + 2 * page, of], [page, 3 * page])
+        assert runtime.cudaMemcpyBatchAsync(*batch, stream.cuda_stream) == INVALID_VALUE
+    stream.synchronize()
+    assert emulator.peek(there, 3 * page) == (b"\7" if whole else b"\1") * (3 * page)
+    assert emulator.peek(there + 8 * page, page) == b"\1" * page, "a batch that is refused copies nothing"
+    for half in (2, 4):
+        assert runtime.cudaHostUnregister(pages + half * page) == 0
+    unmap_pages(pages, 8)
+
+
+def test_batches_need_the_host_pointers_of_registered_memory(
+    emulator: Emulator, context: int, stream: torch.cuda.Stream, memory: int
+) -> None:
+    there, allocated, value = on_device(1).data_ptr(), pinned(0).data_ptr(), ctypes.c_int()
+    attribute = 91
+    assert driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
+    assert value.value == 1
+    emulator.set_attribute(attribute, 0)
+    assert driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
+    assert value.value == 0
+    assert runtime.cudaMemcpyAsync(there, memory, 2, COPY_DEFAULT, stream.cuda_stream) == 0
+    batch = batch_arguments([there, there + 8], [allocated, allocated + 8], [1, 1])
+    assert runtime.cudaMemcpyBatchAsync(*batch, stream.cuda_stream) == 0
+    stream.synchronize()
+    batch = batch_arguments([there, there + 8], [allocated, memory], [1, 1])
+    assert runtime.cudaMemcpyBatchAsync(*batch, stream.cuda_stream) == 0
+    assert driver.cuStreamSynchronize(stream.cuda_stream) == ILLEGAL_ADDRESS
+    assert emulator.sticky() == ILLEGAL_ADDRESS
+    emulator.reset()
+    assert driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0) == 0
+    assert value.value == 1
 
 
 # ------------------------------------------------------------------------------------------------------- device memory
@@ -1144,17 +1181,123 @@ def test_batches_of_two_versions(emulator: Emulator, context: int, memory: int) 
         assert driver.cuStreamSynchronize(stream) == 0
         assert emulator.peek(there, 2) == bytes([version % 256]) * 2
     assert failed.value == ctypes.c_size_t(-1).value
-    missing = ctypes.c_void_p()
-    assert lookup(ctypes.byref(missing), b"cuMemcpyBatchAsync", 12070) == NOT_FOUND
-    assert lookup(ctypes.byref(missing), b"cuNoSuchThing", 13000) == NOT_FOUND
-    emulator.hide("cuMemcpyBatchAsync")
-    assert lookup(ctypes.byref(missing), b"cuMemcpyBatchAsync", 12080) == NOT_FOUND
-    assert missing.value is None
     assert driver.cuMemFree_v2(there) == 0
 
 
-def lookup(found: Any, name: bytes, version: int) -> int:
-    return driver.cuGetProcAddress_v2(name, found, version, 0, None)
+def lookup(found: Any, name: bytes, version: int, status: Any = None) -> int:
+    return driver.cuGetProcAddress_v2(name, found, version, 0, status)
+
+
+def test_functions_that_there_are_not(emulator: Emulator) -> None:
+    """F20: not finding one is no error; a version later than the driver's is."""
+    no_such_name, too_low = 1, 2
+
+    def find(name: bytes, version: int) -> tuple[int, int | None, int]:
+        found, status = ctypes.c_void_p(7), ctypes.c_int(7)
+        code = lookup(ctypes.byref(found), name, version, ctypes.byref(status))
+        assert lookup(ctypes.byref(ctypes.c_void_p()), name, version) == code
+        return code, found.value, status.value
+
+    assert find(b"cuMemcpyBatchAsync", 12070) == (0, None, too_low)
+    assert find(b"cuNoSuchThing", 13000) == (0, None, no_such_name)
+    assert find(b"cuMemcpyBatchAsync", 13010)[:2] == (INVALID_VALUE, None)
+    emulator.hide("cuMemcpyBatchAsync")
+    assert find(b"cuMemcpyBatchAsync", 12080) == (0, None, no_such_name)
+
+
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED, CAPTURE_WRONG_THREAD = 900, 901, 908
+CAPTURE_GLOBAL, CAPTURE_THREAD_LOCAL, CAPTURE_RELAXED = 0, 1, 2
+
+
+def exchange_capture_mode(mode: int) -> int:
+    """Sets the calling thread's mode; the one it had."""
+    exchanged = ctypes.c_int(mode)
+    assert driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged)) == 0
+    return exchanged.value
+
+
+def end_capture(stream: torch.cuda.Stream) -> int:
+    graph = ctypes.c_void_p(7)
+    code = driver.cuStreamEndCapture(stream.cuda_stream, ctypes.byref(graph))
+    assert (graph.value is None) == (code != 0)
+    assert code or driver.cuGraphDestroy(graph) == 0
+    return code
+
+
+def capture_status(stream: torch.cuda.Stream) -> int:
+    status = ctypes.c_int(7)
+    assert driver.cuStreamIsCapturing(stream.cuda_stream, ctypes.byref(status)) == 0
+    return status.value
+
+
+@pytest.fixture
+def other_thread(context: int) -> Iterator[Callable[[Callable[[], int]], int]]:
+    """Calls functions, all of them on the same other thread."""
+    with ThreadPoolExecutor(1, initializer=lambda: driver.cuCtxPushCurrent_v2(context)) as executor:
+        yield lambda function: executor.submit(function).result()
+
+
+@pytest.mark.parametrize("theirs", [CAPTURE_GLOBAL, CAPTURE_THREAD_LOCAL, CAPTURE_RELAXED])
+@pytest.mark.parametrize("ours", [CAPTURE_GLOBAL, CAPTURE_THREAD_LOCAL, CAPTURE_RELAXED])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_unsafe_calls_are_refused_while_somebody_captures(
+    other_thread: Callable[[Callable[[], int]], int],
+    stream: torch.cuda.Stream,
+    other: torch.cuda.Stream,
+    pages: int,
+    theirs: int,
+    ours: int,
+    elsewhere: bool,
+) -> None:
+    """F38: which mode and which thread a capture has, and which mode a thread has that calls something."""
+    on_capturing_thread = other_thread if elsewhere else lambda function: function()
+    refused = theirs == ours == CAPTURE_GLOBAL if elsewhere else CAPTURE_RELAXED not in (theirs, ours)
+    there, host = on_device().data_ptr(), pinned(0).data_ptr()
+    event, out = made(driver.cuEventCreate, DISABLE_TIMING), ctypes.byref(ctypes.c_void_p())
+    unsafe: list[Callable[[], int]] = [
+        lambda: driver.cuEventQuery(event),
+        lambda: driver.cuMemHostRegister_v2(pages, mmap.PAGESIZE, 0),
+        lambda: driver.cuMemHostUnregister(pages),
+        lambda: driver.cuMemAlloc_v2(out, 1),
+    ]
+    safe: list[Callable[[], int]] = [
+        lambda: driver.cuMemcpyAsync(there, host, 1, other.cuda_stream),
+        lambda: driver.cuEventRecord(event, other.cuda_stream),
+        lambda: driver.cuStreamWaitEvent(other.cuda_stream, event, 0),
+    ]
+    for call in safe + unsafe:
+        assert on_capturing_thread(lambda: driver.cuStreamBeginCapture_v2(stream.cuda_stream, theirs)) == 0
+        assert exchange_capture_mode(ours) == CAPTURE_GLOBAL
+        code = call()
+        assert exchange_capture_mode(CAPTURE_GLOBAL) == ours
+        lost = refused and call in unsafe
+        assert code == (CAPTURE_UNSUPPORTED if lost else 0)
+        assert capture_status(stream) == (2 if lost else 1)
+        assert on_capturing_thread(lambda: end_capture(stream)) == (CAPTURE_INVALIDATED if lost else 0)
+        assert capture_status(stream) == 0
+        assert not lost or call() == 0, "afterwards nothing is in the way"
+        other.synchronize()
+
+
+def test_captures_begin_and_end(
+    emulator: Emulator, other_thread: Callable[[Callable[[], int]], int], stream: torch.cuda.Stream
+) -> None:
+    def begin(stream: int, mode: int = CAPTURE_GLOBAL) -> int:
+        return driver.cuStreamBeginCapture_v2(stream, mode)
+
+    assert begin(LEGACY_STREAM) == CAPTURE_UNSUPPORTED
+    assert begin(stream.cuda_stream, 3) == driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(3))) == 1
+    assert begin(0x123457) == INVALID_HANDLE
+    assert end_capture(stream) == ILLEGAL_STATE
+    assert begin(stream.cuda_stream) == 0
+    assert begin(stream.cuda_stream) == ILLEGAL_STATE
+    assert other_thread(lambda: end_capture(stream)) == CAPTURE_WRONG_THREAD
+    assert end_capture(stream) == 0
+    assert begin(stream.cuda_stream, CAPTURE_RELAXED) == 0
+    assert other_thread(lambda: end_capture(stream)) == 0
+    assert begin(stream.cuda_stream) == 0
+    emulator.reset()
+    assert capture_status(stream) == 0
 
 
 def test_contexts_are_a_stack() -> None:
