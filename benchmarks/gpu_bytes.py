@@ -24,7 +24,7 @@ PRIMARY_ROWS, TIER_ROWS = 64, 48
 JOB_ROWS = 16
 # Of staging: so little that slots are used again all the time.
 STAGING_BYTES = 64 << 10
-SECONDS = 0.2 if EMULATED else 5.0
+SECONDS = 0.2 if EMULATED else 2.0
 POISON = 0xA5
 
 
@@ -56,6 +56,7 @@ class Work:
 
     def submit(self) -> None:
         """A store of new blocks, or a load of some that are there."""
+        self.stored = [block for block in self.stored if self.store.has(b"%d" % block)]
         loads = bool(self.stored) and self.draw.random() < 0.5
         rows = self.take_rows(len(self.stored) if loads else JOB_ROWS)
         if not rows:
