@@ -17,7 +17,9 @@ const char *const UNSAFE[] = {"device_sync",   "event_query",     "event_sync", 
                               "host_free",     "host_register",   "malloc",     "memcpy",       "stream_query",
                               "stream_sync",   "host_unregister"};
 
-bool is_unsafe(const std::string &api) { return std::find(std::begin(UNSAFE), std::end(UNSAFE), api) != std::end(UNSAFE); }
+bool is_unsafe(const std::string &api) {
+    return std::find(std::begin(UNSAFE), std::end(UNSAFE), api) != std::end(UNSAFE);
+}
 
 bool is_prohibited_by(const Capture &capture) {
     if (thread_mode == CAPTURE_RELAXED) return false;

@@ -497,6 +497,7 @@ def test_registration(pages: int) -> None:
         ((0.5, 0.25), (0.0, 0.25)),
         ((0.5, 0.75), (1.5, 0.25)),
         ((1.5, 0.25), (0.5, 0.75)),
+        ((0.0, 0.5), (0.75, 1.0)),
     ],
 )
 def test_registrations_may_share_a_page_but_no_byte(
