@@ -39,7 +39,8 @@ ATTRIBUTES = {
     40: "copy engines",
     88: "pageable memory access",
     91: "registered memory under its host pointer",
-    100: "host register supported",
+    99: "host register supported",
+    100: "pageable memory access by the host's page tables",
 }
 NVIDIA_SMI = (
     "driver_version,pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current,pcie.link.width.max,"
