@@ -11,7 +11,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import re
 import weakref
 from collections.abc import Iterator
 
@@ -174,18 +173,14 @@ def cpus_before_openmp() -> set[int]:
     What the process was given can only be asked of the process that started it, which vLLM does not bind.
 
     The calling thread's CPUs alone where vLLM binds nothing, so that whatever does is the user's, and where vLLM put
-    numactl between the two processes (`--numa-bind`), so that the worker was given less. Of what the user has listed
-    for the workers, this one's part.
+    numactl between the two processes (`--numa-bind`), so that the worker was given less.
     """
     cpus = os.sched_getaffinity(0)
     parent = multiprocessing.parent_process()
-    listed = next((os.environ[name] for name in _OPENMP_BINDINGS if name in os.environ), None)
-    asked = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    is_bound = any(name in os.environ for name in _OPENMP_BINDINGS)
+    is_asked = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
     has_numactl = "_VLLM_INTERNAL_NUMACTL_ARGS" in os.environ
-    if parent and parent.pid and listed is not None and asked != "nobind" and not has_numactl:
+    if parent and parent.pid and is_bound and is_asked and not has_numactl:
         with contextlib.suppress(OSError):  # it has ended, or may not be asked
-            given = os.sched_getaffinity(parent.pid)
-            if asked != "auto":
-                given &= {int(number) for number in re.findall(r"\d+", listed)}
-            cpus |= given
+            cpus |= os.sched_getaffinity(parent.pid)
     return cpus
