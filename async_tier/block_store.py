@@ -396,7 +396,6 @@ class BlockStore:
         self._engine.close()
         self.drain()
         self._index.clear()
-        self._log.flush(now=True)
         self._release()
 
     @property
