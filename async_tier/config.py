@@ -111,6 +111,11 @@ def nearest_key(key: object, known: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(words, known, n=1, cutoff=0.7)), None)
 
 
+def device_number(name: str) -> int:
+    """N of "cuda:N"."""
+    return int(name.partition(":")[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class TierConfig:
     """The checked configuration of one tier.
@@ -118,6 +123,8 @@ class TierConfig:
     bytes_to_use: capacity in bytes; None is twice the primary tier.
     engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" where this process uses a GPU.
     pool: where the tier's rows lie: "host", or "cuda:N" for memory of that device.
+    device: of the cuda engine with pool "host", the GPU whose copy engines are used, "cuda:N"; None is the first one of
+        the vLLM engine's workers, and without vLLM torch's current one.
     copy_threads: of the host engine, native threads that copy, 1 to 64; None is `streams.host.default_threads`.
     staging_bytes: of the cuda engine with pool "host", device memory that copies pass through, half a direction.
     max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
@@ -131,6 +138,7 @@ class TierConfig:
     bytes_to_use: int | None = None
     engine: str = "auto"
     pool: str = "host"
+    device: str | None = None
     copy_threads: int | None = None
     staging_bytes: int = 64 << 20
     max_inflight_store_bytes: int = 256 << 20
@@ -173,6 +181,13 @@ class TierConfig:
             raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {shown(self.pool)}")
         if self.pool != "host" and self.engine == "host":
             raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
+        if self.device is not None:
+            if not isinstance(self.device, str) or not re.fullmatch(r"cuda:[0-9]{1,4}", self.device):
+                raise ValueError(f"device must be null or 'cuda:N' with a device's number N, not {shown(self.device)}")
+            if self.engine == "host":
+                raise ValueError(f"device {self.device!r} needs engine 'cuda' or 'auto', not 'host'")
+            if self.pool != "host" and device_number(self.pool) != device_number(self.device):
+                raise ValueError(f"device {self.device!r} must be the one of pool {self.pool!r}, or null")
         if self.staging_bytes < MIN_STAGING_BYTES:
             raise ValueError(
                 f"staging_bytes must be at least {MIN_STAGING_BYTES} bytes ({format_size(MIN_STAGING_BYTES)}), "

@@ -192,6 +192,7 @@ def test_without_options_there_are_defaults():
         "bytes_to_use": None,
         "engine": "auto",
         "pool": "host",
+        "device": None,
         "copy_threads": None,
         "staging_bytes": 64 << 20,
         "max_inflight_store_bytes": 256 << 20,
@@ -213,6 +214,10 @@ def test_without_options_there_are_defaults():
         ({"pool": "host"}, {"pool": "host"}),
         ({"pool": "cuda:12"}, {"pool": "cuda:12"}),
         ({"engine": "cuda", "pool": "cuda:0"}, {"engine": "cuda", "pool": "cuda:0"}),
+        ({"engine": "cuda", "device": "cuda:3"}, {"engine": "cuda", "device": "cuda:3"}),
+        ({"device": "cuda:3"}, {"device": "cuda:3"}),
+        ({"device": None}, {"device": None}),
+        ({"pool": "cuda:1", "device": "cuda:01"}, {"pool": "cuda:1", "device": "cuda:01"}),
         ({"staging_bytes": "64KiB"}, {"staging_bytes": 64 << 10}),
         ({"max_inflight_store_bytes": 1}, {"max_inflight_store_bytes": 1}),
         ({"copy_threads": 64}, {"copy_threads": 64}),
@@ -277,6 +282,24 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
                 "cuda:x",
                 "cuda:-1",
                 "cuda:0 ",
+            )
+        ),
+        *(
+            ("device", value, "device must be null or 'cuda:N' with a device's number N,")
+            for value in (
+                "host",
+                "cuda",
+                "cuda:",
+                "cuda:x",
+                "cuda:-1",
+                "cuda:0 ",
+                "CUDA:0",
+                "",
+                "1",
+                1,
+                0,
+                True,
+                ["cuda:0"],
             )
         ),
         *(
@@ -350,6 +373,17 @@ def test_a_trace_path_is_one_that_a_system_takes():
 def test_a_pool_on_a_gpu_is_not_for_copy_threads():
     with pytest.raises(ValueError, match=r"^pool 'cuda:0' needs engine 'cuda' or 'auto', not 'host'$"):
         TierConfig.parse({"pool": "cuda:0", "engine": "host"})
+
+
+def test_a_device_is_not_for_copy_threads():
+    with pytest.raises(ValueError, match=r"^device 'cuda:1' needs engine 'cuda' or 'auto', not 'host'$"):
+        TierConfig.parse({"device": "cuda:1", "engine": "host"})
+
+
+@pytest.mark.parametrize("engine", ["auto", "cuda"])
+def test_a_device_is_no_other_than_the_pools(engine):
+    with pytest.raises(ValueError, match=r"^device 'cuda:1' must be the one of pool 'cuda:0', or null$"):
+        TierConfig.parse({"device": "cuda:1", "pool": "cuda:0", "engine": engine})
 
 
 def test_a_policys_module_that_exits_is_refused(tmp_path, monkeypatch):

@@ -718,8 +718,8 @@ def test_an_arena_that_cannot_be_pinned_whole_is_used_as_far_as_it_is(primary, m
 # ---------------------------------------------------------------------------------------------- which engine, and where
 
 
-def spec(workers: int) -> SimpleNamespace:
-    return SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers)))
+def spec(workers: int, **more: int) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers, **more)))
 
 
 def test_auto_is_cuda_where_torch_has_a_context(primary):
@@ -845,6 +845,71 @@ store.close()
         [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@emulated
+@pytest.mark.starts_process
+def test_every_engine_of_a_node_uses_a_gpu_of_its_own():
+    script = """
+from tests import cuda_emulator
+cuda_emulator.load()
+import sys
+import torch
+from tests.test_cuda_engine import ROW_BYTES, spec
+from tests.helpers import remember, returns
+from tests.rows import primary_rows
+from async_tier.manager import AsyncSecondaryTierManager
+primary = primary_rows(128, ROW_BYTES)
+
+def tier_of(workers, rank, **options):
+    of = spec(workers, data_parallel_rank_local=rank, data_parallel_index=rank, data_parallel_size=4 // workers)
+    options = {"staging_bytes": "64MiB", "bytes_to_use": "1MiB", **options}
+    return AsyncSecondaryTierManager(of, memoryview(primary), "async", **options)
+
+def gpu_of(*args, **options):
+    free = [torch.cuda.mem_get_info(device)[0] for device in range(4)]
+    tier = tier_of(*args, **options)
+    taken = [device for device in range(4) if torch.cuda.mem_get_info(device)[0] < free[device]]
+    engine = tier.statistics().engine
+    tier.shutdown()
+    return engine, taken
+
+torch.cuda.init()
+assert [gpu_of(1, rank, engine="cuda") for rank in range(4)] == [("cuda", [rank]) for rank in range(4)]
+assert [gpu_of(2, rank, engine="cuda") for rank in range(2)] == [("cuda", [0]), ("cuda", [2])]
+assert gpu_of(2, 1, engine="cuda", device="cuda:3") == ("cuda", [3])
+assert gpu_of(2, 1, engine="cuda", pool="cuda:1") == ("cuda", [1])
+assert gpu_of(2, 1) == gpu_of(1, 1) == gpu_of(2, 1, device="cuda:3") == ("host", [])
+try:
+    tier_of(2, 2, engine="cuda")
+except ValueError as error:
+    assert str(error) == "device 'cuda:4' names a GPU that is not there: this process has cuda:0 to cuda:3", error
+else:
+    raise AssertionError
+"""
+    environment = {**os.environ, "CUDAEMU_DEVICES": "4"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_engines_first_gpu_is_the_one_that_vllms_worker_takes():
+    from vllm.config import ParallelConfig
+
+    from async_tier._vllm_compat import first_gpu
+
+    for workers, index, local in ((1, 0, None), (4, 1, 1), (2, 5, 1), (2, 3, None)):
+        parallel = SimpleNamespace(
+            world_size=workers,
+            data_parallel_index=index,
+            data_parallel_rank_local=local,
+            distributed_executor_backend="mp",
+            data_parallel_backend="mp",
+            nnodes_within_dp=1,
+        )
+        config = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+        assert first_gpu(config) == ParallelConfig.get_local_gpu_index(parallel, 0)
 
 
 @each_pool
