@@ -99,7 +99,7 @@ def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -
         registration = Registration(engine.driver, engine.context, primary)
         registration.register_all()
         engine.own(registration)
-        engine.add_rows(primary, registration.range_starts)
+        engine.add_rows(primary, registration)
         return engine, (DeviceArena if on_device else PinnedArena)(engine, capacity, primary.row_bytes)
     except BaseException:
         engine.close()

@@ -679,7 +679,8 @@ def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
 
 @emulated
 def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
-    """Else the driver does it, and keeps others out meanwhile. The first range is waited for anyway."""
+    """Else the driver does it, and keeps others out meanwhile."""
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (8 * ROW_BYTES,))
     monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     done = []
     populate, register = _host_copy.populate, cuda_driver.Driver.register
@@ -695,11 +696,119 @@ def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
     monkeypatch.setattr(cuda_driver.Driver, "register", note("register", register))
     store = make_store(primary)
     store._arena._pinner.join(helpers.PATIENCE_S)
-    first = store._arena.rows.address
-    ranges = [(first + at * ROW_BYTES, 8 * ROW_BYTES) for at in range(8, 64, 8)]
-    later = [("populate", *each) for each in ranges], [("register", *each) for each in ranges]
-    assert done[-14:] == [each for pair in zip(*later, strict=True) for each in pair]
+    rows = [(primary.ctypes.data, 128), (store._arena.rows.address, 64)]
+    ranges = [(first + at * ROW_BYTES, 8 * ROW_BYTES) for first, count in rows for at in range(0, count, 8)]
+    assert done == [(kind, *each) for each in ranges for kind in ("populate", "register")]
     store.close()
+
+
+@emulated
+def test_between_two_ranges_others_have_their_turn(primary, monkeypatch):
+    """As long as pinning one took: meanwhile calls into CUDA wait, also those of other processes."""
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (32 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
+    done: list[object] = []
+    real = cuda_driver.Driver.register
+    clock = iter(range(0, 10_000, 7))
+
+    def register(driver, address, size):
+        real(driver, address, size)
+        done.append("register")
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            done.append(timeout)
+            return super().wait(0 if timeout == 7 else timeout)
+
+    fake = SimpleNamespace(monotonic=lambda: next(clock), sleep=done.append)
+    monkeypatch.setattr(registration, "time", fake)
+    monkeypatch.setattr(cuda_arena, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
+    monkeypatch.setattr(cuda_driver.Driver, "register", register)
+    store = make_store(primary)
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    assert done == [0, *["register", 7] * 3, "register", *["register", 7] * 3, "register"]
+
+
+@emulated
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_range_that_is_refused_is_halved_and_tried_again(primary, pool, monkeypatch, emulator, caplog):
+    """Down to a size. What is larger than the rest is in one place, not below the row's size: rows are cut as well."""
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (16 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
+    monkeypatch.setattr(registration, "MIN_RANGE_BYTES", 4 * ROW_BYTES)
+    sizes: dict[int, list[int]] = {}
+    real = cuda_driver.Driver.register
+
+    def register(driver, address, size):
+        at = sizes.setdefault(size // ROW_BYTES, [])
+        at.append(address)
+        if size > 4 * ROW_BYTES and len(at) > 1:
+            raise cuda_driver.CudaError("cuMemHostRegister", OUT_OF_MEMORY, "no", "no")
+        real(driver, address, size)
+
+    monkeypatch.setattr(cuda_driver.Driver, "register", register)
+    store = make_store(primary, staging_bytes="256KiB", pool=pool)
+    assert store.statistics().engine == "cuda"
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    # Of the primary the first 16 rows, of the rest the first 8, then 4 at a time.
+    assert store._engine.range_starts(store.primary).tolist() == [
+        primary.ctypes.data + row * ROW_BYTES for row in (0, 16, *range(24, 128, 4))
+    ]
+    before = primary.copy()
+    store.submit_store(1, names(3, 900), range(3))
+    store.submit_store(2, names(40), range(5, 45))
+    assert finish(store) == {1: True, 2: True}
+    store.submit_load(3, names(40), range(70, 110))
+    assert finish(store) == {3: True}
+    assert np.array_equal(primary[70:110], before[5:45])
+    assert emulator.copies_pageable() == 0
+    # A tier that comes later is not refused, but told that the memory is registered: it has the same ranges in the end.
+    monkeypatch.setattr(cuda_driver.Driver, "register", real)
+    later = make_store(primary, staging_bytes="256KiB", pool=pool)
+    assert later.statistics().engine == "cuda"
+    assert np.array_equal(later._engine.range_starts(later.primary), store._engine.range_starts(store.primary))
+    until(lambda: later._arena.ready == 64, "all of the arena is pinned")
+    assert_round_trip(later, primary)
+    assert emulator.copies_pageable() == 0
+    assert not caplog.records
+    later.close()
+    store.close()
+    assert not registration._users
+
+
+@emulated
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_is_still_refused_at_1_mib_is_not_pinned(pool, monkeypatch, caplog):
+    primary = primary_rows(24, 1 << 20)
+    sizes = []
+    real = cuda_driver.Driver.register
+
+    def register(driver, address, size):
+        sizes.append(size >> 20)
+        if len(sizes) > 1:
+            raise cuda_driver.CudaError("cuMemHostRegister", OUT_OF_MEMORY, "no", "no")
+        real(driver, address, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_driver.Driver, "register", register)
+        store = make_store(primary, pool=pool, blocks=4)
+    assert store.statistics().engine == "host"
+    assert sizes == [16, 8, 4, 2, 1]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert not registration._users
+
+
+@emulated
+@each_pool
+def test_rows_may_be_larger_than_a_range(pool, monkeypatch, emulator):
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (2 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 2 * ROW_BYTES)
+    large = primary_rows(128, 3 * ROW_BYTES + 40, seed=2)
+    store = make_store(large, pool=pool, staging_bytes="256KiB")
+    assert store._arena.ready >= 1
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    assert_round_trip(store, large)
+    assert emulator.copies_pageable() == 0
 
 
 @emulated

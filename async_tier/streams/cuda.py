@@ -43,6 +43,7 @@ from async_tier.arena import Rows
 from async_tier.faults import one_line
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
+from async_tier.streams.registration import Registration
 from async_tier.streams.segments import Segments, segments
 
 logger = logging.getLogger(__name__)
@@ -488,7 +489,7 @@ class CudaEngine:
         # Whether it is known that no copy is under way any more; without that, memory must stay where it is.
         self.is_quiet = True
         self._closed = False
-        self._range_starts: dict[int, np.ndarray | None] = {}
+        self._registrations: dict[int, Registration | None] = {}
         # What `close` gives back.
         self._pinned: list[Pinned] = []
         self._streams: list[int] = []
@@ -535,13 +536,13 @@ class CudaEngine:
         if self._closed:
             raise RuntimeError("the CUDA engine is closed")
 
-    def add_rows(self, rows: Rows, range_starts: list[int] | None) -> None:
-        """Make rows known to the streams. `range_starts`: where their registrations begin, None for device memory."""
-        several = range_starts is not None and len(range_starts) > 1
-        self._range_starts[rows.address] = np.array(range_starts, dtype=np.int64) if several else None
+    def add_rows(self, rows: Rows, registration: Registration | None) -> None:
+        """Make rows known to the streams. `registration`: None for device memory."""
+        self._registrations[rows.address] = registration
 
     def range_starts(self, rows: Rows) -> np.ndarray | None:
-        return self._range_starts[rows.address]
+        registration = self._registrations[rows.address]
+        return None if registration is None else registration.cuts
 
     def advance(self) -> None:
         """See CopyEngine.advance."""
