@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -1311,6 +1312,88 @@ def test_a_stream_that_cannot_be_asked_has_lost_its_context(primary, pool, emula
     assert finish(store) == {1: False}
     assert "illegal memory access" in store._engine.broken
     assert store.num_blocks == 0
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize(
+    ("code", "is_lost"),
+    [
+        *((code, True) for code in (214, 700, 702, 710, 714, 716, 719, 721, 999)),  # no context survives them
+        *((code, True) for code in (201, 400, 709)),  # it is not there, or its stream is not
+        *((code, False) for code in (1, 2, 801, 900, 901, 906, 907)),
+    ],
+)
+def test_only_what_the_context_does_not_survive_loses_the_tier(primary, pool, code, is_lost, emulator):
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(4, 900), range(4))
+    assert finish(store) == {1: True}
+    emulator.inject("memcpy_async", 1, UNKNOWN)
+    emulator.inject("stream_query", 1, code)
+    store.submit_store(2, names(4), range(4))
+    assert finish(store) == {2: False}
+    assert (store._engine.broken is not None) == is_lost
+    assert store.num_blocks == (0 if is_lost else 4)
+    if not is_lost:
+        assert_round_trip(store, primary)
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize("code", [900, 901, 906, 907])
+@pytest.mark.parametrize("point", ["event_query", "event_sync"])
+def test_what_is_refused_because_somebody_captures_is_asked_again(primary, pool, code, point, emulator, caplog):
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(4), range(4))
+    emulator.inject(point, 1, code)
+    assert store.poll() == []
+    store._engine.store_stream.release()
+    assert finish(store) == {1: True}
+    assert not caplog.records
+    assert_round_trip(store, primary)
+
+
+@emulated
+@each_pool
+def test_graphs_that_others_capture_are_not_in_the_way_nor_spoilt(primary, pool, monkeypatch, emulator, caplog):
+    """F38. torch captures in mode GLOBAL, in which other threads' questions and allocations would be refused."""
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    torch.cuda.init()
+    driver = ctypes.CDLL("libcuda.so.1")
+    theirs = torch.cuda.Stream()
+    handle, graph = ctypes.c_void_p(theirs.cuda_stream), ctypes.c_void_p()
+    with ThreadPoolExecutor(1) as capturing:
+
+        def there(call):
+            return capturing.submit(call).result()
+
+        there(lambda: torch.cuda.set_device(0))
+        assert there(lambda: driver.cuStreamBeginCapture_v2(handle, 0)) == 0
+        store = make_store(primary, pool=pool)
+        assert store.statistics().engine == "cuda"
+        until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+        assert_round_trip(store, primary)
+        store.submit_store(1, names(4, 900), range(4))
+        until(lambda: store.poll(), "it ended without a wait")
+        returns(lambda: store.close() or True)
+        assert there(lambda: driver.cuStreamEndCapture(handle, ctypes.byref(graph))) == 0
+    assert not caplog.records
+    assert emulator.count("host_unregister") == emulator.count("host_register")
+
+
+@emulated
+def test_a_threads_mode_towards_captures_is_left_as_it_was(primary):
+    store = make_store(primary)
+    driver, context = store._engine.driver, store._engine.context
+    assert driver.exchange_capture_mode(1) == 0
+    with context:
+        with context:
+            assert driver.exchange_capture_mode(2) == 2
+        assert driver.exchange_capture_mode(2) == 2
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(lambda: driver.exchange_capture_mode(0)).result() == 0
+    assert driver.exchange_capture_mode(0) == 1
 
 
 STICKY = ["exec_h2d", "exec_d2h", "event_record"]

@@ -21,8 +21,9 @@ Ownership, before any code:
 
 Failures: where a call is refused, only that job fails. Part of it may be queued, perhaps without an event to ask, so
 its stream takes nothing more until all that it has was seen to end. Where the context itself is lost (the driver
-answers a plain question about a stream with an error), nothing can be asked any more: the engine is `broken`, all its
-jobs have failed, and it calls CUDA no more.
+answers a plain question about a stream with an error that none survives), nothing can be asked any more: the engine is
+`broken`, all its jobs have failed, and it calls CUDA no more. Where a question is refused because somebody captures a
+graph, it is asked again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import torch
 from async_tier.arena import Rows
 from async_tier.faults import one_line
 from async_tier.streams.base import CopyEvent
-from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
+from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver, asks_again
 from async_tier.streams.registration import Registration
 from async_tier.streams.segments import Segments, segments
 
@@ -309,7 +310,8 @@ class CudaStream:
                     else:
                         ended.synchronize()
                 except Exception as error:
-                    self._refused("wait for copies", error)
+                    if not asks_again(error):
+                        self._refused("wait for copies", error)
         except CudaError as error:  # as in `advance`
             self._engine.lose(error)
 
@@ -353,6 +355,8 @@ class CudaStream:
                         break
                     ended += 1
         except Exception as error:
+            if asks_again(error):
+                return
             if self._queue and self._queue[0] is self._pieces[0].job:
                 self._queue.popleft()  # nothing more of it: it ends when the streams are empty
             # Whether its bytes arrived cannot be known.

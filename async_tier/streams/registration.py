@@ -46,9 +46,9 @@ class Registration:
     in the process has registered already is as good, and not ours to unpin; but not where the memory `is_new`, which
     nobody can have registered since it was mapped.
 
-    range_starts, cuts: the addresses of all ranges as they are planned now, also as an array (int64); never changed, but
-    replaced where a range is halved, before rows in it are ready. seconds: what the driver took to pin the last range; as
-    long a pause before the next one leaves others half of the time.
+    range_starts, cuts: the addresses of all ranges as they are planned now, also as an array (int64); never changed,
+    but replaced where a range is halved, before rows in it are ready. seconds: what the driver took to pin the last
+    range; as long a pause before the next one leaves others half of the time.
     """
 
     def __init__(
