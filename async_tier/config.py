@@ -129,6 +129,7 @@ class TierConfig:
     staging_bytes: of the cuda engine with pool "host", device memory that copies pass through, half a direction.
     max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
         that many.
+    batch_copies: of the cuda engine, whether to use the driver's call for many copies at once, where it has one.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     eviction_policy: "lru", or "module:Class" of an eviction.EvictionPolicy.
     locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
@@ -142,6 +143,7 @@ class TierConfig:
     copy_threads: int | None = None
     staging_bytes: int = 64 << 20
     max_inflight_store_bytes: int = 256 << 20
+    batch_copies: bool = True
     keep_on_reset: bool = False
     eviction_policy: str = "lru"
     locality: str | None = None
@@ -193,8 +195,9 @@ class TierConfig:
                 f"staging_bytes must be at least {MIN_STAGING_BYTES} bytes ({format_size(MIN_STAGING_BYTES)}), "
                 f"not {self.staging_bytes}"
             )
-        if not isinstance(self.keep_on_reset, bool):
-            raise ValueError(f"keep_on_reset must be true or false, not {shown(self.keep_on_reset)}")
+        for key in ("batch_copies", "keep_on_reset"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} must be true or false, not {shown(getattr(self, key))}")
         if not isinstance(self.eviction_policy, str) or not re.fullmatch(r"lru|[\w.]+:\w+", self.eviction_policy):
             raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {shown(self.eviction_policy)}")
         if self.locality is not None and self.locality not in LOCALITIES:

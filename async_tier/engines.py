@@ -94,6 +94,7 @@ def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -
         ordinal,
         staging_bytes=0 if on_device else config.staging_bytes,
         max_inflight_store_bytes=config.max_inflight_store_bytes,
+        batch_copies=config.batch_copies,
     )
     try:
         registration = Registration(engine.driver, engine.context, primary)

@@ -128,6 +128,8 @@ MUTANTS_CUDA = [
     Mutant("streams do not wait for the default stream", _DRIVER, "_NON_BLOCKING = 1", "_NON_BLOCKING = 0", CUDA),
     Mutant("streams are none of torch's", _DRIVER, "        return stream.value or 0", "        import torch\n        return torch.cuda.Stream().cuda_stream", CUDA),
     Mutant("without the batch call rows go one by one", _DRIVER, "if self._batch is None or count == 1:", "if count == 1:", CUDA),
+    Mutant("a key turns the batch call off", _CUDA, "if not batch_copies or not", "if not", CUDA),
+    Mutant("no batches where registered memory has other addresses", _CUDA, " or not self.driver.takes_host_pointers(ordinal):", ":", CUDA),
     Mutant("R5/R6 a load pins its rows", "index.py", "                pins[row] += 1\n            else:", "                pass\n            else:", CUDA),
     Mutant("R6 a store pins its rows", "index.py", "            pins[row] = 1\n", "            pins[row] = 0\n", CUDA),
 ]  # fmt: skip

@@ -196,6 +196,7 @@ def test_without_options_there_are_defaults():
         "copy_threads": None,
         "staging_bytes": 64 << 20,
         "max_inflight_store_bytes": 256 << 20,
+        "batch_copies": True,
         "keep_on_reset": False,
         "eviction_policy": "lru",
         "locality": None,
@@ -220,6 +221,7 @@ def test_without_options_there_are_defaults():
         ({"pool": "cuda:1", "device": "cuda:01"}, {"pool": "cuda:1", "device": "cuda:01"}),
         ({"staging_bytes": "64KiB"}, {"staging_bytes": 64 << 10}),
         ({"max_inflight_store_bytes": 1}, {"max_inflight_store_bytes": 1}),
+        ({"batch_copies": False}, {"batch_copies": False}),
         ({"copy_threads": 64}, {"copy_threads": 64}),
         ({"copy_threads": None}, {"copy_threads": None}),
         ({"keep_on_reset": True}, {"keep_on_reset": True}),
@@ -308,7 +310,11 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
             for value in (0, None, True, "x", 1.5)
         ),
         ("staging_bytes", 65535, "staging_bytes must be at least 65536 bytes"),
-        *(("keep_on_reset", value, "keep_on_reset must be true or false") for value in (0, 1, None, "true", "no")),
+        *(
+            (key, value, f"{key} must be true or false")
+            for key in ("keep_on_reset", "batch_copies")
+            for value in (0, 1, None, "true", "no")
+        ),
         *(
             ("eviction_policy", value, "eviction_policy must be 'lru' or 'module:Class'")
             for value in (

@@ -253,9 +253,13 @@ def test_neighbouring_rows_are_one_copy(emulator):
 
 @emulated
 @each_pool
-def test_without_the_batch_call_rows_go_one_by_one(primary, pool, emulator):
-    emulator.hide("cuMemcpyBatchAsync")
-    store = make_store(primary, pool=pool)
+@pytest.mark.parametrize("why", ["an old driver", "WSL2", "the key"])
+def test_without_the_batch_call_rows_go_one_by_one(primary, pool, why, emulator):
+    if why == "an old driver":
+        emulator.hide("cuMemcpyBatchAsync")
+    elif why == "WSL2":
+        emulator.set_attribute(91, 0)  # CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+    store = make_store(primary, pool=pool, batch_copies=why != "the key")
     assert not store._engine.driver.has_batch
     before = primary.copy()
     rows = list(range(0, 80, 2))

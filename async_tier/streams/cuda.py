@@ -478,14 +478,19 @@ class CudaEngine:
 
     staging_bytes: device memory for staging, half of it a direction; 0 where the arena is on the device.
     max_inflight_store_bytes: stores on the device's streams, at most. A load waits for as much, whatever is queued:
-    copy engines serve in order of submission. Raises CudaError or OSError where there is no usable device.
+    copy engines serve in order of submission. batch_copies: whether to use the driver's batch call, where it is safe.
+    Raises CudaError or OSError where there is no usable device.
     """
 
     name = "cuda"
 
-    def __init__(self, ordinal: int, *, staging_bytes: int, max_inflight_store_bytes: int) -> None:
+    def __init__(
+        self, ordinal: int, *, staging_bytes: int, max_inflight_store_bytes: int, batch_copies: bool = True
+    ) -> None:
         torch.cuda.init()
         self.driver = Driver()
+        if not batch_copies or not self.driver.takes_host_pointers(ordinal):
+            self.driver.forget_batch()
         self.context = DeviceContext(self.driver, ordinal)
         self.events = EventPool()
         self.broken: str | None = None

@@ -37,6 +37,7 @@ _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context
 _ORDER_STREAM = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _MEMORY_TYPE = 2  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE
 _MEMORY_TYPE_HOST = 1  # CU_MEMORYTYPE_HOST
+_HOST_POINTERS = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 # The version whose cuMemcpyBatchAsync has a `failIdx`; every later driver still has that one under this number.
 _BATCH_VERSION = 12080
@@ -47,6 +48,7 @@ _int = ctypes.c_int
 _SIGNATURES: dict[str, tuple[object, ...]] = {
     "cuInit": (ctypes.c_uint,),
     "cuDeviceGet": (ctypes.POINTER(_int), _int),
+    "cuDeviceGetAttribute": (ctypes.POINTER(_int), _int, _int),
     "cuDevicePrimaryCtxRetain": (ctypes.POINTER(_handle), _int),
     "cuDevicePrimaryCtxRelease_v2": (_int,),
     "cuCtxPushCurrent_v2": (_handle,),
@@ -116,6 +118,23 @@ class Driver:
     def has_batch(self) -> bool:
         """Whether the driver has cuMemcpyBatchAsync: 12.8 and later."""
         return self._batch is not None
+
+    def forget_batch(self) -> None:
+        """From now on `copy` queues one by one."""
+        self._batch = None
+
+    def takes_host_pointers(self, ordinal: int) -> bool:
+        """Whether the device has registered memory at the host's address.
+
+        On WSL2 it has not, and a batch call with such memory loses the context; other copies are translated.
+        """
+        device, value = _int(), _int()
+        self._check("cuDeviceGet", self._library.cuDeviceGet(ctypes.byref(device), ordinal))
+        self._check(
+            "cuDeviceGetAttribute",
+            self._library.cuDeviceGetAttribute(ctypes.byref(value), _HOST_POINTERS, device.value),
+        )
+        return value.value != 0
 
     # ----------------------------------------------------------------------------------------------------- contexts
 
