@@ -56,7 +56,9 @@ def segments(
     offsets = runs if len(piece_starts) == 1 else _merged(runs, piece_starts)
     for addresses, cuts in zip(starts, range_starts, strict=True):
         if cuts is not None:
-            offsets = _merged(offsets, _offsets_of(cuts, addresses[first], runs, np.diff(runs, append=total)))
+            inside = _offsets_of(cuts, addresses[first], runs, np.diff(runs, append=total))
+            if len(inside):
+                offsets = _merged(offsets, inside)
     sizes = np.diff(offsets, append=total)
     run = np.searchsorted(runs, offsets, side="right") - 1
     within = offsets - runs[run]
@@ -72,6 +74,8 @@ def _offsets_of(cuts: np.ndarray, addresses: np.ndarray, runs: np.ndarray, sizes
     """The offsets of those `cuts` that are inside of runs, which have these addresses, offsets and sizes."""
     low = np.searchsorted(cuts, addresses, side="right")
     counts = np.searchsorted(cuts, addresses + sizes, side="left") - low
+    if not counts.any():
+        return counts[:0]
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return cuts[np.repeat(low, counts) + within] + np.repeat(runs - addresses, counts)
 
