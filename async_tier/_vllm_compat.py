@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import os
 import re
 import sys
 import time
@@ -145,12 +146,44 @@ def node_count(offloading_spec: Any) -> int | None:
 
 
 def has_one_worker(offloading_spec: Any) -> bool:
-    """Whether the engine is known to have one worker, so that it may live in this process and share its context."""
+    """Whether there is known to be one worker in all, so that it may live in this process and share its context.
+
+    Replicas of a dense model do not know of each other: each of them has one worker in all.
+    """
     parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
     if parallel is None:  # up to 0.26
         parallel = getattr(getattr(offloading_spec, "vllm_config", None), "parallel_config", None)
-    workers = getattr(parallel, "world_size", None)
-    return isinstance(workers, int) and workers == 1
+    workers, replicas = getattr(parallel, "world_size", None), getattr(parallel, "data_parallel_size", 1)
+    return isinstance(workers, int) and workers == replicas == 1
+
+
+def first_gpu(offloading_spec: Any) -> int | None:
+    """The first GPU of the engine's workers, by torch's number in this process; None if that cannot be known.
+
+    vLLM's GPU workers find theirs in this way. The engine's process sees the GPUs of all of its node's engines.
+    """
+    config = getattr(offloading_spec, "vllm_config", None) or _vllms(VllmConfig, "vllm_config", offloading_spec)
+    parallel = getattr(config, "parallel_config", None)
+    if parallel is None:  # from 0.27 on, where no caller has it
+        parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
+    if getattr(parallel, "distributed_executor_backend", None) in ("ray", "external_launcher"):
+        return None  # they place the workers
+    if getattr(parallel, "data_parallel_backend", None) == "ray":
+        return None
+    workers, replica = getattr(parallel, "world_size", None), getattr(parallel, "data_parallel_rank_local", None)
+    if replica is None:
+        replica = getattr(parallel, "data_parallel_index", None)
+    if not isinstance(workers, int) or not isinstance(replica, int):
+        return None
+    gpu = replica * workers
+    assigned = getattr(parallel, "assigned_physical_gpu_ids", None)  # vLLM's --device-ids, by the machine's numbers
+    if isinstance(assigned, list):
+        platform = vllm.platforms.current_platform
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpu = assigned[gpu]
+        if visible:
+            gpu = [platform.device_control_id_to_physical_device_id(each) for each in visible.split(",")].index(gpu)
+    return gpu
 
 
 def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:

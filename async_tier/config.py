@@ -111,6 +111,11 @@ def nearest_key(key: object, known: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(words, known, n=1, cutoff=0.7)), None)
 
 
+def device_number(name: str) -> int:
+    """N of "cuda:N"."""
+    return int(name.partition(":")[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class TierConfig:
     """The checked configuration of one tier.
@@ -118,10 +123,13 @@ class TierConfig:
     bytes_to_use: capacity in bytes; None is twice the primary tier.
     engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" where this process uses a GPU.
     pool: where the tier's rows lie: "host", or "cuda:N" for memory of that device.
+    device: of the cuda engine with pool "host", the GPU whose copy engines are used, "cuda:N"; None is the first one of
+        the vLLM engine's workers, and without vLLM torch's current one.
     copy_threads: of the host engine, native threads that copy, 1 to 64; None is `streams.host.default_threads`.
     staging_bytes: of the cuda engine with pool "host", device memory that copies pass through, half a direction.
     max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
         that many.
+    batch_copies: of the cuda engine, whether to use the driver's call for many copies at once, where it has one.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     eviction_policy: "lru", or "module:Class" of an eviction.EvictionPolicy.
     locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
@@ -131,9 +139,11 @@ class TierConfig:
     bytes_to_use: int | None = None
     engine: str = "auto"
     pool: str = "host"
+    device: str | None = None
     copy_threads: int | None = None
     staging_bytes: int = 64 << 20
     max_inflight_store_bytes: int = 256 << 20
+    batch_copies: bool = True
     keep_on_reset: bool = False
     eviction_policy: str = "lru"
     locality: str | None = None
@@ -173,13 +183,21 @@ class TierConfig:
             raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {shown(self.pool)}")
         if self.pool != "host" and self.engine == "host":
             raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
+        if self.device is not None:
+            if not isinstance(self.device, str) or not re.fullmatch(r"cuda:[0-9]{1,4}", self.device):
+                raise ValueError(f"device must be null or 'cuda:N' with a device's number N, not {shown(self.device)}")
+            if self.engine == "host":
+                raise ValueError(f"device {self.device!r} needs engine 'cuda' or 'auto', not 'host'")
+            if self.pool != "host" and device_number(self.pool) != device_number(self.device):
+                raise ValueError(f"device {self.device!r} must be the one of pool {self.pool!r}, or null")
         if self.staging_bytes < MIN_STAGING_BYTES:
             raise ValueError(
                 f"staging_bytes must be at least {MIN_STAGING_BYTES} bytes ({format_size(MIN_STAGING_BYTES)}), "
                 f"not {self.staging_bytes}"
             )
-        if not isinstance(self.keep_on_reset, bool):
-            raise ValueError(f"keep_on_reset must be true or false, not {shown(self.keep_on_reset)}")
+        for key in ("batch_copies", "keep_on_reset"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} must be true or false, not {shown(getattr(self, key))}")
         if not isinstance(self.eviction_policy, str) or not re.fullmatch(r"lru|[\w.]+:\w+", self.eviction_policy):
             raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {shown(self.eviction_policy)}")
         if self.locality is not None and self.locality not in LOCALITIES:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 
-from async_tier import _host_copy
 from async_tier.arena import Arena, Rows
 from async_tier.config import format_size
 from async_tier.streams.cuda import CudaEngine
 from async_tier.streams.cuda_driver import OUT_OF_MEMORY, CudaError
-from async_tier.streams.registration import Registration
+from async_tier.streams.registration import PIN_RANGE_BYTES, Registration
 
 logger = logging.getLogger(__name__)
 
-# What is pinned at a time: some 0.1 s of the driver's time, in which other calls into it may have to wait.
-PIN_RANGE_BYTES = 256 << 20
 # How long the end of a tier waits for the range that is being pinned.
 PINNER_TIMEOUT_S = 5.0
 
@@ -34,14 +31,15 @@ class PinnedArena:
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
         try:
-            self._registration.register_next()
+            while not self.ready:  # a row may be larger than a range
+                self._registration.register_next()
             self._pinner.start()
         except BaseException:
             if not self._registration.give_up():
                 self._arena.keep_for_ever()
             self._arena.close()
             raise
-        engine.add_rows(self.rows, self._registration.range_starts)
+        engine.add_rows(self.rows, self._registration)
         engine.own(self)
 
     @property
@@ -69,9 +67,7 @@ class PinnedArena:
 
     def _pin(self) -> None:
         try:
-            while not self._registration.is_complete and not self._stop.is_set():
-                start, end = self._registration.next_range
-                _host_copy.populate(start, end - start)  # or pinning does, and has the driver's lock meanwhile
+            while not self._registration.is_complete and not self._stop.wait(self._registration.seconds):
                 self._registration.register_next()
         except RuntimeError as error:
             logger.warning(

@@ -7,7 +7,7 @@ import sys
 from typing import Protocol
 
 from async_tier.arena import Arena, Rows
-from async_tier.config import TierConfig
+from async_tier.config import TierConfig, device_number
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.host import HostEngine, default_threads
 from async_tier.streams.registration import Registration
@@ -70,12 +70,14 @@ def _ordinal(config: TierConfig) -> int:
     """The device to use; raises ValueError if there is none, or not that one."""
     import torch
 
-    asked = f"pool {config.pool!r}" if config.pool != "host" else f"engine {config.engine!r}"
+    device = config.device if config.pool == "host" else config.pool
+    key = "pool" if config.pool != "host" else "engine" if device is None else "device"
+    asked = f"{key} {getattr(config, key)!r}"
     if not torch.cuda.is_available():
         raise ValueError(f"{asked} needs a GPU that torch can use, and this process has none; use engine 'host'")
-    if config.pool == "host":
+    if device is None:
         return torch.cuda.current_device()
-    ordinal = int(config.pool.partition(":")[2])
+    ordinal = device_number(device)
     count = torch.cuda.device_count()
     if ordinal >= count:
         raise ValueError(f"{asked} names a GPU that is not there: this process has cuda:0 to cuda:{count - 1}")
@@ -92,12 +94,13 @@ def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -
         ordinal,
         staging_bytes=0 if on_device else config.staging_bytes,
         max_inflight_store_bytes=config.max_inflight_store_bytes,
+        batch_copies=config.batch_copies,
     )
     try:
         registration = Registration(engine.driver, engine.context, primary)
         registration.register_all()
         engine.own(registration)
-        engine.add_rows(primary, registration.range_starts)
+        engine.add_rows(primary, registration)
         return engine, (DeviceArena if on_device else PinnedArena)(engine, capacity, primary.row_bytes)
     except BaseException:
         engine.close()

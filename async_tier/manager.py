@@ -83,6 +83,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
         if self.config.engine == "auto" and self.config.pool == "host" and not compat.has_one_worker(offloading_spec):
             # The workers have processes of their own; a CUDA context here would only be for the tier.
             self.config = dataclasses.replace(self.config, engine="host")
+        if self.config.engine == "cuda" and self.config.pool == "host" and self.config.device is None:
+            gpu = compat.first_gpu(offloading_spec)
+            if gpu is not None:
+                self.config = dataclasses.replace(self.config, device=f"cuda:{gpu}")
         self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
         self._promises = Promises(self._store.primary.count, self._store.has, compat.group_of)
         # Steps that were planned and whose results are not in, and how many of them lookups answer MISS for, after a

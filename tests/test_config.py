@@ -192,9 +192,11 @@ def test_without_options_there_are_defaults():
         "bytes_to_use": None,
         "engine": "auto",
         "pool": "host",
+        "device": None,
         "copy_threads": None,
         "staging_bytes": 64 << 20,
         "max_inflight_store_bytes": 256 << 20,
+        "batch_copies": True,
         "keep_on_reset": False,
         "eviction_policy": "lru",
         "locality": None,
@@ -213,8 +215,13 @@ def test_without_options_there_are_defaults():
         ({"pool": "host"}, {"pool": "host"}),
         ({"pool": "cuda:12"}, {"pool": "cuda:12"}),
         ({"engine": "cuda", "pool": "cuda:0"}, {"engine": "cuda", "pool": "cuda:0"}),
+        ({"engine": "cuda", "device": "cuda:3"}, {"engine": "cuda", "device": "cuda:3"}),
+        ({"device": "cuda:3"}, {"device": "cuda:3"}),
+        ({"device": None}, {"device": None}),
+        ({"pool": "cuda:1", "device": "cuda:01"}, {"pool": "cuda:1", "device": "cuda:01"}),
         ({"staging_bytes": "64KiB"}, {"staging_bytes": 64 << 10}),
         ({"max_inflight_store_bytes": 1}, {"max_inflight_store_bytes": 1}),
+        ({"batch_copies": False}, {"batch_copies": False}),
         ({"copy_threads": 64}, {"copy_threads": 64}),
         ({"copy_threads": None}, {"copy_threads": None}),
         ({"keep_on_reset": True}, {"keep_on_reset": True}),
@@ -280,12 +287,34 @@ def test_an_unknown_key_is_refused_with_the_known_ones(key: object):
             )
         ),
         *(
+            ("device", value, "device must be null or 'cuda:N' with a device's number N,")
+            for value in (
+                "host",
+                "cuda",
+                "cuda:",
+                "cuda:x",
+                "cuda:-1",
+                "cuda:0 ",
+                "CUDA:0",
+                "",
+                "1",
+                1,
+                0,
+                True,
+                ["cuda:0"],
+            )
+        ),
+        *(
             (key, value, f"{key} must be an integer number of bytes")
             for key in ("staging_bytes", "max_inflight_store_bytes")
             for value in (0, None, True, "x", 1.5)
         ),
         ("staging_bytes", 65535, "staging_bytes must be at least 65536 bytes"),
-        *(("keep_on_reset", value, "keep_on_reset must be true or false") for value in (0, 1, None, "true", "no")),
+        *(
+            (key, value, f"{key} must be true or false")
+            for key in ("keep_on_reset", "batch_copies")
+            for value in (0, 1, None, "true", "no")
+        ),
         *(
             ("eviction_policy", value, "eviction_policy must be 'lru' or 'module:Class'")
             for value in (
@@ -350,6 +379,17 @@ def test_a_trace_path_is_one_that_a_system_takes():
 def test_a_pool_on_a_gpu_is_not_for_copy_threads():
     with pytest.raises(ValueError, match=r"^pool 'cuda:0' needs engine 'cuda' or 'auto', not 'host'$"):
         TierConfig.parse({"pool": "cuda:0", "engine": "host"})
+
+
+def test_a_device_is_not_for_copy_threads():
+    with pytest.raises(ValueError, match=r"^device 'cuda:1' needs engine 'cuda' or 'auto', not 'host'$"):
+        TierConfig.parse({"device": "cuda:1", "engine": "host"})
+
+
+@pytest.mark.parametrize("engine", ["auto", "cuda"])
+def test_a_device_is_no_other_than_the_pools(engine):
+    with pytest.raises(ValueError, match=r"^device 'cuda:1' must be the one of pool 'cuda:0', or null$"):
+        TierConfig.parse({"device": "cuda:1", "pool": "cuda:0", "engine": engine})
 
 
 def test_a_policys_module_that_exits_is_refused(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -252,9 +253,13 @@ def test_neighbouring_rows_are_one_copy(emulator):
 
 @emulated
 @each_pool
-def test_without_the_batch_call_rows_go_one_by_one(primary, pool, emulator):
-    emulator.hide("cuMemcpyBatchAsync")
-    store = make_store(primary, pool=pool)
+@pytest.mark.parametrize("why", ["an old driver", "WSL2", "the key"])
+def test_without_the_batch_call_rows_go_one_by_one(primary, pool, why, emulator):
+    if why == "an old driver":
+        emulator.hide("cuMemcpyBatchAsync")
+    elif why == "WSL2":
+        emulator.set_attribute(91, 0)  # CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+    store = make_store(primary, pool=pool, batch_copies=why != "the key")
     assert not store._engine.driver.has_batch
     before = primary.copy()
     rows = list(range(0, 80, 2))
@@ -679,7 +684,8 @@ def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
 
 @emulated
 def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
-    """Else the driver does it, and keeps others out meanwhile. The first range is waited for anyway."""
+    """Else the driver does it, and keeps others out meanwhile."""
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (8 * ROW_BYTES,))
     monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     done = []
     populate, register = _host_copy.populate, cuda_driver.Driver.register
@@ -695,11 +701,119 @@ def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
     monkeypatch.setattr(cuda_driver.Driver, "register", note("register", register))
     store = make_store(primary)
     store._arena._pinner.join(helpers.PATIENCE_S)
-    first = store._arena.rows.address
-    ranges = [(first + at * ROW_BYTES, 8 * ROW_BYTES) for at in range(8, 64, 8)]
-    later = [("populate", *each) for each in ranges], [("register", *each) for each in ranges]
-    assert done[-14:] == [each for pair in zip(*later, strict=True) for each in pair]
+    rows = [(primary.ctypes.data, 128), (store._arena.rows.address, 64)]
+    ranges = [(first + at * ROW_BYTES, 8 * ROW_BYTES) for first, count in rows for at in range(0, count, 8)]
+    assert done == [(kind, *each) for each in ranges for kind in ("populate", "register")]
     store.close()
+
+
+@emulated
+def test_between_two_ranges_others_have_their_turn(primary, monkeypatch):
+    """As long as pinning one took: meanwhile calls into CUDA wait, also those of other processes."""
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (32 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
+    done: list[object] = []
+    real = cuda_driver.Driver.register
+    clock = iter(range(0, 10_000, 7))
+
+    def register(driver, address, size):
+        real(driver, address, size)
+        done.append("register")
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            done.append(timeout)
+            return super().wait(0 if timeout == 7 else timeout)
+
+    fake = SimpleNamespace(monotonic=lambda: next(clock), sleep=done.append)
+    monkeypatch.setattr(registration, "time", fake)
+    monkeypatch.setattr(cuda_arena, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
+    monkeypatch.setattr(cuda_driver.Driver, "register", register)
+    store = make_store(primary)
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    assert done == [0, *["register", 7] * 3, "register", *["register", 7] * 3, "register"]
+
+
+@emulated
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_range_that_is_refused_is_halved_and_tried_again(primary, pool, monkeypatch, emulator, caplog):
+    """Down to a size. What is larger than the rest is in one place, not below the row's size: rows are cut as well."""
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (16 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
+    monkeypatch.setattr(registration, "MIN_RANGE_BYTES", 4 * ROW_BYTES)
+    sizes: dict[int, list[int]] = {}
+    real = cuda_driver.Driver.register
+
+    def register(driver, address, size):
+        at = sizes.setdefault(size // ROW_BYTES, [])
+        at.append(address)
+        if size > 4 * ROW_BYTES and len(at) > 1:
+            raise cuda_driver.CudaError("cuMemHostRegister", OUT_OF_MEMORY, "no", "no")
+        real(driver, address, size)
+
+    monkeypatch.setattr(cuda_driver.Driver, "register", register)
+    store = make_store(primary, staging_bytes="256KiB", pool=pool)
+    assert store.statistics().engine == "cuda"
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    # Of the primary the first 16 rows, of the rest the first 8, then 4 at a time.
+    assert store._engine.range_starts(store.primary).tolist() == [
+        primary.ctypes.data + row * ROW_BYTES for row in (0, 16, *range(24, 128, 4))
+    ]
+    before = primary.copy()
+    store.submit_store(1, names(3, 900), range(3))
+    store.submit_store(2, names(40), range(5, 45))
+    assert finish(store) == {1: True, 2: True}
+    store.submit_load(3, names(40), range(70, 110))
+    assert finish(store) == {3: True}
+    assert np.array_equal(primary[70:110], before[5:45])
+    assert emulator.copies_pageable() == 0
+    # A tier that comes later is not refused, but told that the memory is registered: it has the same ranges in the end.
+    monkeypatch.setattr(cuda_driver.Driver, "register", real)
+    later = make_store(primary, staging_bytes="256KiB", pool=pool)
+    assert later.statistics().engine == "cuda"
+    assert np.array_equal(later._engine.range_starts(later.primary), store._engine.range_starts(store.primary))
+    until(lambda: later._arena.ready == 64, "all of the arena is pinned")
+    assert_round_trip(later, primary)
+    assert emulator.copies_pageable() == 0
+    assert not caplog.records
+    later.close()
+    store.close()
+    assert not registration._users
+
+
+@emulated
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_is_still_refused_at_1_mib_is_not_pinned(pool, monkeypatch, caplog):
+    primary = primary_rows(24, 1 << 20)
+    sizes = []
+    real = cuda_driver.Driver.register
+
+    def register(driver, address, size):
+        sizes.append(size >> 20)
+        if len(sizes) > 1:
+            raise cuda_driver.CudaError("cuMemHostRegister", OUT_OF_MEMORY, "no", "no")
+        real(driver, address, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_driver.Driver, "register", register)
+        store = make_store(primary, pool=pool, blocks=4)
+    assert store.statistics().engine == "host"
+    assert sizes == [16, 8, 4, 2, 1]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert not registration._users
+
+
+@emulated
+@each_pool
+def test_rows_may_be_larger_than_a_range(pool, monkeypatch, emulator):
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (2 * ROW_BYTES,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 2 * ROW_BYTES)
+    large = primary_rows(128, 3 * ROW_BYTES + 40, seed=2)
+    store = make_store(large, pool=pool, staging_bytes="256KiB")
+    assert store._arena.ready >= 1
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    assert_round_trip(store, large)
+    assert emulator.copies_pageable() == 0
 
 
 @emulated
@@ -718,8 +832,8 @@ def test_an_arena_that_cannot_be_pinned_whole_is_used_as_far_as_it_is(primary, m
 # ---------------------------------------------------------------------------------------------- which engine, and where
 
 
-def spec(workers: int) -> SimpleNamespace:
-    return SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers)))
+def spec(workers: int, **more: int) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(world_size=workers, **more)))
 
 
 def test_auto_is_cuda_where_torch_has_a_context(primary):
@@ -845,6 +959,71 @@ store.close()
         [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@emulated
+@pytest.mark.starts_process
+def test_every_engine_of_a_node_uses_a_gpu_of_its_own():
+    script = """
+from tests import cuda_emulator
+cuda_emulator.load()
+import sys
+import torch
+from tests.test_cuda_engine import ROW_BYTES, spec
+from tests.helpers import remember, returns
+from tests.rows import primary_rows
+from async_tier.manager import AsyncSecondaryTierManager
+primary = primary_rows(128, ROW_BYTES)
+
+def tier_of(workers, rank, **options):
+    of = spec(workers, data_parallel_rank_local=rank, data_parallel_index=rank, data_parallel_size=4 // workers)
+    options = {"staging_bytes": "64MiB", "bytes_to_use": "1MiB", **options}
+    return AsyncSecondaryTierManager(of, memoryview(primary), "async", **options)
+
+def gpu_of(*args, **options):
+    free = [torch.cuda.mem_get_info(device)[0] for device in range(4)]
+    tier = tier_of(*args, **options)
+    taken = [device for device in range(4) if torch.cuda.mem_get_info(device)[0] < free[device]]
+    engine = tier.statistics().engine
+    tier.shutdown()
+    return engine, taken
+
+torch.cuda.init()
+assert [gpu_of(1, rank, engine="cuda") for rank in range(4)] == [("cuda", [rank]) for rank in range(4)]
+assert [gpu_of(2, rank, engine="cuda") for rank in range(2)] == [("cuda", [0]), ("cuda", [2])]
+assert gpu_of(2, 1, engine="cuda", device="cuda:3") == ("cuda", [3])
+assert gpu_of(2, 1, engine="cuda", pool="cuda:1") == ("cuda", [1])
+assert gpu_of(2, 1) == gpu_of(1, 1) == gpu_of(2, 1, device="cuda:3") == ("host", [])
+try:
+    tier_of(2, 2, engine="cuda")
+except ValueError as error:
+    assert str(error) == "device 'cuda:4' names a GPU that is not there: this process has cuda:0 to cuda:3", error
+else:
+    raise AssertionError
+"""
+    environment = {**os.environ, "CUDAEMU_DEVICES": "4"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_engines_first_gpu_is_the_one_that_vllms_worker_takes():
+    from vllm.config import ParallelConfig
+
+    from async_tier._vllm_compat import first_gpu
+
+    for workers, index, local in ((1, 0, None), (4, 1, 1), (2, 5, 1), (2, 3, None)):
+        parallel = SimpleNamespace(
+            world_size=workers,
+            data_parallel_index=index,
+            data_parallel_rank_local=local,
+            distributed_executor_backend="mp",
+            data_parallel_backend="mp",
+            nnodes_within_dp=1,
+        )
+        config = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+        assert first_gpu(config) == ParallelConfig.get_local_gpu_index(parallel, 0)
 
 
 @each_pool
@@ -1137,6 +1316,88 @@ def test_a_stream_that_cannot_be_asked_has_lost_its_context(primary, pool, emula
     assert finish(store) == {1: False}
     assert "illegal memory access" in store._engine.broken
     assert store.num_blocks == 0
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize(
+    ("code", "is_lost"),
+    [
+        *((code, True) for code in (214, 700, 702, 710, 714, 716, 719, 721, 999)),  # no context survives them
+        *((code, True) for code in (201, 400, 709)),  # it is not there, or its stream is not
+        *((code, False) for code in (1, 2, 801, 900, 901, 906, 907)),
+    ],
+)
+def test_only_what_the_context_does_not_survive_loses_the_tier(primary, pool, code, is_lost, emulator):
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(4, 900), range(4))
+    assert finish(store) == {1: True}
+    emulator.inject("memcpy_async", 1, UNKNOWN)
+    emulator.inject("stream_query", 1, code)
+    store.submit_store(2, names(4), range(4))
+    assert finish(store) == {2: False}
+    assert (store._engine.broken is not None) == is_lost
+    assert store.num_blocks == (0 if is_lost else 4)
+    if not is_lost:
+        assert_round_trip(store, primary)
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize("code", [900, 901, 906, 907])
+@pytest.mark.parametrize("point", ["event_query", "event_sync"])
+def test_what_is_refused_because_somebody_captures_is_asked_again(primary, pool, code, point, emulator, caplog):
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(4), range(4))
+    emulator.inject(point, 1, code)
+    assert store.poll() == []
+    store._engine.store_stream.release()
+    assert finish(store) == {1: True}
+    assert not caplog.records
+    assert_round_trip(store, primary)
+
+
+@emulated
+@each_pool
+def test_graphs_that_others_capture_are_not_in_the_way_nor_spoilt(primary, pool, monkeypatch, emulator, caplog):
+    """F38. torch captures in mode GLOBAL, in which other threads' questions and allocations would be refused."""
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    torch.cuda.init()
+    driver = ctypes.CDLL("libcuda.so.1")
+    theirs = torch.cuda.Stream()
+    handle, graph = ctypes.c_void_p(theirs.cuda_stream), ctypes.c_void_p()
+    with ThreadPoolExecutor(1) as capturing:
+
+        def there(call):
+            return capturing.submit(call).result()
+
+        there(lambda: torch.cuda.set_device(0))
+        assert there(lambda: driver.cuStreamBeginCapture_v2(handle, 0)) == 0
+        store = make_store(primary, pool=pool)
+        assert store.statistics().engine == "cuda"
+        until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+        assert_round_trip(store, primary)
+        store.submit_store(1, names(4, 900), range(4))
+        until(lambda: store.poll(), "it ended without a wait")
+        returns(lambda: store.close() or True)
+        assert there(lambda: driver.cuStreamEndCapture(handle, ctypes.byref(graph))) == 0
+    assert not caplog.records
+    assert emulator.count("host_unregister") == emulator.count("host_register")
+
+
+@emulated
+def test_a_threads_mode_towards_captures_is_left_as_it_was(primary):
+    store = make_store(primary)
+    driver, context = store._engine.driver, store._engine.context
+    assert driver.exchange_capture_mode(1) == 0
+    with context:
+        with context:
+            assert driver.exchange_capture_mode(2) == 2
+        assert driver.exchange_capture_mode(2) == 2
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(lambda: driver.exchange_capture_mode(0)).result() == 0
+    assert driver.exchange_capture_mode(0) == 1
 
 
 STICKY = ["exec_h2d", "exec_d2h", "event_record"]

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from async_tier import _vllm_compat as compat
 from async_tier import memory
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
@@ -142,9 +146,77 @@ def test_the_tiers_memory_is_populated_by_the_copy_threads(monkeypatch):
         ({"engine": "cuda"}, "engine 'cuda'"),
         ({"pool": "cuda:0"}, "pool 'cuda:0'"),
         ({"engine": "cuda", "pool": "cuda:1"}, "pool 'cuda:1'"),
+        ({"engine": "cuda", "device": "cuda:1"}, "device 'cuda:1'"),
     ],
 )
 def test_cuda_without_a_gpu_is_refused_in_words(options, asked):
     words = f"^{asked} needs a GPU that torch can use, and this process has none; use engine 'host'$"
     with pytest.raises(ValueError, match=words):
         BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse(options))
+
+
+# ----------------------------------------------------------------------- the GPU of an engine among those of a node
+
+
+def spec_of(version: str, **parallel: object) -> SimpleNamespace:
+    """vLLM's spec: up to 0.26 it has vLLM's configuration, from 0.27 on a part of it."""
+    if version == "0.25":
+        return SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(**parallel)))
+    return SimpleNamespace(config=SimpleNamespace(parallel=SimpleNamespace(**parallel)))
+
+
+@pytest.mark.parametrize("version", ["0.25", "0.27"])
+@pytest.mark.parametrize(
+    ("workers", "index", "local", "gpu"),
+    [
+        (1, 0, None, 0),
+        (4, 0, 0, 0),
+        (1, 3, 3, 3),
+        (2, 1, 1, 2),
+        (2, 5, 1, 2),  # the second replica of the second node
+        (2, 5, 0, 0),
+        (2, 3, None, 6),
+    ],
+)
+def test_an_engines_first_gpu_comes_after_those_of_the_replicas_before_it_on_the_node(
+    version, workers, index, local, gpu
+):
+    parallel = {"world_size": workers, "data_parallel_index": index, "data_parallel_rank_local": local}
+    assert compat.first_gpu(spec_of(version, **parallel)) == gpu
+
+
+@pytest.mark.parametrize(
+    "who", [{"distributed_executor_backend": "ray"}, {"distributed_executor_backend": "external_launcher"}]
+)
+def test_where_others_place_the_workers_an_engines_gpu_is_unknown(who):
+    parallel = {"world_size": 2, "data_parallel_index": 1, "data_parallel_rank_local": 1}
+    assert compat.first_gpu(spec_of("0.25", **parallel)) == 2
+    assert compat.first_gpu(spec_of("0.25", **parallel, **who)) is None
+    assert compat.first_gpu(spec_of("0.25", **parallel, data_parallel_backend="ray")) is None
+
+
+def test_what_vllms_configuration_says_is_found_at_the_callers():
+    """From 0.27 on. It says more than the spec does."""
+    vllm_config = MagicMock(spec=VllmConfig)
+    vllm_config.parallel_config = SimpleNamespace(
+        world_size=2, data_parallel_rank_local=1, distributed_executor_backend="ray"
+    )
+    assert compat.first_gpu(spec_of("0.27", world_size=2, data_parallel_rank_local=1)) is None
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [(None, 5), ("", 5), ("4,5,6", 1), ("7,6,5", 2)])
+def test_device_ids_are_the_machines(monkeypatch, visible, gpu):
+    """vLLM's --device-ids, of which the engine's part comes after those of the replicas before it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    parallel = {"world_size": 2, "data_parallel_rank_local": 1, "assigned_physical_gpu_ids": [4, 6, 5, 7]}
+    assert compat.first_gpu(spec_of("0.25", **parallel)) == gpu
+
+
+@pytest.mark.parametrize("version", ["0.25", "0.27"])
+def test_replicas_that_belong_together_have_more_than_one_worker(version):
+    assert compat.has_one_worker(spec_of(version, world_size=1))
+    assert compat.has_one_worker(spec_of(version, world_size=1, data_parallel_size=1))
+    assert not compat.has_one_worker(spec_of(version, world_size=1, data_parallel_size=2))
+    assert not compat.has_one_worker(spec_of(version, world_size=2, data_parallel_size=1))

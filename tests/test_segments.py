@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from async_tier.arena import Rows
-from async_tier.streams.segments import range_starts, segments
-
-PAGE = 16
+from async_tier.streams.segments import segments
 
 
 def numbers(*rows: int) -> np.ndarray:
@@ -45,6 +43,14 @@ def test_no_copy_goes_from_one_registration_into_the_next():
     assert spans(plan) == [(1030, 0, 20), (1050, 20, 20)]
 
 
+def test_a_row_may_be_in_several_registrations():
+    cuts = np.array([1000, 1034, 1040, 1046, 1047, 1090])
+    plan = segments([(Rows(1000, 50, 10, 10), numbers(8, 3, 4, 9))], 1000, [cuts])
+    assert spans(plan) == [
+        *((1080, 0, 10), (1030, 10, 4), (1034, 14, 6), (1040, 20, 6), (1046, 26, 1), (1047, 27, 3), (1090, 30, 10)),
+    ]
+
+
 def test_pieces_cut_rows_that_are_larger():
     plan = segments([(Rows(1000, 50, 10, 10), numbers(8, 2))], 8, [None])
     assert spans(plan) == [(1080, 0, 8), (1088, 0, 2), (1020, 2, 6), (1026, 0, 4)]
@@ -59,7 +65,7 @@ def test_every_byte_goes_where_it_belongs(seed):
     two = Rows(100_000, 60, row_bytes, row_bytes)
     of = np.array(draw.choices(range(50), k=count)) if draw.random() < 0.5 else np.arange(count)
     to = np.array(draw.sample(range(60), count)) if draw.random() < 0.5 else np.arange(count) + 5
-    cuts = np.array(sorted({two.address + row_bytes * draw.randrange(60) for _ in range(3)}))
+    cuts = np.array(sorted({two.address + draw.randrange(60 * row_bytes) for _ in range(draw.choice([1, 3, 100]))}))
     piece_bytes = draw.randint(1, 100)
     plan = segments([(one, of), (two, to)], piece_bytes, [None, cuts])
     moved = {}
@@ -75,28 +81,3 @@ def test_every_byte_goes_where_it_belongs(seed):
         for at in range(count)
         for byte in range(row_bytes)
     }
-
-
-@pytest.mark.parametrize("seed", range(300))
-def test_ranges_start_at_rows_and_on_pages(seed):
-    draw = random.Random(seed)
-    stride = draw.randint(1, 50)
-    rows = Rows(draw.choice([160, 160, 163, 164, 168]), draw.randint(1, 200), stride, stride)
-    largest = draw.choice([100, 300, 1000, 5000])
-    starts = range_starts(rows, largest, PAGE)
-    end = rows.address + rows.count * stride
-    assert starts[0] == rows.address
-    if len(starts) > 1:
-        assert all(0 < after - before <= largest for before, after in itertools.pairwise([*starts, end]))
-    for start in starts[1:]:
-        assert (start - rows.address) % stride == 0
-        assert start % PAGE == 0
-
-
-def test_ranges_are_about_as_large_as_they_may_be():
-    assert range_starts(Rows(0, 100, 32, 32), 1000, PAGE) == [0, 992, 1984, 2976]
-    assert range_starts(Rows(0, 10, 32, 32), 1000, PAGE) == [0]
-
-
-def test_where_no_row_starts_on_a_page_there_is_one_range():
-    assert range_starts(Rows(8, 100, 32, 32), 1000, PAGE) == [8]

@@ -21,8 +21,9 @@ Ownership, before any code:
 
 Failures: where a call is refused, only that job fails. Part of it may be queued, perhaps without an event to ask, so
 its stream takes nothing more until all that it has was seen to end. Where the context itself is lost (the driver
-answers a plain question about a stream with an error), nothing can be asked any more: the engine is `broken`, all its
-jobs have failed, and it calls CUDA no more.
+answers a plain question about a stream with an error that none survives), nothing can be asked any more: the engine is
+`broken`, all its jobs have failed, and it calls CUDA no more. Where a question is refused because somebody captures a
+graph, it is asked again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ import torch
 from async_tier.arena import Rows
 from async_tier.faults import one_line
 from async_tier.streams.base import CopyEvent
-from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
+from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver, asks_again
+from async_tier.streams.registration import Registration
 from async_tier.streams.segments import Segments, segments
 
 logger = logging.getLogger(__name__)
@@ -308,7 +310,8 @@ class CudaStream:
                     else:
                         ended.synchronize()
                 except Exception as error:
-                    self._refused("wait for copies", error)
+                    if not asks_again(error):
+                        self._refused("wait for copies", error)
         except CudaError as error:  # as in `advance`
             self._engine.lose(error)
 
@@ -352,6 +355,8 @@ class CudaStream:
                         break
                     ended += 1
         except Exception as error:
+            if asks_again(error):
+                return
             if self._queue and self._queue[0] is self._pieces[0].job:
                 self._queue.popleft()  # nothing more of it: it ends when the streams are empty
             # Whether its bytes arrived cannot be known.
@@ -473,14 +478,19 @@ class CudaEngine:
 
     staging_bytes: device memory for staging, half of it a direction; 0 where the arena is on the device.
     max_inflight_store_bytes: stores on the device's streams, at most. A load waits for as much, whatever is queued:
-    copy engines serve in order of submission. Raises CudaError or OSError where there is no usable device.
+    copy engines serve in order of submission. batch_copies: whether to use the driver's batch call, where it is safe.
+    Raises CudaError or OSError where there is no usable device.
     """
 
     name = "cuda"
 
-    def __init__(self, ordinal: int, *, staging_bytes: int, max_inflight_store_bytes: int) -> None:
+    def __init__(
+        self, ordinal: int, *, staging_bytes: int, max_inflight_store_bytes: int, batch_copies: bool = True
+    ) -> None:
         torch.cuda.init()
         self.driver = Driver()
+        if not batch_copies or not self.driver.takes_host_pointers(ordinal):
+            self.driver.forget_batch()
         self.context = DeviceContext(self.driver, ordinal)
         self.events = EventPool()
         self.broken: str | None = None
@@ -488,7 +498,7 @@ class CudaEngine:
         # Whether it is known that no copy is under way any more; without that, memory must stay where it is.
         self.is_quiet = True
         self._closed = False
-        self._range_starts: dict[int, np.ndarray | None] = {}
+        self._registrations: dict[int, Registration | None] = {}
         # What `close` gives back.
         self._pinned: list[Pinned] = []
         self._streams: list[int] = []
@@ -535,13 +545,13 @@ class CudaEngine:
         if self._closed:
             raise RuntimeError("the CUDA engine is closed")
 
-    def add_rows(self, rows: Rows, range_starts: list[int] | None) -> None:
-        """Make rows known to the streams. `range_starts`: where their registrations begin, None for device memory."""
-        several = range_starts is not None and len(range_starts) > 1
-        self._range_starts[rows.address] = np.array(range_starts, dtype=np.int64) if several else None
+    def add_rows(self, rows: Rows, registration: Registration | None) -> None:
+        """Make rows known to the streams. `registration`: None for device memory."""
+        self._registrations[rows.address] = registration
 
     def range_starts(self, rows: Rows) -> np.ndarray | None:
-        return self._range_starts[rows.address]
+        registration = self._registrations[rows.address]
+        return None if registration is None else registration.cuts
 
     def advance(self) -> None:
         """See CopyEngine.advance."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,10 @@ INVALID_VALUE = 1
 OUT_OF_MEMORY = 2
 NOT_READY = 600
 ALREADY_REGISTERED = 712
+# Those that a context does not survive, or that say that it, or the stream that is asked, is there no more.
+_LOST = frozenset({3, 4, 201, 214, 220, 226, 400, 700, 702, 709, 710, *range(714, 720), 721, 810, 911, 999})
+# What is refused because somebody captures a graph.
+_CAPTURING = range(900, 908)
 
 # Entries of one batch: one of 51,828 was seen to hang (vLLM #49276).
 MAX_BATCH = 4096
@@ -32,6 +37,8 @@ _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context
 _ORDER_STREAM = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _MEMORY_TYPE = 2  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE
 _MEMORY_TYPE_HOST = 1  # CU_MEMORYTYPE_HOST
+_HOST_POINTERS = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 # The version whose cuMemcpyBatchAsync has a `failIdx`; every later driver still has that one under this number.
 _BATCH_VERSION = 12080
 
@@ -41,10 +48,12 @@ _int = ctypes.c_int
 _SIGNATURES: dict[str, tuple[object, ...]] = {
     "cuInit": (ctypes.c_uint,),
     "cuDeviceGet": (ctypes.POINTER(_int), _int),
+    "cuDeviceGetAttribute": (ctypes.POINTER(_int), _int, _int),
     "cuDevicePrimaryCtxRetain": (ctypes.POINTER(_handle), _int),
     "cuDevicePrimaryCtxRelease_v2": (_int,),
     "cuCtxPushCurrent_v2": (_handle,),
     "cuCtxPopCurrent_v2": (ctypes.POINTER(_handle),),
+    "cuThreadExchangeStreamCaptureMode": (ctypes.POINTER(_int),),
     "cuStreamCreate": (ctypes.POINTER(_handle), ctypes.c_uint),
     "cuStreamDestroy_v2": (_handle,),
     "cuStreamQuery": (_handle,),
@@ -68,6 +77,11 @@ class CudaError(RuntimeError):
     def __init__(self, call: str, code: int, name: str, text: str) -> None:
         super().__init__(f"{call}: {text} ({name}, {code})")
         self.code = code
+
+
+def asks_again(error: Exception) -> bool:
+    """Whether the error, the driver's or torch's, says only that somebody captures a graph."""
+    return getattr(error, "code", getattr(error, "error_code", None)) in _CAPTURING
 
 
 class _BatchAttributes(ctypes.Structure):
@@ -105,6 +119,23 @@ class Driver:
         """Whether the driver has cuMemcpyBatchAsync: 12.8 and later."""
         return self._batch is not None
 
+    def forget_batch(self) -> None:
+        """From now on `copy` queues one by one."""
+        self._batch = None
+
+    def takes_host_pointers(self, ordinal: int) -> bool:
+        """Whether the device has registered memory at the host's address.
+
+        On WSL2 it has not, and a batch call with such memory loses the context; other copies are translated.
+        """
+        device, value = _int(), _int()
+        self._check("cuDeviceGet", self._library.cuDeviceGet(ctypes.byref(device), ordinal))
+        self._check(
+            "cuDeviceGetAttribute",
+            self._library.cuDeviceGetAttribute(ctypes.byref(value), _HOST_POINTERS, device.value),
+        )
+        return value.value != 0
+
     # ----------------------------------------------------------------------------------------------------- contexts
 
     def retain_context(self, ordinal: int) -> tuple[int, int]:
@@ -126,6 +157,12 @@ class Driver:
 
     def pop_context(self) -> None:
         self._library.cuCtxPopCurrent_v2(ctypes.byref(_handle()))
+
+    def exchange_capture_mode(self, mode: int) -> int:
+        """Set the calling thread's mode towards captures; the one it had."""
+        value = _int(mode)
+        self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(value))
+        return value.value
 
     # ------------------------------------------------------------------------------------------------------- memory
 
@@ -174,12 +211,13 @@ class Driver:
         self._check("cuStreamDestroy", self._library.cuStreamDestroy_v2(stream))
 
     def is_idle(self, stream: int) -> bool:
-        """Whether all that was queued on the stream has ended.
+        """Whether all that was queued on the stream is known to have ended.
 
-        Raises CudaError only where the context is lost: the driver answers every question with the error then.
+        Raises CudaError only where the context is lost: the driver answers every question with the error then. What
+        else it answers means to ask again.
         """
         code = self._query(stream)
-        if code not in (SUCCESS, NOT_READY):
+        if code in _LOST:
             self._check("cuStreamQuery", code)
         return code == SUCCESS
 
@@ -232,6 +270,9 @@ class DeviceContext:
 
     A thread has none until something sets it, and driver calls then fail with 201; `torch.cuda.device` does not set
     one where the device is 0 already. Entered more than once at a time, by any threads.
+
+    The thread is out of others' captures of graphs meanwhile: else to ask for an event, to wait, to pin and to allocate
+    would be refused while some thread captures in mode GLOBAL, torch's default, and would end its capture.
     """
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
@@ -239,11 +280,15 @@ class DeviceContext:
         self._driver = driver
         self._device, self._context = driver.retain_context(ordinal)
         self._owner = os.getpid()
+        self._of_thread = threading.local()
 
     def __enter__(self) -> None:
         self._driver.push_context(self._context)
+        modes = self._of_thread.__dict__.setdefault("modes", [])
+        modes.append(self._driver.exchange_capture_mode(_RELAXED))
 
     def __exit__(self, *_: object) -> None:
+        self._driver.exchange_capture_mode(self._of_thread.modes.pop())
         self._driver.pop_context()
 
     @property

@@ -5,26 +5,33 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
+from async_tier import _host_copy
 from async_tier.arena import Rows
 from async_tier.streams.cuda_driver import ALREADY_REGISTERED, CudaError, DeviceContext, Driver
-from async_tier.streams.segments import range_starts
 
 logger = logging.getLogger(__name__)
 
-# Registering 512 GiB at once was seen to fail (vLLM #51080).
-MAX_RANGE_BYTES = 64 << 30
+# What is pinned at a time, under locks that calls of other threads and processes into CUDA wait for: on an H100 0.7 ms,
+# where 256 MiB are 9. (And 512 GiB at once were seen to fail, vLLM #51080.)
+PIN_RANGE_BYTES = 16 << 20
+# A range that is refused is halved and tried again, but not below this.
+MIN_RANGE_BYTES = 1 << 20
 # How long one tier waits for another that pins or unpins, which has been seen to hang (pytorch/pytorch#132520).
 LOCK_TIMEOUT_S = 60.0
 
 Range = tuple[int, int]  # address of the first byte, address after the last one
+Mapping = tuple[str, str, int]  # device, inode, offset
 
 # What registrations of this process have pinned, with the number of them that use it: two tiers may be on one primary.
 _users: dict[Range, int] = {}
 # What was mapped there then.
-_mappings: dict[Range, str] = {}
+_mappings: dict[Range, Mapping] = {}
 # What was not given back. The driver knows pages, not addresses: if others are mapped there by now, it says "already
 # registered", and copies go to the old ones.
 _left: set[Range] = set()
@@ -33,11 +40,15 @@ _lock = threading.Lock()
 
 
 class Registration:
-    """The pinning of `rows`, in ranges of at most `largest` bytes that start at rows and on pages.
+    """The pinning of `rows`, in ranges of at most `largest` bytes; all but the first start on pages.
 
     `register_next` pins one range after the other; `unpin` unpins those that nobody else here uses. What somebody else
     in the process has registered already is as good, and not ours to unpin; but not where the memory `is_new`, which
     nobody can have registered since it was mapped.
+
+    range_starts, cuts: the addresses of all ranges as they are planned now, also as an array (int64); never changed,
+    but replaced where a range is halved, before rows in it are ready. seconds: what the driver took to pin the last
+    range; as long a pause before the next one leaves others half of the time.
     """
 
     def __init__(
@@ -45,7 +56,7 @@ class Registration:
         driver: Driver,
         context: DeviceContext,
         rows: Rows,
-        largest: int = MAX_RANGE_BYTES,
+        largest: int = PIN_RANGE_BYTES,
         *,
         is_new: bool = False,
     ) -> None:
@@ -53,10 +64,13 @@ class Registration:
         self._driver = driver
         self._context = context
         self._rows = rows
-        self.range_starts = range_starts(rows, largest, mmap.PAGESIZE)
+        self._mapping = _mapping(rows.address)
         self._end = rows.address + (rows.count - 1) * rows.stride + rows.row_bytes
         self._done = 0
         self._used: list[Range] = []
+        self.range_starts: list[int] = []
+        self.seconds = 0.0
+        self._plan(rows.address, largest)
 
     @property
     def is_complete(self) -> bool:
@@ -65,8 +79,8 @@ class Registration:
     @property
     def next_range(self) -> Range:
         """What `register_next` will pin. Not when all is."""
-        ends = [*self.range_starts[1:], self._end]
-        return self.range_starts[self._done], ends[self._done]
+        start, *later = self.range_starts[self._done : self._done + 2]
+        return start, later[0] if later else self._end
 
     @property
     def rows_ready(self) -> int:
@@ -74,25 +88,49 @@ class Registration:
         done = self._done  # once: another thread counts it up
         if done == len(self.range_starts):
             return self._rows.count
-        return (self.range_starts[done] - self._rows.address) // self._rows.stride
+        rows = self._rows
+        return (self.range_starts[done] - rows.address + rows.stride - rows.row_bytes) // rows.stride
 
     def register_all(self) -> None:
         """Pin all ranges, or none: raises as `register_next` does."""
         try:
             while not self.is_complete:
+                time.sleep(self.seconds)
                 self.register_next()
         except BaseException:
             self.give_up()
             raise
 
     def register_next(self) -> None:
-        """Pin the next range.
+        """Pin the next range. If the driver refuses, it is halved, and so are those after it, down to 1 MiB.
 
-        Raises CudaError if the driver refuses, RuntimeError where it goes by what was pinned and never given back, or
-        where another tier does not get done with pinning.
+        Raises CudaError if the driver still refuses, RuntimeError where it goes by what was pinned and never given
+        back, or where another tier does not get done with pinning.
         """
         start, end = self.next_range
+        page = start - start % mmap.PAGESIZE
+        _host_copy.populate(page, end - page)  # or pinning does, and takes eight times as long under its locks
+        while True:
+            try:
+                self._pin(start, end)
+                break
+            except CudaError:
+                if end - start <= MIN_RANGE_BYTES:
+                    raise
+                self._plan(start, max(MIN_RANGE_BYTES, (end - start) // 2))
+                start, end = self.next_range
+        self._done += 1
+
+    def _plan(self, start: int, largest: int) -> None:
+        """The ranges from `start` on, the next one to be pinned."""
+        step = max(1, largest // mmap.PAGESIZE) * mmap.PAGESIZE
+        later = range(start - start % mmap.PAGESIZE + step, self._end, step)
+        self.range_starts = [*self.range_starts[: self._done], start, *later]
+        self.cuts = np.array(self.range_starts, dtype=np.int64)
+
+    def _pin(self, start: int, end: int) -> None:
         with self._context, _locked():
+            began = time.monotonic()
             try:
                 self._driver.register(start, end - start)
             except CudaError as error:
@@ -101,19 +139,26 @@ class Registration:
                     raise
                 if self._is_new or _overlapping(_left, start, end):
                     raise RuntimeError("a tier that ended badly has left memory pinned at these addresses") from error
-                used = _overlapping(_users, start, end)
-                if any(_mappings[each] != _mapping(each[0]) for each in used):
+                used = [(start, end)] if (start, end) in _users else _overlapping(_users, start, end)
+                if any(_mappings[each] != self._mapping_at(each[0]) for each in used):
                     raise RuntimeError(
                         "a tier that was not shut down has pinned other memory that was at these addresses"
                     ) from error
+                if len(used) > 1:  # copies must not go from one to the next: ours are to be as small
+                    raise
             else:
                 _left.difference_update(_overlapping(_left, start, end))
                 used = [(start, end)]
-                _mappings[start, end] = _mapping(start)
+                _mappings[start, end] = self._mapping_at(start)
+            self.seconds = time.monotonic() - began
             for each in used:
                 _users[each] = _users.get(each, 0) + 1
             self._used.extend(used)
-        self._done += 1
+
+    def _mapping_at(self, address: int) -> Mapping:
+        """Which memory is at an address of these rows, which are in one mapping."""
+        device, inode, offset = self._mapping
+        return device, inode, offset + address - self._rows.address if inode != "0" else 0
 
     def unpin(self) -> None:
         """Unpin what only this one uses. No copy may be under way. Idempotent.
@@ -166,7 +211,7 @@ def _locked() -> Iterator[None]:
         _lock.release()
 
 
-def _mapping(address: int) -> str:
+def _mapping(address: int) -> Mapping:
     """Which memory is at an address: the file or shared memory behind it, and the place in that.
 
     A primary is shared memory, of which each has a number of its own. The process's own memory all looks alike.
@@ -176,8 +221,8 @@ def _mapping(address: int) -> str:
             first, last = (int(number, 16) for number in line.split(maxsplit=1)[0].split("-"))
             if first <= address < last:
                 _, _, offset, device, inode = line.split(maxsplit=5)[:5]
-                return f"{device} {inode} {int(offset, 16) + address - first if inode != '0' else 0}"
-    return ""
+                return device, inode, int(offset, 16) + address - first
+    return "", "0", 0
 
 
 def _overlapping(ranges: Iterable[Range], start: int, end: int) -> list[Range]:

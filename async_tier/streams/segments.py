@@ -37,8 +37,8 @@ def segments(
     """The segments of a job, merged where rows are neighbours on every side, cut into pieces of `piece_bytes`.
 
     sides: (rows, row numbers of shape (n,), int64) of equal `row_bytes`, n at least 1. range_starts: by side the
-    sorted addresses at which a segment must not go on, because another registration begins there; None for none.
-    They are starts of rows.
+    sorted addresses, int64, at which a segment must not go on, because another registration begins there; None for
+    none. The driver refuses a copy that spans two ("invalid argument", sgl-project/sglang#36798).
     """
     row_bytes = sides[0][0].row_bytes
     count = len(sides[0][1])
@@ -46,17 +46,19 @@ def segments(
     begins = np.ones(count, dtype=bool)
     if count > 1:
         apart = np.zeros(count - 1, dtype=bool)
-        for addresses, cuts in zip(starts, range_starts, strict=True):
+        for addresses in starts:
             apart |= addresses[1:] != addresses[:-1] + row_bytes
-            if cuts is not None:
-                ranges = np.searchsorted(cuts, addresses, side="right")
-                apart |= ranges[1:] != ranges[:-1]
         begins[1:] = apart
     first = np.flatnonzero(begins)
     total = count * row_bytes
     runs = first * row_bytes
     piece_starts = np.arange(0, total, piece_bytes)
     offsets = runs if len(piece_starts) == 1 else _merged(runs, piece_starts)
+    for addresses, cuts in zip(starts, range_starts, strict=True):
+        if cuts is not None:
+            inside = _offsets_of(cuts, addresses[first], runs, np.diff(runs, append=total))
+            if len(inside):
+                offsets = _merged(offsets, inside)
     sizes = np.diff(offsets, append=total)
     run = np.searchsorted(runs, offsets, side="right") - 1
     within = offsets - runs[run]
@@ -68,6 +70,16 @@ def segments(
     )
 
 
+def _offsets_of(cuts: np.ndarray, addresses: np.ndarray, runs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The offsets of those `cuts` that are inside of runs, which have these addresses, offsets and sizes."""
+    low = np.searchsorted(cuts, addresses, side="right")
+    counts = np.searchsorted(cuts, addresses + sizes, side="left") - low
+    if not counts.any():
+        return counts[:0]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return cuts[np.repeat(low, counts) + within] + np.repeat(runs - addresses, counts)
+
+
 def _merged(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The numbers in either, sorted, each once. (numpy.union1d imports numpy.ma at its first call, for 80 ms.)"""
     merged = np.concatenate((some, others))
@@ -75,27 +87,3 @@ def _merged(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     new = np.ones(len(merged), dtype=bool)
     np.not_equal(merged[1:], merged[:-1], out=new[1:])
     return merged[new]
-
-
-def range_starts(rows: Rows, largest: int, page: int) -> list[int]:
-    """Addresses that cut `rows` into ranges of at most `largest` bytes for registering one by one; the first one's too.
-
-    Every range starts at a row and on a page: pages are pinned, and one that is in two ranges is refused ("invalid
-    argument", sgl-project/sglang#36798). Where no row but the first can start a range so, there is one range.
-    """
-    size = (rows.count - 1) * rows.stride + rows.row_bytes
-    # Rows apart by which the place in a page repeats.
-    cycle = page // np.gcd(rows.stride, page)
-    misfit = rows.address % page
-    # The first row that starts on a page; none may.
-    first = next((row for row in range(int(cycle)) if (misfit + row * rows.stride) % page == 0), None)
-    step = int(cycle) * rows.stride
-    if size <= largest or first is None or step > largest:
-        return [rows.address]
-    step *= largest // step
-    aligned = rows.address + first * rows.stride
-    # The rows before the first aligned one go with the first range, which is shorter by as much.
-    return [
-        rows.address,
-        *range(aligned + step - (int(cycle) * rows.stride if first else 0), rows.address + size, step),
-    ]
