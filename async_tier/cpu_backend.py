@@ -142,19 +142,7 @@ class _MemberRegion(SharedOffloadRegion):
 
 def _check_keys(extra_config: Mapping[str, Any]) -> None:
     """Refuse keys of `kv_connector_extra_config` that belong into a tier's dictionary or are misspelt; log others."""
-    tiers = extra_config.get("secondary_tiers", [])
-    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {shown(tiers)}")
-    for tier in tiers:
-        for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
-            if key in tier:
-                raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
-        for key in ("type", "module_path"):
-            if key in tier and not (isinstance(tier[key], str) and tier[key]):
-                raise ValueError(f"{key} of a tier must be a name, not {shown(tier[key])}")
-    for settings in (extra_config, *tiers):
-        if not isinstance(settings.get("backpressure") or {}, dict):
-            raise ValueError(f"backpressure must be a dictionary, not {shown(settings['backpressure'])}")
+    _check_tiers(extra_config)
     for key in extra_config:
         if key in SPEC_KEYS:
             continue
@@ -173,6 +161,23 @@ def _check_keys(extra_config: Mapping[str, Any]) -> None:
             shown(key),
             ", ".join(SPEC_KEYS),
         )
+
+
+def _check_tiers(extra_config: Mapping[str, Any]) -> None:
+    """Refuse tiers that vLLM, which makes them, would stumble over."""
+    tiers = extra_config.get("secondary_tiers", [])
+    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
+        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {shown(tiers)}")
+    for tier in tiers:
+        for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
+            if key in tier:
+                raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
+        for key in ("type", "module_path"):
+            if key in tier and not (isinstance(tier[key], str) and tier[key]):
+                raise ValueError(f"{key} of a tier must be a name, not {shown(tier[key])}")
+    for settings in (extra_config, *tiers):
+        if not isinstance(settings.get("backpressure") or {}, dict):
+            raise ValueError(f"backpressure must be a dictionary, not {shown(settings['backpressure'])}")
 
 
 @dataclass(frozen=True)

@@ -63,30 +63,13 @@ class AsyncSecondaryTierManager(compat.TierBase):
         for name in for_base.keys() - TierConfig.__dataclass_fields__.keys():
             del options[name]
         self.config = TierConfig.parse(options)
-        nodes = compat.node_count(offloading_spec)
-        if nodes is None:
-            logger.warning(
-                "The engine's process sees no GPU, so tier '%s' cannot check that all workers are on this node. They "
-                "must be: of a worker elsewhere it would serve wrong bytes",
-                tier_type,
-            )
-        elif nodes > 1:
-            raise ValueError(
-                f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees "
-                "only its own node's part of each block; use one node an engine, or a tier on shared storage"
-            )
+        _check_nodes(offloading_spec, tier_type)
         detector = compat.NoPressure() if backpressure_detector is None else backpressure_detector
         self._detector = compat.Detector(detector, self._on_reset)
         super().__init__(offloading_spec, primary_kv_view, tier_type, self._detector, **for_base)
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
-        if self.config.engine == "auto" and self.config.pool == "host" and not compat.has_one_worker(offloading_spec):
-            # The workers have processes of their own; a CUDA context here would only be for the tier.
-            self.config = dataclasses.replace(self.config, engine="host")
-        if self.config.engine == "cuda" and self.config.pool == "host" and self.config.device is None:
-            gpu = compat.first_gpu(offloading_spec)
-            if gpu is not None:
-                self.config = dataclasses.replace(self.config, device=f"cuda:{gpu}")
+        self.config = _beside_workers(self.config, offloading_spec)
         self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
         self._promises = Promises(self._store.primary.count, self._store.has, compat.group_of)
         # Steps that were planned and whose results are not in, and how many of them lookups answer MISS for, after a
@@ -286,3 +269,33 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 self._store.clear()
         except Exception as error:
             self._store.fault("forget its blocks", error)
+
+
+def _check_nodes(offloading_spec: Any, tier_type: str) -> None:
+    """Raise ValueError where workers are on other nodes, and warn where that cannot be known."""
+    nodes = compat.node_count(offloading_spec)
+    if nodes is None:
+        logger.warning(
+            "The engine's process sees no GPU, so tier '%s' cannot check that all workers are on this node. They must "
+            "be: of a worker elsewhere it would serve wrong bytes",
+            tier_type,
+        )
+    elif nodes > 1:
+        raise ValueError(
+            f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees only "
+            "its own node's part of each block; use one node an engine, or a tier on shared storage"
+        )
+
+
+def _beside_workers(config: TierConfig, offloading_spec: Any) -> TierConfig:
+    """What the configuration means where vLLM's workers are as this spec says."""
+    if config.pool != "host":
+        return config
+    if config.engine == "auto" and not compat.has_one_worker(offloading_spec):
+        # The workers have processes of their own; a CUDA context here would only be for the tier.
+        return dataclasses.replace(config, engine="host")
+    if config.engine == "cuda" and config.device is None:
+        gpu = compat.first_gpu(offloading_spec)
+        if gpu is not None:
+            return dataclasses.replace(config, device=f"cuda:{gpu}")
+    return config

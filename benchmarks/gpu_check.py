@@ -100,9 +100,10 @@ def contract() -> tuple[bool, str]:
 
 
 class Report:
-    """What was seen, printed as it comes and kept for the file."""
+    """What was seen, printed as it comes, and in the file as far as it has come, whatever ends this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
         self.content: dict[str, Any] = {}
         self.good = True
 
@@ -121,6 +122,8 @@ class Report:
         seconds = time.perf_counter() - started
         self.content[name] = {"verdict": verdict, "seen": seen, "seconds": round(seconds, 2)}
         print(f"{verdict:7} {name} ({seconds:.1f} s): {_said(seen)}", flush=True)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.content, indent=2) + "\n")
 
 
 def _none_is_wrong(seen: dict[str, str]) -> bool:
@@ -153,25 +156,21 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__} ({note})\n")
     bench = Bench()
     pools = ("host", f"cuda:{torch.cuda.current_device()}")
-    report = Report()
+    report = Report(arguments.json)
     report.content["emulated"] = EMULATED
-    try:
-        for pool in pools:
-            report.ask(f"wrong blocks, pool {pool}", lambda pool=pool: gpu_bytes.wrong_blocks(pool), _none_is_wrong)
-        with bench.context:
-            report.ask("machine", lambda: machine(bench))
-            for number, (name, check) in FACTS.items():
-                report.ask(f"{number} {name}", lambda check=check: check(bench), lambda seen: seen[0])
-        report.ask("contract", contract, lambda seen: seen[0])
-        with bench.context:
-            for name, figure in gpu_figures.RAW.items():
-                report.ask(name, lambda figure=figure: figure(bench))
-        for pool in pools:
-            for name, tier_figure in gpu_figures.TIER.items():
-                report.ask(f"pool {pool}: {name}", lambda pool=pool, figure=tier_figure: figure(bench, pool))
-    finally:
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report.content, indent=2) + "\n")
+    for pool in pools:
+        report.ask(f"wrong blocks, pool {pool}", lambda pool=pool: gpu_bytes.wrong_blocks(pool), _none_is_wrong)
+    with bench.context:
+        report.ask("machine", lambda: machine(bench))
+        for number, (name, check) in FACTS.items():
+            report.ask(f"{number} {name}", lambda check=check: check(bench), lambda seen: seen[0])
+    report.ask("contract", contract, lambda seen: seen[0])
+    with bench.context:
+        for name, figure in gpu_figures.RAW.items():
+            report.ask(name, lambda figure=figure: figure(bench))
+    for pool in pools:
+        for name, tier_figure in gpu_figures.TIER.items():
+            report.ask(f"pool {pool}: {name}", lambda pool=pool, figure=tier_figure: figure(bench, pool))
     print("\nall as expected" if report.good else "\nNOT AS EXPECTED: see above")
     return 0 if report.good else 1
 

@@ -32,6 +32,8 @@ OTHER_STREAMS = 16
 # Of memory that is pinned while somebody else launches kernels.
 PINNED_BYTES = 8 * MIB if EMULATED else 4 << 30
 ROUNDS = 3
+# Far beyond what anything here takes.
+PATIENCE_S = 30
 
 
 @contextmanager
@@ -44,11 +46,18 @@ def opened(pool: str, count: int, row_bytes: int) -> Iterator[BlockStore]:
     try:
         if store.statistics().engine != "cuda":
             raise RuntimeError("CUDA refused to pin the memory of this check: see the warning above")
-        while store._arena.ready < count:
-            time.sleep(0.01)
+        until(lambda: store._arena.ready == count, "all of the tier's memory is pinned")
         yield store
     finally:
         store.close()
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Ask without a pause, as an idle scheduler does; a part that gets nowhere must not keep the others from it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {PATIENCE_S} s: {what}")
 
 
 def key(row: int, turn: int = 0) -> bytes:
@@ -68,13 +77,17 @@ def end_all(
     jobs = range(0, len(keys), JOB_ROWS)
     for job in jobs:
         submit(job, keys[job : job + JOB_ROWS], rows[job : job + JOB_ROWS])
-    ended = 0
-    while ended < len(jobs):
+    open_jobs = set(jobs)
+
+    def is_over() -> bool:
         time.sleep(every_s)
         for end in store.poll():
             if not end.success:
-                raise RuntimeError(f"job {end.job_id} failed")
-            ended += 1
+                raise RuntimeError(f"job {end.job_id} failed: {end.reason}")
+            open_jobs.remove(end.job_id)
+        return not open_jobs
+
+    until(is_over, "the jobs ended")
     return time.perf_counter() - started
 
 
@@ -271,8 +284,7 @@ def jobs_alone(bench: Bench, pool: str) -> dict[str, dict[str, float]]:
                     keys = [key(row, turn if name == "store" else 2 * ROUNDS - 1) for row in range(rows)]
                     started = time.perf_counter()
                     submit(1, keys, range(rows))
-                    while not store.poll():
-                        pass
+                    until(store.poll, "the job ended")
                     took.append(time.perf_counter() - started)
                 best = statistics.median(took)
                 report[f"{name} {format_size(rows * ROW_BYTES)}"] = {
@@ -300,8 +312,7 @@ def scattered(bench: Bench, pool: str) -> dict[str, float]:
             started = time.perf_counter()
             submit(1, keys, order)
             report[f"{name}, submit us"] = (time.perf_counter() - started) * 1e6
-            while not store.poll():
-                pass
+            until(store.poll, "the job ended")
             report[f"{name}, GB/s"] = SCATTERED_ROWS * SCATTERED_BYTES / (time.perf_counter() - started) / 1e9
     return report
 
@@ -339,8 +350,7 @@ def load_behind_stores(bench: Bench, pool: str) -> dict[str, float]:
         def load(job: int) -> float:
             started = time.perf_counter()
             store.submit_load(job, wanted, range(JOB_ROWS))
-            while not any(end.job_id == job for end in store.poll()):
-                pass
+            until(lambda: any(end.job_id == job for end in store.poll()), "the load ended")
             return (time.perf_counter() - started) * 1e3
 
         alone = statistics.median(load(10 + turn) for turn in range(ROUNDS))

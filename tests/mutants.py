@@ -348,9 +348,9 @@ MUTANTS = [
     Mutant("R14 a path can be encoded", "config.py", "    except UnicodeEncodeError:", "    except KeyError:", CONFIG),
     Mutant("R14 a module that exits is refused", "config.py", "    except (Exception, SystemExit) as error:", "    except Exception as error:", CONFIG),
     Mutant("R14 any key is told of", "manager.py", "        /,  # a key", "        # a key"),
-    Mutant("several nodes are refused", "manager.py", "        elif nodes > 1:", "        elif False:"),
+    Mutant("several nodes are refused", "manager.py", "    elif nodes > 1:", "    elif False:"),
     Mutant("no GPU is not several nodes", "_vllm_compat.py", "-(-workers // devices) if devices else None", "-(-workers // max(1, devices))"),
-    Mutant("no GPU is told of", "manager.py", "        if nodes is None:", "        if False:"),
+    Mutant("no GPU is told of", "manager.py", "    if nodes is None:", "    if False:"),
     Mutant("nodes of what vLLM hides", "_vllm_compat.py", "\"vllm_config\", None) or _vllms(VllmConfig, \"vllm_config\", offloading_spec)", "\"vllm_config\", None)"),
     Mutant(
         "copy threads stay where the user allows",

@@ -119,7 +119,7 @@ MUTANTS_CUDA = [
     Mutant("auto looks for a context", "engines.py", "return torch is not None and torch.cuda.is_initialized()", "return False", CUDA),
     Mutant("auto is host where workers are elsewhere", "manager.py", " and not compat.has_one_worker(offloading_spec)", " and False", CUDA),
     Mutant("auto is host where replicas are many", "_vllm_compat.py", "workers == replicas == 1", "workers == 1", CUDA),
-    Mutant("an engine uses its own first GPU", "manager.py", "            if gpu is not None:\n", "            if False:\n", CUDA),
+    Mutant("an engine uses its own first GPU", "manager.py", "        if gpu is not None:\n", "        if False:\n", CUDA),
     Mutant("replicas before it have as many GPUs", "_vllm_compat.py", "gpu = replica * workers", "gpu = replica", CUDA),
     Mutant("a GPU that is named is used", "engines.py", "device = config.device if config.pool == \"host\" else config.pool", "device = None if config.pool == \"host\" else config.pool", CUDA),
     Mutant("batches are capped", _DRIVER, "for at in range(0, count, MAX_BATCH):", "for at in range(0, count, 1 << 30):", CUDA),

@@ -31,14 +31,16 @@ def test_it_checks_the_facts_and_marks_what_means_nothing(tmp_path):
 
 
 @pytest.mark.emulated
-def test_what_fails_or_lacks_something_does_not_end_the_rest():
+def test_what_fails_or_lacks_something_does_not_end_the_rest(tmp_path):
     from benchmarks.gpu_check import NotRunError, Report
 
     def lacks() -> None:
         raise NotRunError("there is no vllm")
 
-    report = Report()
+    file = tmp_path / "report.json"
+    report = Report(file)
     report.ask("lacks something", lacks)
+    assert json.loads(file.read_text()).keys() == {"lacks something"}, "what has been seen is not lost"
     assert report.good
     report.ask("fails", lambda: 1 / 0)
     assert not report.good
@@ -49,6 +51,15 @@ def test_what_fails_or_lacks_something_does_not_end_the_rest():
         "fails": ("FAILED", "ZeroDivisionError: division by zero"),
         "is right": ("ok", {"rate": 1.0}),
     }
+
+
+@pytest.mark.emulated
+def test_a_wait_that_gets_nowhere_ends(monkeypatch):
+    from benchmarks import gpu_figures
+
+    monkeypatch.setattr(gpu_figures, "PATIENCE_S", 0)
+    with pytest.raises(TimeoutError, match="not within 0 s: the job ended"):
+        gpu_figures.until(lambda: False, "the job ended")
 
 
 @pytest.mark.emulated
