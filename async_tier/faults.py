@@ -43,10 +43,8 @@ class FaultLog:
         # Whether `flush` may have something to say. To be read by anyone.
         self.is_holding = False
 
-    def report(
-        self, doing: str, line: str, error: BaseException | None = None, reason: str = "", traceback: str | None = None
-    ) -> None:
-        """Say `line`, which has the reason in it, now, or count it and say that later. traceback: where no error is."""
+    def report(self, doing: str, line: str, error: BaseException | None = None, reason: str = "") -> None:
+        """Say `line`, which has the reason in it, now, or count it and say that later."""
         now = self._clock()
         name = doing, type(error), _VARYING.sub("#", reason)
         if name not in self._kinds and len(self._kinds) >= MOST_KINDS:
@@ -54,7 +52,7 @@ class FaultLog:
         kind = self._kinds.get(name)
         if kind is None:
             self._kinds[name] = _Kind(now)
-            self._logger.error("%s%s", line, f"\n{traceback}" if traceback else "", exc_info=error)
+            self._logger.error("%s", line, exc_info=error)
         else:
             kind.held += 1
             kind.last_line = line

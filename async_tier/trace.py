@@ -28,13 +28,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from async_tier.config import format_size, shown
-from async_tier.streams.base import CopyEvent, CopyStream
+from async_tier.streams.base import CopyEvent
 
 logger = logging.getLogger(__name__)
 
@@ -196,19 +195,16 @@ class Submitted:
 
 
 class TierTrace:
-    """What a tier's jobs and steps are in a trace. `streams` by kind of job."""
+    """What a tier's jobs and steps are in a trace."""
 
     # Steps that were scheduled and have no results yet: with asynchronous scheduling two. More are lost track of.
     _MAX_STEPS = 8
 
-    def __init__(self, writer: TraceWriter, streams: Mapping[str, CopyStream]) -> None:
+    def __init__(self, writer: TraceWriter) -> None:
         self._writer = writer
-        self._streams = streams
-        self._in_flight = dict.fromkeys(streams, 0)
+        self._in_flight = {"load": 0, "store": 0}
         self._scheduled: deque[int] = deque(maxlen=self._MAX_STEPS)
         self._last_results_ns = 0
-        for stream in streams.values():
-            stream.keep_times()
 
     def submitted(self, kind: str, blocks: int, size: int) -> Submitted:
         """A job was queued."""
@@ -223,7 +219,7 @@ class TierTrace:
         self._in_flight[job.kind] -= job.bytes
         self._writer.counter("bytes in flight", now, **self._in_flight)
         self._writer.counter("rows used", now, rows=rows_used)
-        spans = self._streams[job.kind].spans(event)
+        spans = event.spans
         about: dict[str, int | str] = {
             "job": job_id,
             "blocks": job.blocks,

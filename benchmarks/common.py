@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from async_tier import _host_copy
+from async_tier.streams import _native
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
 TMPFS = Path("/dev/shm")
@@ -144,7 +144,7 @@ QUARTILES = f"{'p25':>9}{'p50':>9}{'p75':>9}"
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    engine = _host_copy.Engine(1, queues=1)
+    engine = _native.HostEngine(1, queues=1)
     kernel = engine.kernel
     engine.close()
     return {

@@ -306,7 +306,7 @@ def _wait_for_files(fs: Any, last: bytes, context: Any) -> None:
 class NullStream:
     """Takes every copy, and makes none."""
 
-    _DONE = SimpleNamespace(is_done=True, failed=False, seconds=0.0, synchronize=lambda: None)
+    _DONE = SimpleNamespace(is_done=True, failed=False, reason=None, seconds=0.0, spans=[], synchronize=lambda: None)
 
     def copy_rows(self, *_: object) -> Any:
         return self._DONE
@@ -317,12 +317,10 @@ class NullEngine:
 
     name = "null"
     broken = None
+    seconds_under_way = 0.0
 
     def __init__(self) -> None:
         self.load_stream = self.store_stream = NullStream()
-
-    def advance(self) -> None:
-        pass
 
     def close(self) -> None:
         pass

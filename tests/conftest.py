@@ -35,10 +35,6 @@ ENGINES = {
 }
 
 
-# By the test under way.
-_controls_missed: list[str] = []
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of the contract, and others of every engine, run once an engine."""
     marks = metafunc.definition
@@ -58,14 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(call: pytest.CallInfo[None]):
-    """A teardown that skips, or that is expected to fail, has left its work undone: that is a failure.
-
-    On a GPU, a test that asked for the emulator's controls anywhere, in a task of its own, say, was skipped there.
-    """
+    """A teardown that skips, or that is expected to fail, has left its work undone: that is a failure."""
     report = yield
-    if report.when == "call" and report.failed and _controls_missed:
-        report.outcome = "skipped"
-        report.longrepr = (*report.location[:2], f"Skipped: {_controls_missed[0]}")
     if report.when == "teardown" and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"the teardown did not do its work: {call.excinfo.exconly()}"
@@ -79,9 +69,8 @@ def _leaves_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     CUDA emulated is at its worst: destinations are poison while a copy is under way, and copies take their time, by a
     seed of the test's name.
     """
-    _controls_missed.clear()
-    if CUDA:
-        _add_holds(monkeypatch)
+    if _emulator is not None:
+        _hold_on_the_device(monkeypatch)
     with contextlib.ExitStack() as ends:
         # Each is done whatever becomes of the others; the last one first.
         ends.callback(_of_helpers, "free_primaries")
@@ -122,23 +111,18 @@ def emulator():
     return _emulator
 
 
-def _add_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`hold`, `step` and `release` for CudaStream, as HostStream has them."""
+def _hold_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hold`, `step` and `release` of a CudaStream hold the device: the engine queues what it may, and that waits."""
     from async_tier.streams import cuda
 
     def control(name: str):
         def method(stream: cuda.CudaStream) -> None:
-            if _emulator is None:
-                if name == "release":
-                    return  # nothing can be held
-                _controls_missed.append("needs the emulator's controls")
-                pytest.skip(_controls_missed[0])
             for handle in stream.handles:
                 getattr(_emulator, name)(handle)
 
         return method
 
     for name in ("hold", "step", "release"):
-        monkeypatch.setattr(cuda.CudaStream, name, control(name), raising=False)
-    if _emulator is not None:  # else a test that shuts down with a stream held takes that long
-        monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(cuda.CudaStream, name, control(name))
+    # Else a test that shuts down with a stream held takes that long.
+    monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", 0.2)

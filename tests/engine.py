@@ -359,8 +359,7 @@ class StampModel:
 class _Early:
     """An event that says that its copies have ended, whatever they do."""
 
-    is_done, failed, seconds = True, False, 0.0
-    started_ns = ended_ns = 0
+    is_done, failed, reason, seconds = True, False, None, 0.0
 
     def synchronize(self) -> None:
         pass

@@ -97,10 +97,8 @@ def free_primaries() -> None:
 
 
 def _close_again(engine: Any) -> None:
-    engine.broken = None
-    engine._closed = False
-    engine.close()
-    assert engine.is_quiet
+    engine._give_back(threading.Event(), None)
+    engine.is_quiet = True
 
 
 def job(

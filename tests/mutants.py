@@ -31,7 +31,7 @@ TIMEOUT_S = 120
 
 TIER = ("test_manager.py", "test_index.py")
 BACKEND = ("test_cpu_backend.py",)
-ENGINE = ("test_host_copy.py",)
+ENGINE = ("test_native.py",)
 EVICTION = ("test_eviction.py", "test_index.py")
 PROMISES = ("test_promises.py", "test_pressure.py")
 RESETS = ("test_manager.py", "test_oracle.py")

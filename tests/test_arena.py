@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_tier import _host_copy
 from async_tier import arena as arena_module
 from async_tier.arena import Arena, Rows
+from async_tier.streams import _native
 from async_tier.streams.host import HostEngine
 
 HUGE_PAGE = 2 << 20
@@ -267,7 +267,7 @@ def test_an_arena_is_only_reserved_at_first(make_arena):
 def test_population_backs_all_of_it(make_arena, engine: HostEngine, whose: str, count: int, row_bytes: int):
     rows = make_arena(count, row_bytes).rows
     if whose == "the caller's":
-        _host_copy.populate(rows.address, count * row_bytes)
+        _native.populate(rows.address, count * row_bytes)
     else:
         engine.populate(rows).synchronize()
     mapping = mapping_at(rows.address)
@@ -287,7 +287,7 @@ def test_population_leaves_what_is_there(make_arena, engine: HostEngine):
 def test_memory_that_the_kernel_will_not_populate_ends_the_job_all_the_same(engine: HostEngine):
     nowhere = Rows(1 << 40, count=3, row_bytes=HUGE_PAGE, stride=HUGE_PAGE)
     engine.populate(nowhere).synchronize()
-    _host_copy.populate(nowhere.address, 3 * HUGE_PAGE)
+    _native.populate(nowhere.address, 3 * HUGE_PAGE)
 
 
 @pytest.mark.parametrize("address", [0, 1, (1 << 40) + 64])
@@ -296,7 +296,7 @@ def test_memory_that_does_not_start_on_a_page_is_not_populated(engine: HostEngin
     with pytest.raises(ValueError, match=words):
         engine.populate(Rows(address, count=1, row_bytes=64, stride=64))
     with pytest.raises(ValueError, match=words):
-        _host_copy.populate(address, 64)
+        _native.populate(address, 64)
 
 
 def test_memory_that_is_kept_for_ever_stays_mapped():

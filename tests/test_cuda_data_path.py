@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
 
     def impatient():
         for job in store._loads:
-            job.event.done = True
+            job.event = SimpleNamespace(is_done=True, failed=False, seconds=0.0)
         return real()
 
     store.poll = impatient

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_tier import _host_copy, memory
 from async_tier import arena as arena_module
+from async_tier import memory
 from async_tier.arena import Arena, Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.eviction import LeastRecentlyUsed
 from async_tier.memory import refuse_if_unavailable
+from async_tier.streams import _native
 from async_tier.streams.host import HostEngine
 
 MIB = 1 << 20
@@ -401,9 +402,9 @@ def test_an_arena_has_all_its_pages_when_it_was_populated(room: Path):
     first, second = Arena(7, 300_007), Arena(3, 2 * MIB)
     sizes = 7 * 300_007, 6 * MIB
     assert without_pages() == [sum(sizes)]
-    _host_copy.populate(second.rows.address, sizes[1])
+    _native.populate(second.rows.address, sizes[1])
     assert without_pages() == [sizes[0]]
-    _host_copy.populate(first.rows.address, sizes[0])
+    _native.populate(first.rows.address, sizes[0])
     assert without_pages() == [0]
     first.close()
     second.close()

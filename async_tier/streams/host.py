@@ -1,8 +1,8 @@
 """HostEngine: streams and events made of native copy threads, for processes without a CUDA context.
 
-Ownership: `_host_copy.Engine` owns the threads and the queues; its header comment names the owner of every field.
-Here live only the choice of queues, where the threads may run, and the life of the engine. Events are
-`_host_copy.Job` objects, handed out as they are.
+Ownership: `_native.HostEngine` owns the threads and the queues; native/core.h names the owner of every field. Here live
+only the choice of queues, where the threads may run, and the life of the engine. Events are `_native.Job` objects,
+handed out as they are.
 """
 
 from __future__ import annotations
@@ -16,44 +16,24 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from async_tier import _host_copy
 from async_tier.arena import Rows
 from async_tier.memory import cgroups
+from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
+from async_tier.streams.row_stream import RowStream
 
 logger = logging.getLogger(__name__)
 
-# For `limit`: no limit.
-_UNLIMITED = -1
 # How vLLM tells OpenMP to bind a worker's threads: its variable depends on the library.
 _OPENMP_BINDINGS = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 # The queue that is served last.
 _POPULATION = 2
 
 
-class HostStream:
-    """One queue of a HostEngine."""
+class HostStream(RowStream):
+    """One queue of a HostEngine. A piece is at most 2 MiB."""
 
-    def __init__(self, engine: _host_copy.Engine, queue: int) -> None:
-        self._engine = engine
-        self._queue = queue
-
-    def copy_rows(
-        self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
-    ) -> CopyEvent:
-        """See CopyStream.copy_rows. Raises RuntimeError in a forked child: the threads stayed with the parent."""
-        return self._engine.submit_rows(
-            self._queue,
-            destination.address,
-            destination.stride,
-            destination.count,
-            destination_rows,
-            source.address,
-            source.stride,
-            source.count,
-            source_rows,
-            source.row_bytes,
-        )
+    _engine: _native.HostEngine
 
     def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
         """Queue copies from address `sources[i]` to address `destinations[i]`, arrays of shape (n,) and dtype uint64.
@@ -63,33 +43,13 @@ class HostStream:
         """
         return self._engine.submit(self._queue, destinations, sources, size)
 
-    def keep_times(self) -> None:
-        """Nothing to do: the threads always do."""
-
-    def spans(self, event: CopyEvent) -> list[tuple[str, int, int]]:
-        """See CopyStream.spans. There is one leg."""
-        assert isinstance(event, _host_copy.Job)
-        return [("copy", event.started_ns, event.ended_ns)] if event.started_ns else []
-
-    def hold(self) -> None:
-        """For tests: start no further piece of this queue. A piece is at most 2 MiB."""
-        self._engine.limit(self._queue, 0)
-
-    def step(self, pieces: int = 1) -> None:
-        """For tests: of a held queue, let that many pieces go, from now on; what is left of an earlier step is void."""
-        self._engine.limit(self._queue, pieces)
-
-    def release(self) -> None:
-        """For tests: end a `hold`."""
-        self._engine.limit(self._queue, _UNLIMITED)
-
 
 class HostEngine:
     """`threads` native threads that serve three queues: loads before stores before population.
 
     A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one, so a load waits
     for at most one piece a thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
-    as on a CUDA stream. `kernel` names a copy kernel (`_host_copy.kernels()`); by default the fastest is measured.
+    as on a CUDA stream. `kernel` names a copy kernel (`_native.kernels()`); by default the fastest is measured.
 
     The threads inherit the CPUs and the NUMA policy of the thread that constructs the engine: what it was given by
     taskset, numactl or a cgroup holds for them. `cpus` names other CPUs, for a thread that is bound itself: see
@@ -99,12 +59,14 @@ class HostEngine:
     """
 
     name = "host"
-    broken: str | None = None  # threads do not break
+    # Threads do not break, and copy as soon as they are scheduled.
+    broken: str | None = None
+    seconds_under_way = 0.0
 
     def __init__(
         self, threads: int, *, ordered: bool = False, kernel: str | None = None, cpus: set[int] | None = None
     ) -> None:
-        self._engine = engine = _host_copy.Engine(threads, queues=3, ordered=ordered, kernel=kernel)
+        self._engine = engine = _native.HostEngine(threads, queues=3, ordered=ordered, kernel=kernel)
         self.load_stream = HostStream(engine, 0)
         self.store_stream = HostStream(engine, 1)
         self.kernel = engine.kernel
@@ -129,13 +91,9 @@ class HostEngine:
         """
         return self._engine.populate(_POPULATION, rows.address, rows.count * rows.stride)
 
-    def advance(self) -> None:
-        """Nothing waits here: the threads see to their queues."""
-
-    def signal(self, fd: int) -> bool:
+    def signal(self, fd: int) -> None:
         """See CopyEngine.signal."""
         self._engine.signal(fd)
-        return True
 
     def close(self) -> None:
         """See CopyEngine.close."""

@@ -9,10 +9,8 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
-from async_tier import _host_copy
 from async_tier.arena import Rows
+from async_tier.streams import _native
 from async_tier.streams.cuda_driver import ALREADY_REGISTERED, CudaError, DeviceContext, Driver
 
 logger = logging.getLogger(__name__)
@@ -46,9 +44,10 @@ class Registration:
     in the process has registered already is as good, and not ours to unpin; but not where the memory `is_new`, which
     nobody can have registered since it was mapped.
 
-    range_starts, cuts: the addresses of all ranges as they are planned now, also as an array (int64); never changed,
-    but replaced where a range is halved, before rows in it are ready. seconds: what the driver took to pin the last
-    range; as long a pause before the next one leaves others half of the time.
+    step: ranges begin at its multiples from the page of the first row on, and at the first row; a copy must not go on
+    there. It is halved before the rows are ready that were refused with a larger one, and has more multiples than
+    there are ranges then. range_starts: the addresses of all ranges, as they are planned now. seconds: what the driver
+    took to pin the last range; as long a pause before the next one leaves others half of the time.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Registration:
         """
         start, end = self.next_range
         page = start - start % mmap.PAGESIZE
-        _host_copy.populate(page, end - page)  # or pinning does, and takes eight times as long under its locks
+        _native.populate(page, end - page)  # or pinning does, and takes eight times as long under its locks
         while True:
             try:
                 self._pin(start, end)
@@ -117,16 +116,19 @@ class Registration:
             except CudaError:
                 if end - start <= MIN_RANGE_BYTES:
                     raise
-                self._plan(start, max(MIN_RANGE_BYTES, (end - start) // 2))
+                step = self.step
+                while step >= end - start:
+                    step //= 2
+                self._plan(start, max(MIN_RANGE_BYTES, step))
                 start, end = self.next_range
         self._done += 1
 
-    def _plan(self, start: int, largest: int) -> None:
+    def _plan(self, start: int, step: int) -> None:
         """The ranges from `start` on, the next one to be pinned."""
-        step = max(1, largest // mmap.PAGESIZE) * mmap.PAGESIZE
-        later = range(start - start % mmap.PAGESIZE + step, self._end, step)
+        self.step = step
+        origin = self._rows.address - self._rows.address % mmap.PAGESIZE
+        later = range(start + step - (start - origin) % step, self._end, step)
         self.range_starts = [*self.range_starts[: self._done], start, *later]
-        self.cuts = np.array(self.range_starts, dtype=np.int64)
 
     def _pin(self, start: int, end: int) -> None:
         with self._context, _locked():

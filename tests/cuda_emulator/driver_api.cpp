@@ -648,3 +648,8 @@ EXPORT cuGetProcAddress_v2(const char *name, void **function, int version, cuuin
 EXPORT cuGetProcAddress(const char *name, void **function, int version, cuuint64_t flags) {
     return cuGetProcAddress_v2(name, function, version, flags, nullptr);
 }
+
+#undef cuEventElapsedTime  // the one that drivers before 12.8 have, too
+EXPORT cuEventElapsedTime(float *milliseconds, CUevent start, CUevent end) {
+    return cuEventElapsedTime_v2(milliseconds, start, end);
+}

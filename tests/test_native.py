@@ -29,8 +29,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_tier import _host_copy
 from async_tier.arena import Arena, Rows
+from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
 
@@ -38,7 +38,7 @@ from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
 PATIENCE_S = 20
 PAGE = mmap.PAGESIZE
 PIECE = 2 << 20
-KERNELS = _host_copy.kernels()
+KERNELS = _native.kernels()
 
 GUARD = 128
 FILL = 0xA5
@@ -181,7 +181,7 @@ def shared_engine() -> Iterator[HostEngine]:
 def streams() -> Iterator[list[HostStream]]:
     """Four streams served by one thread, the first one first. The last one serves as a fence: its copies come when
     nothing else can."""
-    core = _host_copy.Engine(1, queues=4)
+    core = _native.HostEngine(1, queues=4)
     yield [HostStream(core, queue) for queue in range(4)]
     core.close()
 
@@ -204,14 +204,14 @@ def test_a_kernel_copies_exactly_the_bytes_asked_for(kernel: str):
     for size in SMALL_SIZES:
         for dst_offset in OFFSETS:
             for src_offset in OFFSETS:
-                check_exact(lambda *job: _host_copy.copy(*job, kernel), size, dst_offset, src_offset)
+                check_exact(lambda *job: _native.copy(*job, kernel), size, dst_offset, src_offset)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_copies_exactly_the_bytes_asked_for_at_the_size_of_a_piece(kernel: str):
     for size in LARGE_SIZES:
         for dst_offset, src_offset in ((0, 0), (1, 0), (31, 63), (63, 1)):
-            check_exact(lambda *job: _host_copy.copy(*job, kernel), size, dst_offset, src_offset)
+            check_exact(lambda *job: _native.copy(*job, kernel), size, dst_offset, src_offset)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -246,13 +246,13 @@ def test_a_kernel_neither_reads_nor_writes_past_the_end(kernel: str):
     source[:] = SOURCE[: source.size]
     for size in [size for size in SMALL_SIZES if 0 < size <= source.size]:
         target[:] = FILL
-        _host_copy.copy(target[-size:].ctypes.data, source[-size:].ctypes.data, size, kernel)
+        _native.copy(target[-size:].ctypes.data, source[-size:].ctypes.data, size, kernel)
         assert np.array_equal(target[-size:], source[-size:])
         assert (target[:-size] == FILL).all()
 
 
 def test_copy_takes_the_fastest_kernel_by_default():
-    check_exact(_host_copy.copy, 3 * PAGE + 5, 1, 2)
+    check_exact(_native.copy, 3 * PAGE + 5, 1, 2)
     engine = HostEngine(1)
     assert engine.kernel in KERNELS
     engine.close()
@@ -260,7 +260,7 @@ def test_copy_takes_the_fastest_kernel_by_default():
 
 def test_an_unknown_kernel_is_refused_by_name():
     with pytest.raises(ValueError, match="'avx9' is unknown or not supported"):
-        _host_copy.copy(0, 0, 0, "avx9")
+        _native.copy(0, 0, 0, "avx9")
     with pytest.raises(ValueError, match="'avx9' is unknown or not supported"):
         HostEngine(1, kernel="avx9")
 
@@ -484,11 +484,11 @@ def test_synchronize_returns_at_once_when_done(engine: HostEngine):
 def test_an_event_has_the_times_of_its_copies(engine: HostEngine):
     engine.store_stream.hold()
     event = move(engine.store_stream, SCRATCH, SOURCE)
-    assert engine.store_stream.spans(event) == []
+    assert event.spans == []
     released = time.monotonic_ns()
     engine.store_stream.release()
     event.synchronize()
-    ((leg, start, end),) = engine.store_stream.spans(event)
+    ((leg, start, end),) = event.spans
     assert leg == "copy"
     assert released <= start < end <= time.monotonic_ns()
     assert event.seconds == pytest.approx((end - start) / 1e9)
@@ -505,7 +505,7 @@ def eventfd() -> Iterator[int]:
 
 
 def test_the_end_of_a_job_is_signalled(engine: HostEngine, eventfd: int):
-    assert engine.signal(eventfd)
+    engine.signal(eventfd)
     event = move(engine.store_stream, SCRATCH, SOURCE)
     assert select.select([eventfd], [], [], PATIENCE_S)[0]
     assert event.is_done, "the signal comes after the end"
@@ -1038,7 +1038,7 @@ def copy_with(engine: HostEngine, dst: int, src: int, size: int) -> None:
 
 
 def test_a_child_can_drop_the_parents_engine_and_have_its_own(open_event: CopyEvent):
-    holder = [_host_copy.Engine(2, queues=1)]
+    holder = [_native.HostEngine(2, queues=1)]
 
     def own() -> str:
         holder.clear()
@@ -1052,8 +1052,8 @@ def test_a_child_can_drop_the_parents_engine_and_have_its_own(open_event: CopyEv
     holder[0].close()
 
 
-def test_close_and_drop_in_a_child_end_nothing_there(engine: HostEngine, open_event: CopyEvent):
-    holder = [_host_copy.Engine(1, queues=1)]
+def test_what_is_dropped_in_a_child_ends_nothing_there(engine: HostEngine, open_event: CopyEvent):
+    holder = [_native.HostEngine(1, queues=1)]
     holder[0].limit(0, 0)
     other_event = holder[0].submit(0, at(SCRATCH), at(SOURCE), 64)
 
@@ -1062,9 +1062,19 @@ def test_close_and_drop_in_a_child_end_nothing_there(engine: HostEngine, open_ev
         gc.collect()
         return other_event.is_done
 
-    assert in_child(lambda: (engine.close(), open_event.is_done)).startswith("RuntimeError")
+    told = in_child(lambda: (open_event.synchronize(), open_event.is_done, open_event.failed))
+    assert told.startswith("RuntimeError")
     assert in_child(drop).startswith("RuntimeError")
     holder[0].close()
+
+
+def test_what_is_closed_in_a_child_has_failed_there(engine: HostEngine, open_event: CopyEvent):
+    told = in_child(lambda: (engine.close(), open_event.synchronize(), open_event.is_done, open_event.failed))
+    assert told == "(None, None, True, True)"
+    assert not open_event.is_done
+    engine.store_stream.release()
+    open_event.synchronize()
+    assert not open_event.failed
 
 
 def test_a_child_of_a_child_is_told_too():
@@ -1190,7 +1200,7 @@ def test_an_engine_that_is_dropped_ends_its_threads():
 
 
 def test_a_core_that_is_dropped_ends_its_threads_and_its_events_stay():
-    core = _host_copy.Engine(2, queues=1)
+    core = _native.HostEngine(2, queues=1)
     threads = core.thread_ids
     core.limit(0, 0)
     event = core.submit(0, at(SCRATCH), at(SOURCE), 64)
@@ -1247,12 +1257,12 @@ def test_a_wrong_number_of_threads_is_refused(threads: int):
 @pytest.mark.parametrize("queues", [0, 9])
 def test_a_wrong_number_of_queues_is_refused(queues: int):
     with pytest.raises(ValueError, match=f"queues 1 to 8, not 1 and {queues}"):
-        _host_copy.Engine(1, queues=queues)
+        _native.HostEngine(1, queues=queues)
 
 
 @pytest.mark.parametrize("queue", [-1, 3])
 def test_a_queue_that_is_not_there_is_refused(queue: int):
-    core = _host_copy.Engine(1, queues=3)
+    core = _native.HostEngine(1, queues=3)
     with pytest.raises(ValueError, match=f"queue must be 0 to 2, not {queue}"):
         core.submit(queue, at(SOURCE), at(SOURCE), 0)
     with pytest.raises(ValueError, match=f"queue must be 0 to 2, not {queue}"):
@@ -1316,7 +1326,7 @@ def test_rows_that_are_not_there_are_refused_and_nothing_is_copied(
 
 def test_events_come_from_engines_only():
     with pytest.raises(TypeError, match="cannot create"):
-        _host_copy.Job()
+        _native.Job()
 
 
 def test_copy_threads_do_not_preempt_who_wakes_them_up():

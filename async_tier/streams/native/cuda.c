@@ -1,0 +1,664 @@
+/* CUDA's executor: one thread that queues copies on streams of its own and sees them end.
+ *
+ * A copy between two places in host memory blocks its caller in CUDA, pinned or not, so no copy here is one:
+ *
+ *     pool "host"     primary  --in-->  staging slot (device)  --out-->  arena        and back, by slots of its own
+ *     pool "cuda:N"   primary  ------------------------------------->  arena (device)  and back
+ *
+ * Each arrow is a stream that nobody else has; the two legs of a piece are joined by an event, so that both directions
+ * of PCIe are busy at once.
+ *
+ * Ownership, before any code:
+ *
+ *   Direction  loads or stores. All of it belongs to the thread, but for `flights`, which is guarded by the core's lock:
+ *              whoever abandons the thread ends their jobs. `oldest_ns` is read by anyone.
+ *   Flight     a piece on the streams, oldest first. It uses the slot of its place in the ring `flights`, so a slot is
+ *              free again when its last piece was seen to end, and nobody ever waits for one.
+ *   event      belongs to one flight until it was seen complete; then it goes back to the pool. The event recorded behind
+ *              a job's last copy is the job's: it has ended when that was seen complete.
+ *
+ * Why by the driver and not by the runtime: an error of a driver call leaves nothing pending, where the runtime keeps a
+ * "last error" that the next kernel of somebody else would be blamed for (vLLM #51080).
+ *
+ * Failures: where a call is refused, only that job fails. Part of it may be queued, perhaps without an event to ask, so
+ * its direction takes nothing more until its streams were seen empty: it is `stalled`. Where the context itself is lost
+ * (the driver answers a plain question about a stream with an error that none survives), nothing can be asked any more:
+ * the core is `broken`, all its jobs have failed, and CUDA is called no more. Where a question is refused because
+ * somebody captures a graph, it is asked again.
+ */
+#include "cuda.h"
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+#ifndef CUDA_LIBRARY
+#define CUDA_LIBRARY "libcuda.so.1"
+#endif
+
+/* CUresult */
+enum { SUCCESS = 0, NOT_READY = 600 };
+#define NON_BLOCKING 1 /* CU_STREAM_NON_BLOCKING: not ordered with the legacy default stream */
+#define RELAXED 2      /* CU_STREAM_CAPTURE_MODE_RELAXED */
+/* CU_MEMCPY_SRC_ACCESS_ORDER_STREAM. ANY, the other order, would allow a source to be read before the copies ahead of it
+ * have written it (vLLM #39306). */
+#define ORDER_STREAM 1
+/* The version whose cuMemcpyBatchAsync has a `failIdx`; every later driver still has that one under this number. */
+#define BATCH_VERSION 12080
+
+/* Segments of a piece, at most: bounds how long its claim holds the lock, and what its calls take. */
+#define PIECE_SEGMENTS 512
+#define PIECE_SEGMENTS_ONE_BY_ONE 128
+/* Entries on a direction's streams, at most. A launch queue takes some 1,000 calls or 26,000 entries of batches (seen on
+ * an H100); beyond it a call of microseconds blocks, and so does asking that stream. */
+#define MAX_ENTRIES 8192
+#define MAX_ENTRIES_ONE_BY_ONE 512
+/* How long to wait before events are asked again, with copies under way: at first, and at most. A copy of 1 MiB takes
+ * 20 us. What is on the streams lasts for several times the longest. */
+#define FIRST_PAUSE_NS 20000
+#define LONGEST_PAUSE_NS 100000
+#define TEXT_BYTES 512
+
+typedef struct {
+    int (*cuCtxPushCurrent_v2)(void *);
+    int (*cuThreadExchangeStreamCaptureMode)(int *);
+    int (*cuStreamCreate)(void **, unsigned);
+    int (*cuStreamDestroy_v2)(void *);
+    int (*cuStreamQuery)(void *);
+    int (*cuStreamWaitEvent)(void *, void *, unsigned);
+    int (*cuEventCreate)(void **, unsigned);
+    int (*cuEventDestroy_v2)(void *);
+    int (*cuEventRecord)(void *, void *);
+    int (*cuEventQuery)(void *);
+    int (*cuEventElapsedTime)(float *, void *, void *);
+    int (*cuMemcpyAsync)(uint64_t, uint64_t, size_t, void *);
+    int (*cuGetErrorName)(int, const char **);
+    int (*cuGetErrorString)(int, const char **);
+    int (*cuGetProcAddress_v2)(const char *, void **, int, uint64_t, void *);
+} Driver;
+
+static const char *const FUNCTIONS[] = {
+    "cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuStreamCreate",    "cuStreamDestroy_v2", "cuStreamQuery",
+    "cuStreamWaitEvent",   "cuEventCreate",                     "cuEventDestroy_v2", "cuEventRecord",      "cuEventQuery",
+    "cuEventElapsedTime",  "cuMemcpyAsync",                     "cuGetErrorName",    "cuGetErrorString",   "cuGetProcAddress_v2",
+};
+_Static_assert(sizeof FUNCTIONS == sizeof(Driver), "a name each");
+
+/* CUmemcpyAttributes; location hints are for managed memory. */
+typedef struct {
+    unsigned source_access_order;
+    int source_location[2], destination_location[2];
+    unsigned flags;
+} BatchAttributes;
+typedef int (*batch_fn)(uint64_t *, uint64_t *, size_t *, size_t, BatchAttributes *, size_t *, size_t, size_t *, void *);
+
+typedef struct {
+    Piece piece;
+    int entries;
+    void *joined, *ended; /* events: recorded between the legs, and at the end; NULL until then */
+    int64_t begun_ns, open_ns; /* when it was begun, and when it was not done yet */
+} Flight;
+
+typedef struct {
+    DirectionLimits limits;
+    void *in, *out; /* streams; the same one where there is one leg */
+    Flight flights[MAX_PIECES];
+    int first, count;
+    size_t bytes;
+    int entries;
+    int stalled;
+    void *known; /* an event whose time is known */
+    int64_t known_ns;
+    _Atomic int64_t oldest_ns;
+} Direction;
+
+struct Cuda {
+    Core core; /* first: they are freed as one */
+    Driver driver;
+    batch_fn batch;
+    void *context;
+    size_t piece_bytes;
+    Direction directions[DIRECTIONS];
+    pthread_t thread;
+    /* Below `core.lock`. */
+    int has_begun, has_ended, is_abandoned;
+    char *refusal; /* of the start or, once it has ended, of what could not be given back */
+    /* The thread's. */
+    void **events; /* free ones */
+    int free_events, all_events, event_room;
+    uint64_t batch_dst[MAX_BATCH], batch_src[MAX_BATCH];
+    size_t batch_size[MAX_BATCH];
+    int batched;
+};
+
+/* Those that a context does not survive, or that say that it, or the stream that is asked, is there no more. */
+static int is_lost(int code) {
+    static const short LOST[] = {3, 4, 201, 214, 220, 226, 400, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999};
+    for (size_t i = 0; i < sizeof LOST / sizeof *LOST; i++)
+        if (code == LOST[i])
+            return 1;
+    return 0;
+}
+
+/* Refused because somebody captures a graph. */
+static int asks_again(int code) { return code >= 900 && code <= 907; }
+
+/* "<doing>: <text> (<name>, <code>)"; to be freed. */
+static char *said(const Driver *driver, const char *before, const char *call, int code) {
+    const char *name = NULL, *text = NULL;
+    char *line = malloc(TEXT_BYTES);
+    driver->cuGetErrorName(code, &name);
+    driver->cuGetErrorString(code, &text);
+    if (line)
+        snprintf(line, TEXT_BYTES, "%s%s: %s (%s, %d)", before, call, text ? text : "unknown error", name ? name : "unknown", code);
+    return line;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- copies */
+
+/* A call that may be refused, in a function that returns its code and leaves its name in *call. */
+#define TRY(name, ...)                                                                                                 \
+    do {                                                                                                               \
+        int code_ = (*call = #name, cuda->driver.name(__VA_ARGS__));                                                   \
+        if (code_)                                                                                                     \
+            return code_;                                                                                              \
+    } while (0)
+
+static int flush_batch(Cuda *cuda, void *stream, const char **call) {
+    int count = cuda->batched, code = SUCCESS;
+    cuda->batched = 0;
+    if (cuda->batch && count > 1) {
+        BatchAttributes attributes = {.source_access_order = ORDER_STREAM};
+        size_t from = 0, failed_at = 0;
+        *call = "cuMemcpyBatchAsync";
+        return cuda->batch(cuda->batch_dst, cuda->batch_src, cuda->batch_size, (size_t)count, &attributes, &from, 1,
+                           &failed_at, stream);
+    }
+    *call = "cuMemcpyAsync";
+    for (int i = 0; i < count && code == SUCCESS; i++)
+        code = cuda->driver.cuMemcpyAsync(cuda->batch_dst[i], cuda->batch_src[i], cuda->batch_size[i], stream);
+    return code;
+}
+
+/* Bytes from an address to the next line of the grid. */
+static size_t to_line(uint64_t address, const Grid *grid) {
+    return grid->step ? grid->step - (address - grid->origin) % grid->step : SIZE_MAX;
+}
+
+/* Queue one copy, cut where a registration begins: the driver refuses one that spans two ("invalid argument"). */
+static int queue_copy(Cuda *cuda, const Job *job, Segment copy, int reads, int writes, Flight *flight, void *stream,
+                      const char **call) {
+    static const Grid NOWHERE;
+    const Grid *src_grid = reads ? &job->src_grid : &NOWHERE, *dst_grid = writes ? &job->dst_grid : &NOWHERE;
+    while (copy.size) {
+        size_t size = copy.size, to_src = to_line((uintptr_t)copy.src, src_grid), to_dst = to_line((uintptr_t)copy.dst, dst_grid);
+        size = to_src < size ? to_src : size;
+        size = to_dst < size ? to_dst : size;
+        cuda->batch_dst[cuda->batched] = (uintptr_t)copy.dst;
+        cuda->batch_src[cuda->batched] = (uintptr_t)copy.src;
+        cuda->batch_size[cuda->batched++] = size;
+        flight->entries++;
+        if (cuda->batched == MAX_BATCH) {
+            int code = flush_batch(cuda, stream, call);
+            if (code)
+                return code;
+        }
+        copy = (Segment){copy.dst + size, copy.src + size, copy.size - size};
+    }
+    return SUCCESS;
+}
+
+/* Queue one leg of a flight. It reads the job's sources, or else the slot; it writes to its destinations, or else to the
+ * slot, which has no rows: so neighbours are merged here, leg by leg. */
+static int queue_leg(Cuda *cuda, Flight *flight, int reads, int writes, char *slot, void *stream, const char **call) {
+    const Job *job = flight->piece.job;
+    size_t at = flight->piece.at, offset = flight->piece.offset, done = 0;
+    Segment run = {0};
+    int code = SUCCESS;
+    while (done < flight->piece.bytes && code == SUCCESS) {
+        const Segment *segment = &job->segments[at++];
+        size_t size = segment->size - offset, left = flight->piece.bytes - done;
+        size = size < left ? size : left;
+        Segment next = {writes ? segment->dst + offset : slot + done, reads ? segment->src + offset : slot + done, size};
+        if (run.size && run.dst + run.size == next.dst && run.src + run.size == next.src) {
+            run.size += size;
+        } else {
+            code = queue_copy(cuda, job, run, reads, writes, flight, stream, call);
+            run = next;
+        }
+        done += size;
+        offset = 0;
+    }
+    if (code == SUCCESS)
+        code = queue_copy(cuda, job, run, reads, writes, flight, stream, call);
+    if (code == SUCCESS)
+        code = flush_batch(cuda, stream, call);
+    cuda->batched = 0;
+    return code;
+}
+
+/* ----------------------------------------------------------------------------------------------------------- events */
+
+/* An event of the pool, or a new one, recorded; *event has it also where that is refused. */
+static int record(Cuda *cuda, void **event, void *stream, const char **call) {
+    if (cuda->free_events) {
+        *event = cuda->events[--cuda->free_events];
+    } else {
+        if (cuda->all_events == cuda->event_room) { /* room for all to be free at once */
+            int room = 2 * cuda->event_room + 64;
+            void **events = realloc(cuda->events, (size_t)room * sizeof *events);
+            *call = "cuEventCreate";
+            if (events == NULL)
+                return 2; /* CUDA_ERROR_OUT_OF_MEMORY */
+            cuda->events = events;
+            cuda->event_room = room;
+        }
+        TRY(cuEventCreate, event, 0);
+        cuda->all_events++;
+    }
+    TRY(cuEventRecord, *event, stream);
+    return SUCCESS;
+}
+
+/* It was seen complete, or its streams were seen empty. */
+static void give_back(Cuda *cuda, void *event) {
+    if (event)
+        cuda->events[cuda->free_events++] = event;
+}
+
+/* ns from one event to another one, both complete; 0 where the driver does not say. */
+static int64_t elapsed(Cuda *cuda, void *from, void *to) {
+    float ms = 0;
+    if (from == NULL || to == NULL || cuda->driver.cuEventElapsedTime(&ms, from, to))
+        return 0;
+    return (int64_t)((double)ms * 1e6);
+}
+
+/* When the last copy of a job ended. By its distance from an event before it, whose time is known: but not before it was
+ * last seen open, nor after it was seen complete, or the two clocks would drift apart. */
+static int64_t time_of(Cuda *cuda, Direction *direction, void *event, int64_t open_ns, int64_t seen_ns) {
+    int64_t at = direction->known ? direction->known_ns + elapsed(cuda, direction->known, event) : seen_ns;
+    return at < open_ns ? open_ns : at > seen_ns ? seen_ns : at;
+}
+
+enum { STARTED, FIRST_JOINED }; /* a job's marks */
+
+/* Note when the copies of a job were made, whose last flight was seen to end. */
+static void note_times(Cuda *cuda, Direction *direction, Flight *flight, int64_t seen_ns) {
+    Job *job = flight->piece.job;
+    void *started = job->marks[STARTED], *ended = flight->ended;
+    void *first_joined = job->marks[FIRST_JOINED] ? job->marks[FIRST_JOINED] : flight->joined;
+    job->ended_ns = time_of(cuda, direction, ended, flight->open_ns, seen_ns);
+    job->started_ns = job->ended_ns - elapsed(cuda, started, ended);
+    if (flight->joined) {
+        job->in_ended_ns = job->started_ns + elapsed(cuda, started, flight->joined);
+        job->out_started_ns = job->started_ns + elapsed(cuda, started, first_joined);
+    }
+    give_back(cuda, direction->known);
+    direction->known = ended;
+    direction->known_ns = job->ended_ns;
+    flight->ended = NULL;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- flights */
+
+static int has_room(const Cuda *cuda, const Direction *direction) {
+    if (direction->stalled || direction->count == 0)
+        return !direction->stalled;
+    return direction->count < direction->limits.pieces &&
+           direction->bytes + cuda->piece_bytes <= direction->limits.limit &&
+           direction->entries < (cuda->batch ? MAX_ENTRIES : MAX_ENTRIES_ONE_BY_ONE);
+}
+
+/* The only place where copies are queued. Whatever it returns, part of the piece may be under way. */
+static int queue_flight(Cuda *cuda, Direction *direction, Flight *flight, int slot_number, const char **call) {
+    Job *job = flight->piece.job;
+    int code = SUCCESS;
+    if (flight->piece.is_first)
+        code = record(cuda, &job->marks[STARTED], direction->in, call);
+    if (code)
+        return code;
+    if (direction->limits.staging == 0) {
+        code = queue_leg(cuda, flight, 1, 1, NULL, direction->in, call);
+    } else {
+        char *slot = (char *)(uintptr_t)direction->limits.staging + (size_t)slot_number * cuda->piece_bytes;
+        code = queue_leg(cuda, flight, 1, 0, slot, direction->in, call);
+        if (code == SUCCESS)
+            code = record(cuda, &flight->joined, direction->in, call);
+        if (code)
+            return code;
+        TRY(cuStreamWaitEvent, direction->out, flight->joined, 0);
+        code = queue_leg(cuda, flight, 0, 1, slot, direction->out, call);
+    }
+    return code ? code : record(cuda, &flight->ended, direction->out, call);
+}
+
+/* lock held. The oldest flight is none any more. */
+static void leave(Direction *direction) {
+    direction->first = (direction->first + 1) % direction->limits.pieces;
+    direction->count--;
+    atomic_store(&direction->oldest_ns, direction->count ? direction->flights[direction->first].begun_ns : 0);
+}
+
+/* lock held. The jobs of all flights fail, which nobody asks for any more. */
+static void fail_flights(Cuda *cuda) {
+    for (int i = 0; i < DIRECTIONS; i++)
+        while (cuda->directions[i].count) {
+            Job *job = cuda->directions[i].flights[cuda->directions[i].first].piece.job;
+            job->failed = 1;
+            if (cuda->is_abandoned) /* the thread may be reading it, now or for ever */
+                atomic_fetch_add(&job->refs, 1);
+            leave(&cuda->directions[i]);
+            core_settle(&cuda->core, job);
+        }
+}
+
+/* The context is lost, and with it every job. CUDA is called no more. */
+static void lose(Cuda *cuda, char *why) {
+    Core *core = &cuda->core;
+    pthread_mutex_lock(&core->lock);
+    core->broken = why ? why : strdup("CUDA has refused all calls");
+    core_cancel(core);
+    if (!cuda->is_abandoned)
+        fail_flights(cuda);
+    pthread_mutex_unlock(&core->lock);
+}
+
+/* Whether nothing is on the streams of a direction. Where the context is lost, that is seen here: the driver answers
+ * every question with the error then. What else it answers means to ask again. */
+static int is_idle(Cuda *cuda, const Direction *direction) {
+    void *streams[] = {direction->in, direction->out};
+    int idle = 1;
+    for (int i = 0; i < 2 && !cuda->core.broken; i++) {
+        int code = cuda->driver.cuStreamQuery(streams[i]);
+        if (is_lost(code))
+            lose(cuda, said(&cuda->driver, "", "cuStreamQuery", code));
+        idle &= code == SUCCESS;
+    }
+    return idle;
+}
+
+/* A call was refused: the job fails, and the streams run empty, unless the context is lost. */
+static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing, const char *call, int code) {
+    Core *core = &cuda->core;
+    direction->stalled = 1;
+    pthread_mutex_lock(&core->lock);
+    if (!cuda->is_abandoned)
+        core_fail(core, job, said(&cuda->driver, doing, call, code));
+    pthread_mutex_unlock(&core->lock);
+    is_idle(cuda, direction);
+}
+
+/* The oldest flight has ended. */
+static void settle(Cuda *cuda, Direction *direction, int64_t seen_ns) {
+    Core *core = &cuda->core;
+    Flight *flight = &direction->flights[direction->first];
+    Job *job = flight->piece.job;
+    pthread_mutex_lock(&core->lock);
+    int is_timed = flight->piece.is_last && !job->failed;
+    pthread_mutex_unlock(&core->lock);
+    if (is_timed)
+        note_times(cuda, direction, flight, seen_ns);
+    pthread_mutex_lock(&core->lock);
+    if (!cuda->is_abandoned) {
+        int is_over = flight->piece.is_last || job->failed;
+        give_back(cuda, flight->ended);
+        if (flight->piece.is_first && !is_over)
+            job->marks[FIRST_JOINED] = flight->joined;
+        else
+            give_back(cuda, flight->joined);
+        for (int i = 0; i < 2 && is_over; i++) {
+            give_back(cuda, job->marks[i]);
+            job->marks[i] = NULL;
+        }
+        direction->bytes -= flight->piece.bytes;
+        direction->entries -= flight->entries;
+        leave(direction);
+        core_settle(core, job);
+    }
+    pthread_mutex_unlock(&core->lock);
+}
+
+/* Take note of the flights of a direction that have ended. Never blocks. */
+static void collect(Cuda *cuda, Direction *direction) {
+    int64_t asked_ns = now_ns();
+    if (direction->stalled && direction->count) {
+        if (!is_idle(cuda, direction) || cuda->core.broken)
+            return;
+        direction->stalled = 0;
+        while (direction->count)
+            settle(cuda, direction, asked_ns);
+    }
+    while (direction->count) {
+        Flight *flight = &direction->flights[direction->first];
+        int code = cuda->driver.cuEventQuery(flight->ended);
+        if (code == SUCCESS) {
+            settle(cuda, direction, asked_ns);
+            continue;
+        }
+        flight->open_ns = asked_ns;
+        /* Whether its bytes have arrived cannot be known. */
+        if (code != NOT_READY && !asks_again(code))
+            refuse(cuda, direction, flight->piece.job, "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
+        return;
+    }
+}
+
+/* lock held. Start the next piece that there is room for, a load's first; whether there was one. */
+static int start_next(Cuda *cuda) {
+    Core *core = &cuda->core;
+    for (int i = 0; i < DIRECTIONS; i++) {
+        Direction *direction = &cuda->directions[i];
+        if (!core_may_claim(&core->queues[i]) || !has_room(cuda, direction))
+            continue;
+        int slot = (direction->first + direction->count++) % direction->limits.pieces;
+        Flight *flight = &direction->flights[slot];
+        *flight = (Flight){.begun_ns = now_ns()};
+        flight->open_ns = flight->begun_ns;
+        flight->piece = core_claim(&core->queues[i], cuda->piece_bytes, cuda->batch ? PIECE_SEGMENTS : PIECE_SEGMENTS_ONE_BY_ONE);
+        direction->bytes += flight->piece.bytes;
+        if (direction->count == 1)
+            atomic_store(&direction->oldest_ns, flight->begun_ns);
+        pthread_mutex_unlock(&core->lock);
+        const char *call = "";
+        int code = queue_flight(cuda, direction, flight, slot, &call);
+        direction->entries += flight->entries;
+        if (code)
+            refuse(cuda, direction, flight->piece.job, "CUDA refused to queue a copy: ", call, code);
+        pthread_mutex_lock(&core->lock);
+        return 1;
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------------- the thread */
+
+/* Make the context current, out of others' captures, and the streams. */
+static int begin(Cuda *cuda, const char **call) {
+    int mode = RELAXED;
+    TRY(cuCtxPushCurrent_v2, cuda->context);
+    TRY(cuThreadExchangeStreamCaptureMode, &mode);
+    for (int i = 0; i < DIRECTIONS; i++) {
+        Direction *direction = &cuda->directions[i];
+        TRY(cuStreamCreate, &direction->in, NON_BLOCKING);
+        if (direction->limits.staging)
+            TRY(cuStreamCreate, &direction->out, NON_BLOCKING);
+        else
+            direction->out = direction->in;
+    }
+    return SUCCESS;
+}
+
+/* Destroy events and streams; of what is refused, the first refusal. */
+static char *end(Cuda *cuda) {
+    char *refusal = NULL;
+    for (int i = 0; i < DIRECTIONS; i++)
+        give_back(cuda, cuda->directions[i].known);
+    for (int i = 0; i < cuda->free_events; i++) {
+        int code = cuda->driver.cuEventDestroy_v2(cuda->events[i]);
+        if (code && !refusal)
+            refusal = said(&cuda->driver, "", "cuEventDestroy", code);
+    }
+    for (int i = 0; i < DIRECTIONS; i++) {
+        void *streams[] = {cuda->directions[i].in, cuda->directions[i].out};
+        for (int leg = 0; leg < (streams[0] == streams[1] ? 1 : 2); leg++) {
+            int code = streams[leg] ? cuda->driver.cuStreamDestroy_v2(streams[leg]) : SUCCESS;
+            if (code && !refusal)
+                refusal = said(&cuda->driver, "", "cuStreamDestroy", code);
+        }
+    }
+    return refusal;
+}
+
+/* lock held. Until something is submitted, or what is under way is to be asked for. */
+static void serve(Cuda *cuda) {
+    Core *core = &cuda->core;
+    int64_t pause = FIRST_PAUSE_NS;
+    while (!core->broken && !cuda->is_abandoned) {
+        int under_way = cuda->directions[0].count + cuda->directions[1].count;
+        if (start_next(cuda)) { /* behind others a piece takes longer */
+            pause = under_way ? LONGEST_PAUSE_NS : FIRST_PAUSE_NS;
+        } else if (under_way) {
+            struct timespec until = timespec_of(now_ns() + pause);
+            pthread_cond_timedwait(&core->work, &core->lock, &until);
+            pthread_mutex_unlock(&core->lock);
+            for (int i = 0; i < DIRECTIONS && !core->broken; i++)
+                collect(cuda, &cuda->directions[i]);
+            pthread_mutex_lock(&core->lock);
+            pause = pause * 3 / 2 < LONGEST_PAUSE_NS ? pause * 3 / 2 : LONGEST_PAUSE_NS;
+        } else if (core->stop) {
+            return;
+        } else {
+            pthread_cond_wait(&core->work, &core->lock);
+        }
+    }
+}
+
+static void *run(void *argument) {
+    Cuda *cuda = argument;
+    Core *core = &cuda->core;
+    const char *call = "";
+    pthread_setname_np(pthread_self(), "async-tier-cuda");
+    prctl(PR_SET_TIMERSLACK, 1000UL); /* 1 us: by default a pause is 50 us longer than asked for */
+    int code = begin(cuda, &call);
+    char *refusal = code ? said(&cuda->driver, "", call, code) : NULL;
+    pthread_mutex_lock(&core->lock);
+    if (code == SUCCESS) {
+        cuda->has_begun = 1;
+        pthread_cond_broadcast(&core->ended);
+        serve(cuda);
+    }
+    int is_left = core->broken || cuda->is_abandoned;
+    pthread_mutex_unlock(&core->lock);
+    char *left = is_left ? NULL : end(cuda);
+    pthread_mutex_lock(&core->lock);
+    cuda->refusal = refusal ? refusal : left;
+    cuda->has_ended = 1;
+    pthread_cond_broadcast(&core->ended);
+    pthread_mutex_unlock(&core->lock);
+    core_unref(core);
+    return NULL;
+}
+
+/* ---------------------------------------------------------------------------------------------------- from outside */
+
+static void cuda_free(Core *core) {
+    Cuda *cuda = (Cuda *)core;
+    free(cuda->events);
+    free(cuda->refusal);
+    free(cuda);
+}
+
+/* The driver's functions, and the context's call for batches; 0, or -1 and why. */
+static int load_driver(Cuda *cuda, int may_batch, char **error) {
+    void *library = dlopen(CUDA_LIBRARY, RTLD_NOW), **functions = (void **)&cuda->driver;
+    for (size_t i = 0; library && i < sizeof FUNCTIONS / sizeof *FUNCTIONS; i++)
+        if ((functions[i] = dlsym(library, FUNCTIONS[i])) == NULL)
+            library = NULL;
+    if (library == NULL) {
+        const char *why = dlerror();
+        *error = strdup(why ? why : "libcuda.so.1 cannot be loaded");
+        return -1;
+    }
+    void *batch = NULL;
+    if (may_batch && cuda->driver.cuGetProcAddress_v2("cuMemcpyBatchAsync", &batch, BATCH_VERSION, 0, NULL) == SUCCESS)
+        cuda->batch = (batch_fn)batch;
+    return 0;
+}
+
+Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const DirectionLimits limits[DIRECTIONS], char **error) {
+    Cuda *cuda = calloc(1, sizeof *cuda);
+    *error = NULL;
+    if (cuda == NULL)
+        return NULL;
+    cuda->context = context;
+    cuda->piece_bytes = piece_bytes;
+    core_init(&cuda->core, DIRECTIONS, 0, SIZE_MAX, cuda_free);
+    for (int i = 0; i < DIRECTIONS; i++)
+        cuda->directions[i].limits = limits[i];
+    int code = load_driver(cuda, may_batch, error) ? 0 : core_start(&cuda->core, &cuda->thread, run);
+    if (code)
+        *error = strdup(strerror(code));
+    if (*error == NULL) {
+        pthread_detach(cuda->thread); /* it may never come back from a call of the driver */
+        pthread_mutex_lock(&cuda->core.lock);
+        while (!cuda->has_begun && !cuda->has_ended)
+            pthread_cond_wait(&cuda->core.ended, &cuda->core.lock);
+        if (!cuda->has_begun)
+            *error = strdup(cuda->refusal ? cuda->refusal : "");
+        pthread_mutex_unlock(&cuda->core.lock);
+    }
+    if (*error == NULL)
+        return cuda;
+    core_unref(&cuda->core);
+    return NULL;
+}
+
+Core *cuda_core(Cuda *cuda) { return &cuda->core; }
+
+int cuda_has_batch(const Cuda *cuda) { return cuda->batch != NULL; }
+
+int cuda_streams(const Cuda *cuda, int direction, void *handles[2]) {
+    handles[0] = cuda->directions[direction].in;
+    handles[1] = cuda->directions[direction].out;
+    return handles[0] == handles[1] ? 1 : 2;
+}
+
+int64_t cuda_oldest_ns(Cuda *cuda) {
+    int64_t loads = atomic_load(&cuda->directions[0].oldest_ns), stores = atomic_load(&cuda->directions[1].oldest_ns);
+    return loads == 0 || (stores && stores < loads) ? stores : loads;
+}
+
+const char *cuda_refusal(const Cuda *cuda) { return cuda->refusal; }
+
+void cuda_stop(Cuda *cuda) {
+    pthread_mutex_lock(&cuda->core.lock);
+    cuda->core.stop = 1;
+    core_cancel(&cuda->core);
+    pthread_cond_broadcast(&cuda->core.work);
+    pthread_mutex_unlock(&cuda->core.lock);
+}
+
+int cuda_wait_end(Cuda *cuda) {
+    struct timespec until = timespec_of(now_ns() + NS_PER_S / 10);
+    pthread_mutex_lock(&cuda->core.lock);
+    if (!cuda->has_ended)
+        pthread_cond_timedwait(&cuda->core.ended, &cuda->core.lock, &until);
+    int has_ended = cuda->has_ended;
+    pthread_mutex_unlock(&cuda->core.lock);
+    return has_ended;
+}
+
+int cuda_abandon(Cuda *cuda) {
+    pthread_mutex_lock(&cuda->core.lock);
+    int has_ended = cuda->has_ended;
+    if (!has_ended) {
+        cuda->is_abandoned = 1;
+        fail_flights(cuda);
+        pthread_cond_broadcast(&cuda->core.work);
+    }
+    pthread_mutex_unlock(&cuda->core.lock);
+    return has_ended;
+}

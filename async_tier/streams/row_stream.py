@@ -1,0 +1,53 @@
+"""RowStream: a stream of the native core, which both engines have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from async_tier.arena import Rows
+from async_tier.streams import _native
+from async_tier.streams.base import CopyEvent
+
+# For `limit`: no limit.
+_UNLIMITED = -1
+
+
+class RowStream:
+    """One queue of a native engine. steps: the `dst_step` or `src_step` of rows, see _native."""
+
+    def __init__(
+        self, engine: _native.HostEngine | _native.CudaEngine, queue: int, steps: Callable[[Rows], int] | None = None
+    ) -> None:
+        self._engine = engine
+        self._queue = queue
+        self._steps = steps
+
+    def copy_rows(
+        self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
+    ) -> CopyEvent:
+        """See CopyStream.copy_rows. Raises RuntimeError in a forked child: the threads stayed with the parent."""
+        return self._engine.submit_rows(
+            self._queue,
+            destination.address,
+            destination.stride,
+            destination.count,
+            destination_rows,
+            source.address,
+            source.stride,
+            source.count,
+            source_rows,
+            source.row_bytes,
+            *(map(self._steps, (destination, source)) if self._steps else ()),
+        )
+
+    def hold(self) -> None:
+        """For tests: start no further piece of this queue."""
+        self._engine.limit(self._queue, 0)
+
+    def step(self, pieces: int = 1) -> None:
+        """For tests: of a held queue, let that many pieces go, from now on; what is left of an earlier step is void."""
+        self._engine.limit(self._queue, pieces)
+
+    def release(self) -> None:
+        """For tests: end a `hold`."""
+        self._engine.limit(self._queue, _UNLIMITED)
