@@ -28,7 +28,8 @@ import torch
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig, format_size
-from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
+from async_tier.streams.cuda_driver import CudaError, DeviceContext
+from benchmarks.gpu_driver import StreamDriver
 from tests.rows import zero_rows
 
 EMULATED = os.environ.get("ASYNC_TIER_CUDA") == "emulated"
@@ -60,7 +61,7 @@ class Bench:
 
     def __init__(self) -> None:
         torch.cuda.init()
-        self.driver = Driver()
+        self.driver = StreamDriver()
         self.context = DeviceContext(self.driver, torch.cuda.current_device())
         self._library = ctypes.CDLL("libcuda.so.1")
 
@@ -976,6 +977,7 @@ if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
     from tests import cuda_emulator
     emulator = cuda_emulator.load()
 import torch
+from benchmarks.gpu_driver import StreamDriver
 from benchmarks.gpu_facts import small_store
 from async_tier.streams.cuda_driver import CudaError
 store, primary = small_store()
@@ -994,7 +996,7 @@ else:
         pass
 with store._engine.context:
     try:
-        store._engine.driver.is_idle(store._engine.load_stream.handles[0]); print("cuStreamQuery says nothing")
+        StreamDriver().is_idle(store._engine.load_stream.handles[0]); print("cuStreamQuery says nothing")
     except CudaError as error:
         print("cuStreamQuery says", error.code)
 store.submit_load(2, [b"a"], [1]); store.drain()

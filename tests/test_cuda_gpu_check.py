@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +69,9 @@ def test_blocks_that_come_back_wrong_are_counted(monkeypatch):
     from async_tier.streams import cuda
     from benchmarks import gpu_bytes
 
-    monkeypatch.setattr(cuda.torch.cuda.Event, "query", lambda event: True)
+    copy_rows = cuda.CudaStream.copy_rows
+    early = SimpleNamespace(is_done=True, failed=False, seconds=0.0, synchronize=lambda: None)
+    monkeypatch.setattr(cuda.CudaStream, "copy_rows", lambda *rows: (copy_rows(*rows), early)[1])
     monkeypatch.setattr(gpu_bytes, "EMULATED", True)
     monkeypatch.setattr(gpu_bytes, "ROW_BYTES", [4096])
     (said,) = gpu_bytes.wrong_blocks("host").values()
