@@ -51,10 +51,12 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "set_delay": (None, (_int, _double)),
     "set_stream_delay": (_int, (_handle, _double)),
     "set_bandwidth": (None, (_double,)),
+    "set_shared_bandwidth": (None, (_double,)),
     "set_jitter": (None, (_double, _u64)),
     "set_poison": (None, (_int,)),
     "ignore_kernels": (None, (_int,)),
     "hold_new_streams": (None, (_int,)),
+    "set_unregister_waits": (None, (_int,)),
     "hold": (_int, (_handle,)),
     "step": (_int, (_handle, _u64)),
     "release": (_int, (_handle,)),
@@ -106,6 +108,16 @@ class Emulator:
         """What each copy engine moves, in 10^9 bytes per second. 0: no limit."""
         self._call["set_bandwidth"](gigabytes_per_second)
 
+    def set_shared_bandwidth(self, fraction: float) -> None:
+        """The part of `set_bandwidth` that each of the two directions has while the other one's engine is busy, too.
+
+        0.5: as where both share one link or one memory. 1: they do not disturb each other. A copy that is under way
+        changes its rate whenever the other direction begins or ends.
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"no part of a bandwidth: {fraction}")
+        self._call["set_shared_bandwidth"](fraction)
+
     def set_jitter(self, microseconds: float, seed: int = 0) -> None:
         """Operations take up to this much longer, at random. The seed also decides the order within batches."""
         self._call["set_jitter"](microseconds, seed)
@@ -141,6 +153,14 @@ class Emulator:
     def set_poison(self, on: bool) -> None:
         """Whether a copy's destination is filled with 0xDB from the copy's start to its end."""
         self._call["set_poison"](on)
+
+    def set_unregister_waits(self, on: bool) -> None:
+        """Whether unregistering host memory waits for all work of the device, as an H100 did, or for none.
+
+        It never waits under a copy of the same memory, which is a violation. With a stream that is held it does not
+        return before the stream is released.
+        """
+        self._call["set_unregister_waits"](on)
 
     def ignore_kernels(self, on: bool) -> None:
         """Whether kernels that are not emulated do nothing, instead of being refused."""

@@ -43,7 +43,7 @@ int check_captures(const Lock &, const std::string &api) {
 int begin_capture(StreamHandle handle, int mode) {
     Lock lock(state.mutex);
     if (handle == LEGACY_STREAM || handle == LEGACY_STREAM_BY_NAME) return CAPTURE_UNSUPPORTED;
-    if (!find_stream(lock, handle)) return INVALID_HANDLE;
+    if (!stream_to_use(lock, handle)) return INVALID_HANDLE;
     if (mode < CAPTURE_GLOBAL || mode > CAPTURE_RELAXED) return INVALID_VALUE;
     if (!state.captures.insert({handle, {std::this_thread::get_id(), mode, false}}).second) return ILLEGAL_STATE;
     return SUCCESS;

@@ -96,6 +96,12 @@ void cudaemu_set_bandwidth(double gb_s) {
     state.settings.bandwidth_gb_s = gb_s;
 }
 
+void cudaemu_set_shared_bandwidth(double fraction) {
+    Lock lock(state.mutex);
+    state.settings.shared_bandwidth = fraction;
+    state.hurry.notify_all();
+}
+
 void cudaemu_set_jitter(double us, uint64_t seed) {
     Lock lock(state.mutex);
     state.settings.jitter_us = us;
@@ -115,6 +121,11 @@ void cudaemu_ignore_kernels(int on) {
 void cudaemu_hold_new_streams(int on) {
     Lock lock(state.mutex);
     state.settings.hold_new_streams = on != 0;
+}
+
+void cudaemu_set_unregister_waits(int on) {
+    Lock lock(state.mutex);
+    state.settings.unregister_waits = on != 0;
 }
 
 int cudaemu_hold(uintptr_t handle) {

@@ -35,10 +35,16 @@ Settings settings_from_environment() {
     settings.delay_us[H2D] = environment("CUDAEMU_DELAY_H2D_US", all);
     settings.delay_us[D2H] = environment("CUDAEMU_DELAY_D2H_US", all);
     settings.bandwidth_gb_s = environment("CUDAEMU_BW_GBPS", 0);
+    settings.shared_bandwidth = environment("CUDAEMU_SHARED_BW", 1);
+    if (!(settings.shared_bandwidth > 0 && settings.shared_bandwidth <= 1)) {
+        fprintf(stderr, "[cuda emulator] CUDAEMU_SHARED_BW is not above 0 and up to 1\n");
+        settings.shared_bandwidth = 1;
+    }
     settings.jitter_us = environment("CUDAEMU_JITTER_US", 0);
     settings.seed = static_cast<uint64_t>(environment("CUDAEMU_SEED", 0));
     settings.poison = environment("CUDAEMU_POISON", 0) != 0;
     settings.ignore_kernels = environment("CUDAEMU_IGNORE_KERNELS", 0) != 0;
+    settings.unregister_waits = environment("CUDAEMU_UNREGISTER_WAITS", 0) != 0;
     return settings;
 }
 
@@ -280,21 +286,46 @@ bool find_replaced(const Lock &lock, Operation &operation) {
     return any;
 }
 
-double duration_us(const Lock &, const Stream &stream, const Operation &operation) {
+// What an operation takes beside its bytes.
+double delay_us(const Lock &, const Stream &stream, const Operation &operation) {
     const Settings &settings = state.settings;
     double us = stream.delay_us >= 0 ? stream.delay_us : settings.delay_us[operation.kind];
-    if (uses_engine(operation) && settings.bandwidth_gb_s > 0)
-        us += static_cast<double>(operation.bytes) / settings.bandwidth_gb_s / 1e3;
     if (settings.jitter_us > 0) us += std::uniform_real_distribution<>(0, settings.jitter_us)(state.random);
     return us;
 }
 
+// The part of its bandwidth that a copy has at this moment.
+double bandwidth_share(const Lock &, const Device &device, Kind kind) {
+    bool both = device.engine_busy[H2D] && device.engine_busy[D2H];
+    return both && kind != D2D ? state.settings.shared_bandwidth : 1;
+}
+
+// Takes the time of a copy's bytes, or less if there is a reset. The rate changes as the other direction begins and
+// ends. The lock is released meanwhile.
+void spend_bandwidth(Lock &lock, const Device &device, const Operation &operation, double bytes_s, uint64_t resets) {
+    double left = static_cast<double>(operation.bytes);
+    while (left > 0 && state.resets == resets) {
+        double share = bandwidth_share(lock, device, operation.kind);
+        double began = now();
+        state.hurry.wait_for(lock, std::chrono::duration<double>(left / (bytes_s * share)), [&] {
+            return state.resets != resets || bandwidth_share(lock, device, operation.kind) != share;
+        });
+        left -= (now() - began) * bytes_s * share;
+    }
+}
+
 // Runs the operation at the front of the stream; the lock is released while that takes time.
 int run(Lock &lock, Stream &stream, Operation &operation) {
-    bool *engine = uses_engine(operation) ? &state.devices[stream.device].engine_busy[operation.kind] : nullptr;
-    if (engine) *engine = true;
+    Device &device = state.devices[stream.device];
+    auto set_engine_busy = [&](bool busy) {
+        if (!uses_engine(operation)) return;
+        device.engine_busy[operation.kind] = busy;
+        if (state.settings.shared_bandwidth < 1) state.hurry.notify_all();  // the other direction has another rate now
+    };
+    set_engine_busy(true);
     stream.running = true;
-    double us = duration_us(lock, stream, operation);
+    double us = delay_us(lock, stream, operation);
+    double bytes_s = uses_engine(operation) ? state.settings.bandwidth_gb_s * 1e9 : 0;
     bool poisoned = state.settings.poison;
     uint64_t resets = state.resets;
     // The entries of a batch have no order among them.
@@ -309,6 +340,7 @@ int run(Lock &lock, Stream &stream, Operation &operation) {
     if (us > 0)
         state.hurry.wait_for(lock, std::chrono::duration<double, std::micro>(us),
                              [&] { return state.resets != resets; });
+    if (bytes_s > 0) spend_bandwidth(lock, device, operation, bytes_s, resets);
     int error = operation.injected;  // not sooner: a reset may have taken it back
     if (find_replaced(lock, operation))
         add_violation(lock, "a copy of %zu bytes with registered host memory that was mapped anew", operation.bytes);
@@ -321,7 +353,7 @@ int run(Lock &lock, Stream &stream, Operation &operation) {
 
     lock.lock();
     stream.running = false;
-    if (engine) *engine = false;
+    set_engine_busy(false);
     return error;
 }
 
@@ -399,6 +431,13 @@ std::shared_ptr<Stream> find_stream(const Lock &, StreamHandle handle) {
     return found == state.streams.end() || found->second->destroyed ? nullptr : found->second;
 }
 
+std::shared_ptr<Stream> stream_to_use(const Lock &lock, StreamHandle handle) {
+    auto stream = find_stream(lock, handle);
+    if (!stream)
+        add_violation(lock, "stream %#zx used, which is destroyed or was never there", static_cast<size_t>(handle));
+    return stream;
+}
+
 int create_stream(unsigned flags, int priority, StreamHandle *handle) {
     Lock lock(state.mutex);
     auto stream = new_stream(lock, flags, priority, current_device());
@@ -410,7 +449,7 @@ int create_stream(unsigned flags, int priority, StreamHandle *handle) {
 // What is queued on a destroyed stream still runs.
 int destroy_stream(StreamHandle handle) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, handle);
+    auto stream = stream_to_use(lock, handle);
     if (!stream || stream == state.devices[stream->device].legacy_stream) return INVALID_HANDLE;
     stream->destroyed = true;
     if (stream->has_worker) stream->wake.notify_one();
@@ -420,7 +459,7 @@ int destroy_stream(StreamHandle handle) {
 
 int query_stream(StreamHandle handle) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, handle);
+    auto stream = stream_to_use(lock, handle);
     if (!stream) return INVALID_HANDLE;
     if (state.sticky) return state.sticky;
     return is_idle(lock, *stream) ? SUCCESS : NOT_READY;
@@ -428,7 +467,7 @@ int query_stream(StreamHandle handle) {
 
 int synchronize_stream(StreamHandle handle) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, handle);
+    auto stream = stream_to_use(lock, handle);
     if (!stream) return INVALID_HANDLE;
     wait_until_done(lock, stream);
     return state.sticky;
@@ -445,7 +484,7 @@ int synchronize_device() {
 
 int describe_stream(StreamHandle handle, unsigned *flags, int *priority, int *device) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, handle);
+    auto stream = stream_to_use(lock, handle);
     if (!stream) return INVALID_HANDLE;
     if (flags) *flags = stream->flags;
     if (priority) *priority = stream->priority;
@@ -471,7 +510,7 @@ int destroy_event(EventHandle handle) {
 int record_event(EventHandle handle, StreamHandle on) {
     Lock lock(state.mutex);
     auto event = state.events.find(handle);
-    auto stream = find_stream(lock, on);
+    auto stream = stream_to_use(lock, on);
     if (event == state.events.end() || !stream) return INVALID_HANDLE;
     Operation operation;
     operation.injected = injected_error(lock, "event_record", true);
@@ -517,7 +556,7 @@ int elapsed_time(EventHandle start, EventHandle end, float *milliseconds) {
 int wait_event(StreamHandle handle, EventHandle on) {
     Lock lock(state.mutex);
     auto event = state.events.find(on);
-    auto stream = find_stream(lock, handle);
+    auto stream = stream_to_use(lock, handle);
     if (event == state.events.end() || !stream) return INVALID_HANDLE;
     auto &recorded = event->second.recorded;
     if (!recorded || recorded->done) return SUCCESS;
@@ -548,10 +587,11 @@ const char *injection_point(Kind kind) {
 int submit_copies(const std::vector<CopyRequest> &requests, Kind required, StreamHandle on, bool blocking,
                   bool batch = false) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, on);
+    auto stream = stream_to_use(lock, on);
     if (!stream) return INVALID_HANDLE;
     Operation operation;
     bool synchronize_before = false;
+    size_t staged_bytes = 0;
     uint64_t pageable = 0;
     for (const CopyRequest &request : requests) {
         if (!request.destination || !request.source) return INVALID_VALUE;
@@ -573,9 +613,12 @@ int submit_copies(const std::vector<CopyRequest> &requests, Kind required, Strea
         };
         if (!to_device && is_refused(request.destination, &to_pageable)) return INVALID_VALUE;
         if (!from_device && is_refused(request.source, &from_pageable)) return INVALID_VALUE;
-        // From pageable memory: what is on the stream ends first, then the source is read before the call returns.
-        // To pageable memory, and from host to host: the call returns when the copy is done.
-        if (from_pageable && request.order == SourceOrder::STREAM) synchronize_before = true;
+        // From pageable memory: what is on the stream ends first, unless little goes to the device; then the source is
+        // read before the call returns. To pageable memory, and from host to host: it returns when the copy is done.
+        if (from_pageable && request.order == SourceOrder::STREAM) {
+            staged_bytes += request.bytes;
+            if (kind != H2D || staged_bytes > STAGED_AT_ONCE) synchronize_before = true;
+        }
         if (to_pageable || kind == H2H) blocking = true;
         if (to_pageable || from_pageable) pageable++;
         Copy copy{static_cast<char *>(request.destination), static_cast<const char *>(request.source), request.bytes,
@@ -647,7 +690,7 @@ int copy_batch(void *const *destinations, const void *const *sources, const size
 
 int fill(void *pointer, uint32_t value, size_t width, size_t count, StreamHandle on) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, on);
+    auto stream = stream_to_use(lock, on);
     if (!stream) return INVALID_HANDLE;
     if (!count) return SUCCESS;
     if (!is_allocated(lock, pointer, width * count)) return INVALID_VALUE;
@@ -664,7 +707,7 @@ int fill(void *pointer, uint32_t value, size_t width, size_t count, StreamHandle
 
 int call_host(StreamHandle on, void (*function)(void *), void *argument) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, on);
+    auto stream = stream_to_use(lock, on);
     if (!stream) return INVALID_HANDLE;
     if (!function) return INVALID_VALUE;
     Operation operation;
@@ -681,7 +724,7 @@ int call_host(StreamHandle on, void (*function)(void *), void *argument) {
 
 int launch_kernel(StreamHandle on, const char *name, std::function<int()> effect) {
     Lock lock(state.mutex);
-    auto stream = find_stream(lock, on);
+    auto stream = stream_to_use(lock, on);
     if (!stream) return INVALID_HANDLE;
     if (!effect && !state.settings.ignore_kernels) {
         refuse(name);

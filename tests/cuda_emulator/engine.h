@@ -70,6 +70,8 @@ constexpr int HIGHEST_PRIORITY = -5;
 constexpr int DRIVER_VERSION = 13000;
 // CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 constexpr int HOST_POINTER_OF_REGISTERED = 91;
+// Up to this many bytes of pageable memory go to the device without a wait for the stream.
+constexpr size_t STAGED_AT_ONCE = 64 << 10;
 
 // ------------------------------------------------------------------------------------------------ for the API layers
 
@@ -234,12 +236,14 @@ struct Rule {
 
 struct Settings {
     double delay_us[KINDS] = {};
-    double bandwidth_gb_s = 0;  // of a copy engine; 0: no limit
+    double bandwidth_gb_s = 0;    // of a copy engine; 0: no limit
+    double shared_bandwidth = 1;  // the part of it that is left where both directions are busy
     double jitter_us = 0;
     uint64_t seed = 0;
     bool poison = false;
     bool ignore_kernels = false;
     bool hold_new_streams = false;
+    bool unregister_waits = false;
     std::map<int, int> attributes;  // of devices, instead of what they are
 };
 
@@ -269,7 +273,7 @@ struct State {
 
     std::mutex mutex;
     std::condition_variable finished;  // an operation has ended
-    std::condition_variable hurry;     // delays end early, because of a reset
+    std::condition_variable hurry;     // delays end early, because of a reset, or copies get another rate
 
     std::atomic<bool> initialized{false};
     std::atomic<bool> forked{false};
@@ -304,6 +308,8 @@ int injected_error(const Lock &, const std::string &point, bool asynchronous);
 void add_rules(State &to, const char *text);  // "point@nth=code[:async];..."
 void add_violation(const Lock &, const char *format, ...) __attribute__((format(printf, 2, 3)));
 std::shared_ptr<Stream> find_stream(const Lock &, StreamHandle handle);  // null: no such stream
+// For a call of the API: that there is no such stream is a violation.
+std::shared_ptr<Stream> stream_to_use(const Lock &, StreamHandle handle);
 bool is_idle(const Lock &, const Stream &stream);
 void wake_workers(const Lock &);
 

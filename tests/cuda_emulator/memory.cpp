@@ -97,8 +97,8 @@ void unmark(const Lock &lock, uintptr_t address, size_t bytes) {
     if (end > begin) munlock(reinterpret_cast<void *>(begin), end - begin);
 }
 
-// A range is about to vanish under copies that still have to read or write it.
-void check_not_in_flight(const Lock &lock, uintptr_t address, size_t bytes, const char *doing) {
+// A copy that still has to read or write a range of host memory; null: none.
+const Copy *copy_in_flight(const Lock &, uintptr_t address, size_t bytes) {
     auto touches = [&](const void *pointer, size_t size) {
         uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
         return at < address + bytes && address < at + size;
@@ -106,11 +106,22 @@ void check_not_in_flight(const Lock &lock, uintptr_t address, size_t bytes, cons
     for (auto &[handle, stream] : state.streams)
         for (const Operation &operation : stream->queue)
             for (const Copy &copy : operation.copies)
-                if (touches(copy.destination, copy.bytes) || (!copy.staged && touches(copy.source, copy.bytes))) {
-                    add_violation(lock, "%s of %#lx (%zu bytes) with a copy of %zu bytes in flight", doing, address,
-                                  bytes, copy.bytes);
-                    return;
-                }
+                if (touches(copy.destination, copy.bytes) || (!copy.staged && touches(copy.source, copy.bytes)))
+                    return &copy;
+    return nullptr;
+}
+
+// A range is about to vanish.
+void check_not_in_flight(const Lock &lock, uintptr_t address, size_t bytes, const char *doing) {
+    if (const Copy *copy = copy_in_flight(lock, address, bytes))
+        add_violation(lock, "%s of %#lx (%zu bytes) with a copy of %zu bytes in flight", doing, address, bytes,
+                      copy->bytes);
+}
+
+// The registration that begins at an address, or the end.
+std::map<uintptr_t, Pinned>::iterator registered_at(const Lock &, const void *pointer) {
+    auto found = state.pinned.find(reinterpret_cast<uintptr_t>(pointer));
+    return found == state.pinned.end() || found->second.ours ? state.pinned.end() : found;
 }
 
 }  // namespace
@@ -241,11 +252,19 @@ int register_host(void *pointer, size_t bytes, unsigned flags) {
     return SUCCESS;
 }
 
+// It may wait for the device, but not under a copy of the range: a program may count on neither.
 int unregister_host(void *pointer) {
     if (!pointer) return INVALID_VALUE;
     Lock lock(state.mutex);
-    auto found = state.pinned.find(reinterpret_cast<uintptr_t>(pointer));
-    if (found == state.pinned.end() || found->second.ours) return NOT_REGISTERED;
+    auto found = registered_at(lock, pointer);
+    if (found == state.pinned.end()) return NOT_REGISTERED;
+    if (state.settings.unregister_waits && !copy_in_flight(lock, found->first, found->second.bytes)) {
+        lock.unlock();
+        if (int error = synchronize_device()) return error;
+        lock.lock();
+        found = registered_at(lock, pointer);  // another thread may have been here
+        if (found == state.pinned.end()) return NOT_REGISTERED;
+    }
     check_not_in_flight(lock, found->first, found->second.bytes, "host unregister");
     Pinned range = found->second;
     state.pinned.erase(found);

@@ -8,6 +8,9 @@
 
 #include <cuda.h>
 
+extern "C" void cudaemu_set_bandwidth(double gb_s);
+extern "C" void cudaemu_set_shared_bandwidth(double fraction);
+extern "C" void cudaemu_set_unregister_waits(int on);
 extern "C" void cudaemu_set_jitter(double us, uint64_t seed);
 extern "C" void cudaemu_set_poison(int on);
 extern "C" int cudaemu_hold(uintptr_t stream);
@@ -25,6 +28,7 @@ static constexpr size_t BYTES = 64 << 10;
 static constexpr size_t PAGE = 4096;
 static constexpr size_t PIECES = 16;
 static constexpr double JITTER_US = 20;
+static constexpr double BANDWIDTH_GB_S = 5;
 
 static void require(bool holds, const char *what) {
     if (holds) return;
@@ -109,6 +113,9 @@ int main() {
     CUcontext context;
     CHECK(cuDevicePrimaryCtxRetain(&context, 0));
     cudaemu_set_jitter(JITTER_US, 1);
+    cudaemu_set_bandwidth(BANDWIDTH_GB_S);
+    cudaemu_set_shared_bandwidth(0.5);
+    cudaemu_set_unregister_waits(1);
     cudaemu_set_poison(1);
     std::vector<std::thread> threads;
     for (unsigned i = 0; i < THREADS; i++) threads.emplace_back(exchange, context, i);

@@ -35,6 +35,9 @@ static cudaError_t result(int code) {
     return static_cast<cudaError_t>(code);
 }
 
+// Of a query: 600 is an answer and no error, and does not become the last one.
+static cudaError_t answer(int code) { return code == NOT_READY ? cudaErrorNotReady : result(code); }
+
 static int enter_without_context(const char *api) {
     if (int error = initialize()) return error;
     return begin(api);
@@ -378,7 +381,7 @@ EXPORT cudaStreamDestroy(cudaStream_t stream) {
 // NOT_READY becomes the thread's last error as well; torch clears it.
 EXPORT cudaStreamQuery(cudaStream_t stream) {
     ENTER("stream_query");
-    return result(query_stream(handle(stream)));
+    return answer(query_stream(handle(stream)));
 }
 
 EXPORT cudaStreamSynchronize(cudaStream_t stream) {
@@ -451,7 +454,7 @@ EXPORT cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned
 
 EXPORT cudaEventQuery(cudaEvent_t event) {
     ENTER("event_query");
-    return result(query_event(handle(event)));
+    return answer(query_event(handle(event)));
 }
 
 EXPORT cudaEventSynchronize(cudaEvent_t event) {

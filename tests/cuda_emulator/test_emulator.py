@@ -376,6 +376,47 @@ def test_a_destroyed_stream_still_ends_its_work(emulator: Emulator, context: int
     assert driver.cuStreamQuery(stream) == INVALID_HANDLE
     eventually(lambda: emulator.peek(there, 1) == b"\x09")
     assert driver.cuMemFree_v2(there) == 0
+    emulator.reset()
+
+
+def test_each_use_of_a_destroyed_stream_is_a_violation(emulator: Emulator, context: int, memory: int) -> None:
+    """F2, and all other calls with one."""
+    there, event = made(driver.cuMemAlloc_v2, 1), made(driver.cuEventCreate, DISABLE_TIMING)
+    stream, out = made(driver.cuStreamCreate, NON_BLOCKING), ctypes.byref(ctypes.c_uint64())
+    assert driver.cuStreamDestroy_v2(stream) == 0
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+    calls = [
+        lambda: driver.cuStreamQuery(stream),
+        lambda: driver.cuStreamSynchronize(stream),
+        lambda: driver.cuStreamDestroy_v2(stream),
+        lambda: driver.cuStreamGetFlags(stream, out),
+        lambda: driver.cuStreamBeginCapture_v2(stream, 0),
+        lambda: driver.cuEventRecord(event, stream),
+        lambda: driver.cuStreamWaitEvent(stream, event, 0),
+        lambda: driver.cuMemcpyAsync(there, memory, 1, stream),
+        lambda: driver.cuMemcpyBatchAsync_v2(*batch_arguments([there], [memory], [1]), stream),
+        lambda: driver.cuMemsetD8Async(there, 0, 1, stream),
+        lambda: driver.cuLaunchHostFunc(stream, function, 0),
+        lambda: runtime.cudaStreamQuery(stream),
+    ]
+    assert [call() for call in calls] == [INVALID_HANDLE] * len(calls)
+    assert emulator.violations() == len(calls)
+    assert all(f"stream {stream:#x} used" in text for text in emulator.violation_texts())
+    assert driver.cuMemFree_v2(there) == 0
+    emulator.reset()
+
+
+def test_a_query_leaves_no_error(emulator: Emulator, stream: torch.cuda.Stream) -> None:
+    """F35: that something is not ready is no error."""
+    emulator.hold(stream.cuda_stream)
+    event = copy(on_device(), pinned(0), stream)
+    assert runtime.cudaStreamQuery(stream.cuda_stream) == NOT_READY
+    assert runtime.cudaGetLastError() == 0
+    assert runtime.cudaEventQuery(event.cuda_event) == NOT_READY
+    assert runtime.cudaGetLastError() == 0
+    assert runtime.cudaEventQuery(0) == INVALID_HANDLE
+    assert runtime.cudaEventQuery(event.cuda_event) == NOT_READY
+    assert runtime.cudaGetLastError() == INVALID_HANDLE, "nor does it clear one"
 
 
 # -------------------------------------------------------------------------------------------------------- time, engines
@@ -406,6 +447,101 @@ def test_delays(emulator: Emulator, stream: torch.cuda.Stream, other: torch.cuda
 def test_bandwidth(emulator: Emulator, stream: torch.cuda.Stream) -> None:
     emulator.set_bandwidth(SIZE / 1e9 / 20e-3)  # SIZE in 20 ms
     assert milliseconds(stream, on_device(0), pinned(0)) >= 20
+
+
+def test_both_directions_share_a_bandwidth(
+    emulator: Emulator, stream: torch.cuda.Stream, other: torch.cuda.Stream
+) -> None:
+    """At a half each: both together take as long as one after the other, however much of them overlaps."""
+    emulator.set_bandwidth(SIZE / 1e9 / 50e-3)  # SIZE in 50 ms
+    emulator.set_shared_bandwidth(0.5)
+    started = time.monotonic()
+    for event in copy(on_device(), pinned(0), stream), copy(pinned(0), on_device(), other):
+        event.synchronize()
+    assert time.monotonic() - started >= 0.1
+
+
+POISON = 0xDB
+
+
+def begin(destination: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Queue a copy and see its engine busy with it; the event after it."""
+    load().set_poison(True)
+    event = copy(destination, source, stream)
+    eventually(lambda: event.query() or holds(destination, POISON))
+    return event
+
+
+@pytest.mark.parametrize("kind", [Kind.H2D, Kind.D2H, Kind.D2D])
+def test_a_copy_keeps_its_bandwidth_unless_the_other_direction_is_busy(
+    emulator: Emulator, stream: torch.cuda.Stream, kind: Kind
+) -> None:
+    """One of each kind, alone; then beside the others that do not share with it."""
+    ends = {
+        Kind.H2D: (on_device(), pinned(0)),
+        Kind.D2H: (pinned(0), on_device()),
+        Kind.D2D: (on_device(), on_device()),
+    }
+    emulator.set_bandwidth(SIZE / 1e9 / 1e-3)
+    emulator.set_shared_bandwidth(1e-8)  # a day for SIZE
+    eventually(copy(*ends[kind], stream).query)
+    for other in (Kind.H2D, Kind.D2H) if kind == Kind.D2D else (Kind.D2D,):
+        busy = new_stream()
+        emulator.set_stream_delay(busy.cuda_stream, HOUR_US)
+        begin(*ends[other], busy)
+    eventually(copy(*ends[kind], stream).query)
+
+
+@pytest.mark.parametrize("kind", [Kind.H2D, Kind.D2H])
+def test_a_copy_is_fast_again_when_the_other_direction_ends(
+    emulator: Emulator, stream: torch.cuda.Stream, other: torch.cuda.Stream, kind: Kind
+) -> None:
+    there, host = on_device(), pinned(0)
+    emulator.set_bandwidth(SIZE / 1e9 / 1e-3)
+    emulator.set_shared_bandwidth(1e-7)  # hours for SIZE; 150 ms for a byte
+    ends = [(there, host), (host[:1], there[:1])] if kind == Kind.H2D else [(host, there), (there[:1], host[:1])]
+    emulator.set_stream_delay(other.cuda_stream, 20_000)
+    copy(*ends[1], other)
+    eventually(copy(*ends[0], stream).query)
+
+
+def test_a_copy_is_slow_while_the_other_direction_is_busy(
+    emulator: Emulator, stream: torch.cuda.Stream, other: torch.cuda.Stream
+) -> None:
+    """Which begins later and ends sooner: unless it does, once more."""
+    there, back, host, source = on_device(), pinned(0)[:1], pinned(0), on_device()
+    emulator.set_bandwidth(SIZE / 1e9 / 200e-3)
+    emulator.set_shared_bandwidth(0.01)
+    emulator.set_stream_delay(other.cuda_stream, 100_000)
+    while True:
+        start = torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        slow = begin(there, host, stream)
+        between = copy(back, source[:1], other)
+        between.synchronize()
+        slow.synchronize()
+        if between.elapsed_time(slow) > 0:
+            break
+    assert start.elapsed_time(slow) >= 250, "not 299: one may find out late that the other has begun"
+
+
+def test_another_share_is_for_copies_under_way_as_well(
+    emulator: Emulator, stream: torch.cuda.Stream, other: torch.cuda.Stream
+) -> None:
+    emulator.set_bandwidth(SIZE / 1e9 / 1e-3)
+    emulator.set_shared_bandwidth(1e-8)
+    emulator.set_stream_delay(other.cuda_stream, HOUR_US)
+    begin(pinned(0), on_device(), other)
+    event = begin(on_device(0), pinned(9), stream)
+    assert not event.query()
+    emulator.set_shared_bandwidth(1)
+    eventually(event.query)
+
+
+@pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan")])
+def test_a_share_is_a_part(emulator: Emulator, fraction: float) -> None:
+    with pytest.raises(ValueError, match="no part"):
+        emulator.set_shared_bandwidth(fraction)
 
 
 def test_jitter_depends_on_the_seed(emulator: Emulator, stream: torch.cuda.Stream) -> None:
@@ -552,11 +688,52 @@ def test_a_copy_from_pageable_memory_reads_it_before_it_returns(emulator: Emulat
     assert emulator.copies_pageable() == 1
 
 
-def test_a_copy_from_pageable_memory_waits_for_the_stream(emulator: Emulator, stream: torch.cuda.Stream) -> None:
+def test_little_pageable_memory_goes_to_the_device_without_a_wait(
+    emulator: Emulator, stream: torch.cuda.Stream
+) -> None:
+    """F14: its bytes are read at once, and arrive in the stream's order."""
+    there, host = on_device(0), pageable(2)
+    emulator.set_stream_delay(stream.cuda_stream, 10e6)  # cut short by the reset
+    before = copy(there, pinned(1), stream)
+    after = copy(there, host, stream)
+    assert not before.query()
+    host.fill_(3)
+    emulator.reset()
+    assert after.query()
+    assert holds(there, 2)
+
+
+@pytest.mark.parametrize("sizes", [(SIZE + 1,), (SIZE // 2, SIZE // 2 + 1)], ids=["one copy", "a batch"])
+def test_more_of_it_waits_for_the_stream(emulator: Emulator, stream: torch.cuda.Stream, sizes: tuple[int, ...]) -> None:
+    """F14."""
+    to = [torch.empty(size, dtype=torch.uint8, device="cuda").data_ptr() for size in sizes]
+    of = torch.zeros(SIZE + 1, dtype=torch.uint8).data_ptr()
     emulator.set_stream_delay(stream.cuda_stream, 20_000)
     before = copy(on_device(), pinned(0), stream)
-    copy(on_device(), pageable(1), stream)
+    if len(sizes) == 1:
+        assert runtime.cudaMemcpyAsync(to[0], of, sizes[0], COPY_DEFAULT, stream.cuda_stream) == 0
+    else:
+        arguments = batch_arguments(to, [of] * len(to), list(sizes))
+        assert runtime.cudaMemcpyBatchAsync(*arguments, stream.cuda_stream) == 0
     assert before.query()
+
+
+def test_little_pageable_memory_goes_to_the_host_after_what_is_before(
+    emulator: Emulator, stream: torch.cuda.Stream
+) -> None:
+    """F12: unlike a copy to the device it is read in the stream's order."""
+    between, back, there = pageable(0), pageable(0), on_device()
+
+    def write(_: object) -> None:
+        between.fill_(9)
+
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(write)
+    emulator.set_stream_delay(stream.cuda_stream, 20_000)
+    copy(there, pinned(0), stream)
+    assert runtime.cudaLaunchHostFunc(stream.cuda_stream, function, None) == 0
+    arguments = back.data_ptr(), between.data_ptr(), SIZE, COPY_DEFAULT, stream.cuda_stream
+    assert runtime.cudaMemcpyAsync(*arguments) == 0
+    assert holds(back, 9)
 
 
 def test_a_copy_from_host_to_host_blocks(emulator: Emulator, stream: torch.cuda.Stream) -> None:
@@ -619,6 +796,74 @@ def test_unregistering_before_and_after_a_copy_is_no_violation(
     stream.synchronize()
     assert runtime.cudaHostUnregister(pages + page) == 0
     assert emulator.violations() == 0
+
+
+class TestUnregisteringMayWait:
+    """F42, for work that does not touch the memory."""
+
+    def test_it_waits_for_the_device(self, emulator: Emulator, pages: int) -> None:
+        streams = [new_stream() for _ in range(3)]
+        assert runtime.cudaHostRegister(pages, mmap.PAGESIZE, 0) == 0
+        kinds = [(on_device(), pinned(0)), (pinned(0), on_device()), (on_device(), on_device())]
+        for number, stream in enumerate(streams):
+            emulator.set_stream_delay(stream.cuda_stream, 60_000 - number * 20_000)
+        events = [copy(to, of, stream) for (to, of), stream in zip(kinds, streams, strict=True)]
+        emulator.set_unregister_waits(True)
+        assert runtime.cudaHostUnregister(pages) == 0
+        assert [event.query() for event in events] == [True] * len(events)
+
+    @pytest.mark.parametrize("undo", [Emulator.reset, lambda emulator: emulator.set_unregister_waits(False)])
+    def test_it_does_not_unless_that_is_set(
+        self, emulator: Emulator, stream: torch.cuda.Stream, pages: int, undo: Callable[[Emulator], None]
+    ) -> None:
+        emulator.set_unregister_waits(True)
+        undo(emulator)
+        assert runtime.cudaHostRegister(pages, mmap.PAGESIZE, 0) == 0
+        emulator.set_stream_delay(stream.cuda_stream, 10e6)
+        event = copy(on_device(), pinned(0), stream)
+        assert runtime.cudaHostUnregister(pages) == 0
+        assert not event.query()
+
+    def test_it_does_not_under_a_copy_of_the_memory(
+        self, emulator: Emulator, stream: torch.cuda.Stream, memory: int
+    ) -> None:
+        """F4: then the copy finds it gone."""
+        there = on_device()
+        emulator.set_unregister_waits(True)
+        emulator.set_stream_delay(stream.cuda_stream, 10e6)
+        assert runtime.cudaMemcpyAsync(there.data_ptr(), memory, 1, COPY_DEFAULT, stream.cuda_stream) == 0
+        assert runtime.cudaHostUnregister(memory) == 0
+        assert runtime.cudaStreamQuery(stream.cuda_stream) == NOT_READY
+        assert emulator.violations() == 1
+        emulator.reset()
+
+    def test_it_does_nothing_where_the_context_is_lost_meanwhile(
+        self, emulator: Emulator, stream: torch.cuda.Stream, pages: int
+    ) -> None:
+        """F1."""
+        there, host = on_device(), pinned(0)
+        assert runtime.cudaHostRegister(pages, mmap.PAGESIZE, 0) == 0
+        emulator.set_unregister_waits(True)
+        emulator.set_stream_delay(stream.cuda_stream, 20_000)
+        emulator.inject("exec_h2d", 1, ILLEGAL_ADDRESS, asynchronous=True)
+        arguments = there.data_ptr(), host.data_ptr(), 1, COPY_DEFAULT, stream.cuda_stream
+        assert runtime.cudaMemcpyAsync(*arguments) == 0
+        assert runtime.cudaHostUnregister(pages) == ILLEGAL_ADDRESS
+        emulator.reset()
+        assert runtime.cudaHostUnregister(pages) == 0
+
+    def test_only_one_of_two_threads_unregisters(
+        self, emulator: Emulator, stream: torch.cuda.Stream, pages: int
+    ) -> None:
+        assert runtime.cudaHostRegister(pages, mmap.PAGESIZE, 0) == 0
+        emulator.set_unregister_waits(True)
+        emulator.hold(stream.cuda_stream)
+        copy(on_device(), pinned(0), stream)
+        with ThreadPoolExecutor(2) as threads:
+            answers = [threads.submit(runtime.cudaHostUnregister, pages) for _ in range(2)]
+            eventually(lambda: emulator.count("host_unregister") == 2)
+            emulator.release(stream.cuda_stream)
+        assert sorted(answer.result() for answer in answers) == [0, NOT_REGISTERED]
 
 
 def test_freeing_under_a_copy_is_a_violation(
@@ -1168,6 +1413,8 @@ def test_copies_by_the_driver(emulator: Emulator, context: int, memory: int) -> 
         assert destroy(handle) == 0
         assert destroy(handle) == INVALID_HANDLE
     assert driver.cuMemFree_v2(there) == 0
+    assert emulator.violations() == 2, "streams are not used any more"
+    emulator.reset()
 
 
 def test_batches_of_two_versions(emulator: Emulator, context: int, memory: int) -> None:
@@ -1772,6 +2019,39 @@ print(runtime.cudaMemset(None, 0, ctypes.c_size_t(0)), runtime.cudaDeviceSynchro
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["2 64", "[0, 2, 0] 0 101", "0 0"]
     assert "nonsense" in done.stderr
+
+
+def test_rates_and_waits_from_the_environment() -> None:
+    done = run(
+        """
+import mmap, time
+emulator, driver, runtime = both()
+size, up, down = ctypes.c_size_t(50_000), ctypes.c_void_p(), ctypes.c_void_p()
+streams = [ctypes.c_void_p() for _ in range(2)]
+there = ctypes.c_void_p()
+for stream in streams:
+    assert runtime.cudaStreamCreateWithFlags(ctypes.byref(stream), 1) == 0
+for host in (up, down):
+    assert runtime.cudaHostAlloc(ctypes.byref(host), size, 0) == 0
+assert runtime.cudaMalloc(ctypes.byref(there), size) == 0
+memory = mmap.mmap(-1, mmap.PAGESIZE)
+registered = ctypes.byref(ctypes.c_char.from_buffer(memory))
+assert runtime.cudaHostRegister(registered, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+started = time.monotonic()
+assert runtime.cudaMemcpyAsync(there, up, size, 4, streams[0]) == 0
+assert runtime.cudaMemcpyAsync(down, there, size, 4, streams[1]) == 0
+assert runtime.cudaHostUnregister(registered) == 0
+print([runtime.cudaStreamQuery(stream) for stream in streams], time.monotonic() - started >= 0.1)
+""",
+        CUDAEMU_BW_GBPS="0.001",
+        CUDAEMU_SHARED_BW="0.5",
+        CUDAEMU_UNREGISTER_WAITS="1",
+    )
+    assert done.stdout.splitlines() == ["[0, 0] True"], done.stderr
+    assert not done.stderr
+    done = run("both()", CUDAEMU_SHARED_BW="1.5")
+    assert done.returncode == 0
+    assert "CUDAEMU_SHARED_BW" in done.stderr
 
 
 def test_loading_twice(emulator: Emulator) -> None:
