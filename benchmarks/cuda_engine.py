@@ -3,8 +3,8 @@
 It runs on the emulator, where a figure is a ratio within one run and no rate means anything; with
 ASYNC_TIER_CUDA=real on a GPU. The emulator's threads stand for hardware: they have what processor time is left.
 
-A submit is timed of jobs of as many blocks, large and small ones and those of the host engine in turn, each after one of
-small blocks that is not timed: copies go through the processor's caches here, and leave no two submits the same ones.
+Submits are timed of jobs of as many blocks, large and small ones and those of the host engine in turn. Copies go
+through the processor's caches here and leave little there: before each submit these are filled with something else.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ KIB, MIB = 1 << 10, 1 << 20
 BLOCKS = 64
 SMALL, LARGE = 4 * KIB, 4 * MIB
 SUBMITS = 60
+CACHES_BYTES = 128 * MIB
 POOLS = ("host", "cuda:0")
 # Stores and loads that are queued at once, half of each; by the second they have all ended.
 UNATTENDED_BYTES = 4 << 30
@@ -78,7 +79,7 @@ def make_hardware_idle() -> None:
     """The emulator's threads, which copy in the place of copy engines, are not to take the scheduler's processor."""
     for thread in os.listdir("/proc/self/task") if EMULATED else ():
         with open(f"/proc/self/task/{thread}/comm") as name:
-            if name.read().startswith(os.environ.get("WHO","cuda-stream")):
+            if name.read().startswith("cuda-stream"):
                 os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
 
 
@@ -109,6 +110,7 @@ class Submits:
 def measure_submits(run: Run, quick: bool) -> None:
     """Jobs of large and of small blocks, on both pools and on copy threads."""
     sizes = {"small": SMALL, "large": LARGE}
+    caches = np.zeros(CACHES_BYTES, np.uint8)
     for pool in POOLS:
         run.progress(f"submits of {BLOCKS} blocks, pool {pool}")
         with (
@@ -125,7 +127,7 @@ def measure_submits(run: Run, quick: bool) -> None:
             for _ in range(SUBMITS // (10 if quick else 1)):
                 for engine in (ours, host):
                     for size in sizes:
-                        engine["small"].run(timed=False)
+                        caches[:] = 1
                         engine[size].run()
         spreads = {
             f"{name}, {size}": Spread.of(engine[size].took)
@@ -170,15 +172,14 @@ def measure_unattended(run: Run, quick: bool) -> None:
     count = total // 2 // LARGE  # blocks of each
     with opened("cuda", "cuda:0", LARGE, 2 * count, BLOCKS) as store:
         for at in range(0, count, BLOCKS):  # what is loaded
-            store.submit_store(at, [b"%d" % block for block in range(at, min(at + BLOCKS, count))], range(min(BLOCKS, count - at)))
+            store.submit_store(at, [b"%d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
         store.drain()
         store.poll()
         events: list[CopyEvent] = []
         for at in range(0, count, BLOCKS):
-            rows = range(min(BLOCKS, count - at))
-            store.submit_store(1000 + at, [b"new %d" % block for block in range(at, at + len(rows))], rows)
+            store.submit_store(1000 + at, [b"new %d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
             events.append(store._stores[-1].event)
-            store.submit_load(2000 + at, [b"%d" % block for block in range(at, at + len(rows))], rows)
+            store.submit_load(2000 + at, [b"%d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
             events.append(store._loads[-1].event)
         ended = threading.Event()
         started = time.perf_counter()
@@ -194,7 +195,7 @@ def measure_unattended(run: Run, quick: bool) -> None:
     run.figures.append(
         Figure(
             key="cuda_engine.unattended",
-            what=f"of {total >> 20} MiB of stores and loads, queued at once, what has ended after a second without a call",
+            what=f"of {total >> 20} MiB of stores and loads, queued at once, what has ended after a second of no call",
             unit="share",
             ratio=done,
             goal=1.0,
@@ -241,8 +242,8 @@ def measure_load_behind_stores(run: Run, quick: bool) -> None:
         run.figures.append(
             Figure(
                 key=f"cuda_engine.load_behind_stores.{pool}",
-                what=f"what a load of {LOAD_BLOCKS} blocks of 4 MiB waits for behind {count * LARGE >> 20} MiB of stores "
-                f"/ the {bound >> 20} MiB that may be under way; pool {pool}",
+                what=f"what {LOAD_BLOCKS} blocks of 4 MiB take longer behind {count * LARGE >> 20} MiB of stores / "
+                f"what the {bound >> 20} MiB take that may be under way; pool {pool}",
                 unit="ms",
                 ratio=(behind_s - idle_s) / (bound / rate),
                 goal=1.0,

@@ -66,8 +66,8 @@ def pytest_runtest_makereport(call: pytest.CallInfo[None]):
 def _leaves_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Whatever becomes of a test, on every engine, the stores that `helpers` made for it are closed after it.
 
-    CUDA emulated is at its worst: destinations are poison while a copy is under way, and copies take their time, by a
-    seed of the test's name.
+    CUDA emulated is at its worst: destinations are poison while a copy is under way, copies take their time, by a seed
+    of the test's name, and to unpin memory waits for them.
     """
     if _emulator is not None:
         _hold_on_the_device(monkeypatch)
@@ -78,6 +78,7 @@ def _leaves_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
             _emulator.reset()
             _emulator.set_poison(True)
             _emulator.set_jitter(50.0, sum(request.node.name.encode()))
+            _emulator.set_unregister_waits(True)
             ends.callback(_emulator.reset)
             ends.callback(_assert_no_violations)
         ends.callback(_of_helpers, "close_stores")

@@ -1810,9 +1810,13 @@ def test_a_range_that_cannot_be_unpinned_keeps_no_other_pinned(primary, monkeypa
 
 @emulated
 @each_pool
-def test_close_does_not_wait_for_the_work_of_others_on_the_device(primary, pool, emulator, monkeypatch, caplog):
-    # To free device memory waits for all of it.
+@pytest.mark.parametrize("unpinning_waits", [False, True])
+def test_close_does_not_wait_for_the_work_of_others_on_the_device(
+    primary, pool, unpinning_waits, emulator, monkeypatch, caplog
+):
+    # To free device memory waits for all of it, and so may unpinning.
     monkeypatch.setattr(cuda, "FREE_TIMEOUT_S", 0.05)
+    emulator.set_unregister_waits(unpinning_waits)
     torch.cuda.init()
     free_before = torch.cuda.mem_get_info()[0]
     store = make_store(primary, pool=pool)
@@ -1823,8 +1827,8 @@ def test_close_does_not_wait_for_the_work_of_others_on_the_device(primary, pool,
     assert returns(lambda: store.close() or True)
     assert store._engine.is_quiet
     with context:
-        assert not driver.is_pinned(primary.ctypes.data)
-    assert not caplog.records
+        assert driver.is_pinned(primary.ctypes.data) == unpinning_waits
+    assert len(caplog.records) == unpinning_waits, "it has not unpinned the memory in time"
     emulator.release(theirs.cuda_stream)
     until(lambda: torch.cuda.mem_get_info()[0] == free_before, "device memory was freed")
 

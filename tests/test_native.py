@@ -1343,12 +1343,11 @@ def test_addresses_in_the_other_byte_order_are_refused():
     engine.close()
 
 
-@pytest.mark.parametrize("call", ["sched_setaffinity", "sched_setscheduler"])
-def test_an_engine_works_where_the_system_denies_where_and_how_its_threads_run(monkeypatch, caplog, call):
+def test_an_engine_works_where_the_system_denies_where_its_threads_run(monkeypatch, caplog):
     def denied(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, call, denied)
+    monkeypatch.setattr(os, "sched_setaffinity", denied)
     engine = HostEngine(2, cpus=CPUS)
     source, destination = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
     addresses = [np.array([array.ctypes.data], dtype=np.uint64) for array in (destination, source)]

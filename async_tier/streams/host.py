@@ -72,14 +72,10 @@ class HostEngine:
         self.kernel = engine.kernel
         self.thread_ids = tuple(engine.thread_ids)
         try:
-            for thread in self.thread_ids:
-                if cpus is not None:
-                    os.sched_setaffinity(thread, cpus)
-                # A thread of this class does not preempt whoever wakes it up, which is the scheduler's thread in a
-                # submit. Seen on two cores, both idle before: 200 us a submit, a whole piece of the copy, not 50.
-                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+            for thread in self.thread_ids if cpus is not None else ():
+                os.sched_setaffinity(thread, cpus)
         except OSError as error:  # a sandbox; copies are right all the same
-            logger.warning("Copy threads run as the thread that made them does: %s", error)
+            logger.warning("Copy threads run where the thread that made them does: %s", error)
         # Also at the interpreter's exit, before the memory under the copies goes.
         self._close = weakref.finalize(self, engine.close)
 

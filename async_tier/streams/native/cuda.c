@@ -392,7 +392,8 @@ static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing
 }
 
 /* The oldest flight has ended. */
-static void settle(Cuda *cuda, Direction *direction, int64_t seen_ns) {
+static void settle(Cuda *cuda, Direction *direction) {
+    int64_t seen_ns = now_ns();
     Core *core = &cuda->core;
     Flight *flight = &direction->flights[direction->first];
     Job *job = flight->piece.job;
@@ -423,19 +424,19 @@ static void settle(Cuda *cuda, Direction *direction, int64_t seen_ns) {
 
 /* Take note of the flights of a direction that have ended. Never blocks. */
 static void collect(Cuda *cuda, Direction *direction) {
-    int64_t asked_ns = now_ns();
     if (direction->stalled && direction->count) {
         if (!is_idle(cuda, direction) || cuda->core.broken)
             return;
         direction->stalled = 0;
         while (direction->count)
-            settle(cuda, direction, asked_ns);
+            settle(cuda, direction);
     }
     while (direction->count) {
         Flight *flight = &direction->flights[direction->first];
+        int64_t asked_ns = now_ns();
         int code = cuda->driver.cuEventQuery(flight->ended);
         if (code == SUCCESS) {
-            settle(cuda, direction, asked_ns);
+            settle(cuda, direction);
             continue;
         }
         flight->open_ns = asked_ns;
@@ -451,8 +452,13 @@ static int start_next(Cuda *cuda) {
     Core *core = &cuda->core;
     for (int i = 0; i < DIRECTIONS; i++) {
         Direction *direction = &cuda->directions[i];
-        if (!core_may_claim(&core->queues[i]) || !has_room(cuda, direction))
+        if (!core_may_claim(&core->queues[i]))
             continue;
+        if (!has_room(cuda, direction)) {
+            if (direction->limits.staging) /* a store's two legs would share both ways with loads that wait */
+                break;
+            continue;
+        }
         int slot = (direction->first + direction->count++) % direction->limits.pieces;
         Flight *flight = &direction->flights[slot];
         *flight = (Flight){.begun_ns = now_ns()};
@@ -540,7 +546,7 @@ static void *run(void *argument) {
     Cuda *cuda = argument;
     Core *core = &cuda->core;
     const char *call = "";
-    pthread_setname_np(pthread_self(), "async-tier-cuda");
+    core_name_thread("async-tier-cuda");
     prctl(PR_SET_TIMERSLACK, 1000UL); /* 1 us: by default a pause is 50 us longer than asked for */
     int code = begin(cuda, &call);
     char *refusal = code ? said(&cuda->driver, "", call, code) : NULL;

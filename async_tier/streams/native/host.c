@@ -174,7 +174,7 @@ static void *worker(void *argument) {
     Host *host = argument;
     Core *core = &host->core;
     const copy_fn copy = KERNELS[host->kernel].copy;
-    pthread_setname_np(pthread_self(), "async-tier-copy");
+    core_name_thread("async-tier-copy");
     pthread_mutex_lock(&core->lock);
     host->tids[host->ready++] = syscall(SYS_gettid);
     pthread_cond_broadcast(&core->ended);
