@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 
 from async_tier.arena import Arena, Rows
 from async_tier.config import format_size
+from async_tier.streams import _native
 from async_tier.streams.cuda import CudaEngine
 from async_tier.streams.cuda_driver import OUT_OF_MEMORY, CudaError
 from async_tier.streams.registration import PIN_RANGE_BYTES, Registration
@@ -27,6 +29,7 @@ class PinnedArena:
     def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
+        _move_near(engine, self.rows)
         self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
@@ -76,6 +79,16 @@ class PinnedArena:
                 self.rows.count,
                 error,
             )
+
+
+def _move_near(engine: CudaEngine, rows: Rows) -> None:
+    """Have new rows come from the memory next to the GPU: another socket's is reached at half the rate or less."""
+    try:
+        node = engine.driver.host_node(engine.context.ordinal)
+        if node >= 0:
+            _native.prefer_node(rows.address, -(-rows.count * rows.stride // mmap.PAGESIZE) * mmap.PAGESIZE, node)
+    except (CudaError, OSError) as error:  # an older driver; a sandbox that refuses it
+        logger.info("The tier's memory is taken where the system likes, not next to the GPU: %s", error)
 
 
 class DeviceArena:

@@ -168,4 +168,9 @@ MUTANTS_CUDA = [
     Mutant("without the batch call rows go one by one", _NATIVE, "    if (cuda->batch && count > 1) {", "    if (count > 1) {", CUDA),
     Mutant("a key turns the batch call off", _CUDA, "batch_copies and self.driver.takes_host_pointers(ordinal)", "self.driver.takes_host_pointers(ordinal)", CUDA),
     Mutant("no batches where registered memory has other addresses", _CUDA, "batch_copies and self.driver.takes_host_pointers(ordinal)", "batch_copies", CUDA),
+    # where memory lies
+    Mutant("memory next to the GPU", "cuda_arena.py", "        _move_near(engine, self.rows)\n", "", CUDA),
+    Mutant("a user's NUMA policy holds", "streams/native/host.c", "    if (policy != MPOL_DEFAULT)\n        return 0;\n", "", CUDA),
+    Mutant("a node that nobody has is no failure", "cuda_arena.py", "    except (CudaError, OSError) as error:", "    except CudaError as error:", CUDA),
+    Mutant("a driver that knows no node is no failure", "cuda_arena.py", "    except (CudaError, OSError) as error:", "    except OSError as error:", CUDA),
 ]  # fmt: skip

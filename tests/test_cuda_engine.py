@@ -941,6 +941,46 @@ def test_an_arena_that_cannot_be_pinned_whole_is_used_as_far_as_it_is(primary, m
     assert store.num_blocks == 16
 
 
+def policy_of(address: int) -> str:
+    """The NUMA policy of the mapping that begins there, as the kernel says it."""
+    with open("/proc/self/numa_maps") as lines:
+        return next(line.split()[1] for line in lines if int(line.split()[0], 16) == address)
+
+
+@emulated
+@pytest.mark.parametrize(("node", "policy"), [(0, "prefer:0"), (-1, "default"), (1000, "default")])
+def test_the_tiers_memory_is_next_to_the_gpu(primary, node, policy, emulator, caplog):
+    emulator.set_attribute(134, node)  # HOST_NUMA_ID; 1000 is none that the system has
+    store = make_store(primary)
+    assert policy_of(store._arena.rows.address) == policy
+    assert_round_trip(store, primary)
+    assert not caplog.records
+
+
+@emulated
+def test_a_policy_that_the_user_has_given_holds(primary, emulator):
+    libc = ctypes.CDLL(None, use_errno=True)
+    nodes = ctypes.c_ulong(1)
+
+    def with_a_policy() -> str:
+        set_mempolicy, bind = {"x86_64": 238, "aarch64": 237}[os.uname().machine], 2
+        assert libc.syscall(set_mempolicy, bind, ctypes.byref(nodes), 64) == 0
+        return policy_of(make_store(primary)._arena.rows.address)
+
+    emulator.set_attribute(134, 0)
+    assert returns(with_a_policy) == "default"
+
+
+@emulated
+def test_a_driver_that_does_not_know_its_node_is_no_failure(primary, monkeypatch, caplog):
+    refusal = cuda_driver.CudaError("cuDeviceGetAttribute", 1, "CUDA_ERROR_INVALID_VALUE", "invalid argument")
+    monkeypatch.setattr(cuda_driver.Driver, "host_node", lambda *_: (_ for _ in ()).throw(refusal))
+    store = make_store(primary)
+    assert store.statistics().engine == "cuda"
+    assert_round_trip(store, primary)
+    assert not caplog.records
+
+
 # ---------------------------------------------------------------------------------------------- which engine, and where
 
 

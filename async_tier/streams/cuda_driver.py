@@ -22,6 +22,7 @@ _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context
 _MEMORY_TYPE = 2  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE
 _MEMORY_TYPE_HOST = 1  # CU_MEMORYTYPE_HOST
 _HOST_POINTERS = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+_HOST_NUMA_ID = 134  # CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 _handle = ctypes.c_void_p
@@ -71,13 +72,11 @@ class Driver:
 
         On WSL2 it has not, and a batch call with such memory loses the context; other copies are translated.
         """
-        device, value = _int(), _int()
-        self._check("cuDeviceGet", self._library.cuDeviceGet(ctypes.byref(device), ordinal))
-        self._check(
-            "cuDeviceGetAttribute",
-            self._library.cuDeviceGetAttribute(ctypes.byref(value), _HOST_POINTERS, device.value),
-        )
-        return value.value != 0
+        return self._attribute(ordinal, _HOST_POINTERS) != 0
+
+    def host_node(self, ordinal: int) -> int:
+        """The NUMA node of the host that is closest to the device; -1 where there is none. From CUDA 12.2 on."""
+        return self._attribute(ordinal, _HOST_NUMA_ID)
 
     # ----------------------------------------------------------------------------------------------------- contexts
 
@@ -140,6 +139,14 @@ class Driver:
         return free.value, total.value
 
     # ------------------------------------------------------------------------------------------------------ details
+
+    def _attribute(self, ordinal: int, number: int) -> int:
+        device, value = _int(), _int()
+        self._check("cuDeviceGet", self._library.cuDeviceGet(ctypes.byref(device), ordinal))
+        self._check(
+            "cuDeviceGetAttribute", self._library.cuDeviceGetAttribute(ctypes.byref(value), number, device.value)
+        )
+        return value.value
 
     def _check(self, call: str, code: int) -> None:
         if code != SUCCESS:

@@ -72,8 +72,9 @@ class HostEngine:
         self.kernel = engine.kernel
         self.thread_ids = tuple(engine.thread_ids)
         try:
-            for thread in self.thread_ids if cpus is not None else ():
-                os.sched_setaffinity(thread, cpus)
+            if cpus is not None:
+                for thread in self.thread_ids:
+                    os.sched_setaffinity(thread, cpus)
         except OSError as error:  # a sandbox; copies are right all the same
             logger.warning("Copy threads run where the thread that made them does: %s", error)
         # Also at the interpreter's exit, before the memory under the copies goes.

@@ -2,6 +2,7 @@
 #include "host.h"
 
 #include <errno.h>
+#include <linux/mempolicy.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -166,6 +167,20 @@ static void populate_piece(char *start, size_t size) {
 void populate(char *start, size_t size) {
     for (size_t at = 0; at < size; at += PIECE_BYTES)
         populate_piece(start + at, size - at < PIECE_BYTES ? size - at : PIECE_BYTES);
+}
+
+int prefer_node(char *start, size_t size, unsigned node) {
+    unsigned long nodes[16] = {0};
+    const unsigned bits = 8 * sizeof *nodes;
+    int policy;
+    if (syscall(SYS_get_mempolicy, &policy, NULL, 0, NULL, 0))
+        return errno;
+    if (policy != MPOL_DEFAULT)
+        return 0;
+    if (node >= 8 * sizeof nodes)
+        return EINVAL;
+    nodes[node / bits] = 1UL << node % bits;
+    return syscall(SYS_mbind, start, size, MPOL_PREFERRED, nodes, 8 * sizeof nodes, 0) ? errno : 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------- the threads */

@@ -37,5 +37,8 @@ void kernel_copy(int kernel, char *dst, const char *src, size_t size);
 void kernel_after_fork(void);
 /* Backs the pages of a range, which starts on a page, with memory. */
 void populate(char *start, size_t size);
+/* Has new memory, whole pages, come from a NUMA node as long as that has some; not where the thread that asks was given a
+ * policy, by numactl, say. 0, or an error. */
+int prefer_node(char *start, size_t size, unsigned node);
 
 #endif

@@ -6,6 +6,7 @@
 #endif
 #include <Python.h>
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -650,12 +651,26 @@ static PyObject *module_populate(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *module_prefer_node(PyObject *self, PyObject *args) {
+    unsigned long long address, size;
+    unsigned node;
+    if (!PyArg_ParseTuple(args, "KKI", &address, &size, &node) || check_start(address))
+        return NULL;
+    if ((errno = prefer_node((char *)(uintptr_t)address, (size_t)size, node)))
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef module_methods[] = {
     {"kernels", module_kernels, METH_NOARGS, "Names of the copy kernels this processor supports."},
     {"copy", module_copy, METH_VARARGS,
      "copy(dst, src, size, kernel=None)\n\nCopy size bytes between addresses on the calling thread, without the GIL."},
     {"populate", module_populate, METH_VARARGS,
      "populate(address, size)\n\nHostEngine.populate on the calling thread, without the GIL."},
+    {"prefer_node", module_prefer_node, METH_VARARGS,
+     "prefer_node(address, size, node)\n\n"
+     "Have new memory come from a NUMA node as long as that has some; not where this thread was given a policy, by numactl,\n"
+     "say. Raises OSError."},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module_def = {
