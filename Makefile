@@ -27,7 +27,7 @@ C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parame
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
-	mutants-cuda demo bench bench-replay lint clean
+	mutants-cuda demo bench bench-cuda bench-replay lint clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -39,9 +39,10 @@ help:
 	@echo "make test-versions  the tier's contract on other versions of vLLM"
 	@echo "make mutants        break each rule's line and see its test fail"
 	@echo "make mutants-cuda   the same for the CUDA engine"
-	@echo "make sanitize       the emulator under ThreadSanitizer, AddressSanitizer and UBSan"
+	@echo "make sanitize       native core and emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
 	@echo "make bench          all benchmarks, a table and pictures, in some 15 minutes (TRACE=... for replay)"
+	@echo "make bench-cuda     what the CUDA engine asks of the scheduler, on the emulator (half a minute)"
 	@echo "make bench-replay   the eviction policy beside a plain LRU one, on TRACES='FILE FILE'"
 	@echo "make lint           ruff, mypy, C warnings"
 	@echo "make clean          remove what the above made"
@@ -117,6 +118,9 @@ demo: setup
 
 bench: setup
 	$(RUN) -m benchmarks.bench $(if $(TRACE),--trace '$(TRACE)')
+
+bench-cuda: setup-cuda
+	$(CUDA_RUN) -m benchmarks.cuda_engine
 
 bench-replay: TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 bench-replay: setup

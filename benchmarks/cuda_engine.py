@@ -47,6 +47,7 @@ LOAD_BLOCKS = 16
 QUEUED_BYTES = 2 << 30
 BANDWIDTH_GBPS = 2.0
 LOADS = 5
+WAKES, WAKE_US = 200, 50.0
 # Far beyond what anything here takes.
 PATIENCE_S = 60
 
@@ -165,10 +166,48 @@ def ratio(key: str, what: str, ours: Spread, baseline: Spread, goal: float) -> F
     )
 
 
+def measure_wakes(run: Run, quick: bool) -> None:
+    """From a submit to the moment at which the engine's thread begins with the job, which had nothing to do before."""
+    run.progress("wake-ups")
+    took = []
+    with opened("cuda", "cuda:0", LARGE, BLOCKS, BLOCKS) as store:
+        if EMULATED:
+            emulator.set_bandwidth(BANDWIDTH_GBPS)
+        make_hardware_idle()
+        for turn in range(WAKES // (10 if quick else 1)):
+            started = time.perf_counter()
+            store.submit_store(turn, [b"%d" % turn], [turn % BLOCKS])
+            while not (under_way := store._engine.seconds_under_way):
+                if store._stores[-1].event.is_done:
+                    raise RuntimeError("a copy of 4 MiB took no time")
+            took.append((time.perf_counter() - under_way - started) * 1e6)
+            store.drain()
+            store.poll()
+        if EMULATED:
+            emulator.set_bandwidth(0)
+    spread = Spread.of(took)
+    run.results["wake us"] = asdict(spread)
+    run.figures.append(
+        Figure(
+            key="cuda_engine.wake",
+            what="from the call of a submit to the moment at which the engine's idle thread begins / 50 us "
+            "(median; interval: quartiles)",
+            unit="us",
+            ratio=spread.median / WAKE_US,
+            goal=1.0,
+            goal_is="<=",
+            ours=spread.median,
+            limit=WAKE_US,
+            low=spread.low / WAKE_US,
+            high=spread.high / WAKE_US,
+        )
+    )
+
+
 def measure_unattended(run: Run, quick: bool) -> None:
     """How much of what is queued has ended when the scheduler calls again after a second."""
     run.progress("stores and loads that nobody looks after")
-    total = UNATTENDED_BYTES // (16 if quick else 1)
+    total = UNATTENDED_BYTES // (8 if quick else 1)
     count = total // 2 // LARGE  # blocks of each
     with opened("cuda", "cuda:0", LARGE, 2 * count, BLOCKS) as store:
         for at in range(0, count, BLOCKS):  # what is loaded
@@ -266,6 +305,7 @@ def main() -> int:
     run = Run("cuda_engine", "submits, what nobody looks after, and loads behind stores", options.output)
     torch.cuda.init()
     measure_submits(run, options.quick)
+    measure_wakes(run, options.quick)
     measure_unattended(run, options.quick)
     measure_load_behind_stores(run, options.quick)
     return run.finish()
