@@ -195,7 +195,7 @@ def test_without_options_there_are_defaults():
         "device": None,
         "copy_threads": None,
         "staging_bytes": 64 << 20,
-        "max_inflight_store_bytes": 256 << 20,
+        "max_inflight_store_bytes": 32 << 20,
         "batch_copies": True,
         "keep_on_reset": False,
         "eviction_policy": "lru",
