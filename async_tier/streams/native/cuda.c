@@ -126,8 +126,10 @@ struct Cuda {
     int has_begun, has_ended, is_abandoned;
     char *refusal; /* of the start or, once it has ended, of what could not be given back */
     /* The thread's. */
-    void **events; /* free ones */
-    int free_events, all_events, event_room;
+    struct {
+        void *any, *free; /* two lists in one: of all events, and of those that are free */
+    } *events;
+    int all_events, free_events, event_room;
     uint64_t batch_dst[MAX_BATCH], batch_src[MAX_BATCH];
     size_t batch_size[MAX_BATCH];
     int batched;
@@ -244,11 +246,11 @@ static int queue_leg(Cuda *cuda, Flight *flight, int reads, int writes, char *sl
 /* An event of the pool, or a new one, recorded; *event has it also where that is refused. */
 static int record(Cuda *cuda, void **event, void *stream, const char **call) {
     if (cuda->free_events) {
-        *event = cuda->events[--cuda->free_events];
+        *event = cuda->events[--cuda->free_events].free;
     } else {
         if (cuda->all_events == cuda->event_room) { /* room for all to be free at once */
             int room = 2 * cuda->event_room + 64;
-            void **events = realloc(cuda->events, (size_t)room * sizeof *events);
+            void *events = realloc(cuda->events, (size_t)room * sizeof *cuda->events);
             *call = "cuEventCreate";
             if (events == NULL)
                 return 2; /* CUDA_ERROR_OUT_OF_MEMORY */
@@ -256,7 +258,7 @@ static int record(Cuda *cuda, void **event, void *stream, const char **call) {
             cuda->event_room = room;
         }
         TRY(cuEventCreate, event, 0);
-        cuda->all_events++;
+        cuda->events[cuda->all_events++].any = *event;
     }
     TRY(cuEventRecord, *event, stream);
     return SUCCESS;
@@ -265,7 +267,7 @@ static int record(Cuda *cuda, void **event, void *stream, const char **call) {
 /* It was seen complete, or its streams were seen empty. */
 static void give_back(Cuda *cuda, void *event) {
     if (event)
-        cuda->events[cuda->free_events++] = event;
+        cuda->events[cuda->free_events++].free = event;
 }
 
 /* ns from one event to another one, both complete; 0 where the driver does not say. */
@@ -491,13 +493,12 @@ static int begin(Cuda *cuda, const char **call) {
     return SUCCESS;
 }
 
-/* Destroy events and streams; of what is refused, the first refusal. */
+/* Destroy events and streams; of what is refused, the first refusal. Not all events are free: a job that was cancelled
+ * between two of its pieces has some. */
 static char *end(Cuda *cuda) {
     char *refusal = NULL;
-    for (int i = 0; i < DIRECTIONS; i++)
-        give_back(cuda, cuda->directions[i].known);
-    for (int i = 0; i < cuda->free_events; i++) {
-        int code = cuda->driver.cuEventDestroy_v2(cuda->events[i]);
+    for (int i = 0; i < cuda->all_events; i++) {
+        int code = cuda->driver.cuEventDestroy_v2(cuda->events[i].any);
         if (code && !refusal)
             refusal = said(&cuda->driver, "", "cuEventDestroy", code);
     }
