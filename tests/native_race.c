@@ -534,6 +534,14 @@ static void leave(void) {
 static Job *kept[(2 + ABANDONED) * ROWS];
 static size_t kept_count;
 
+static void drop_abandoned(const Handle *handles, int count) {
+    for (int i = 0; i < count; i++) {
+        look(handles[i]);
+        kept[kept_count++] = handles[i].job;
+        drop(handles[i]);
+    }
+}
+
 /* is_held: no copy of a load ends before its job has failed. Home is pageable: the thread is in a call of the driver's that
  * does not return before that. Otherwise the thread may be anywhere. */
 static void abandon(int is_held, int home_kind, unsigned *seed) {
@@ -557,16 +565,13 @@ static void abandon(int is_held, int home_kind, unsigned *seed) {
     require(!is_held || !has_ended, "the thread has ended before its copies");
     for (int i = 0; i < ROWS; i++)
         require(look(handles[i]) == JOB_FAILED || (!is_held && look(handles[i]) == JOB_DONE), "an abandoned job is open");
+    drop_abandoned(handles, ROWS / 2); /* which the thread may be reading */
     require(home_kind == PINNED || !cuda_wait_end(cuda), "the thread has ended in a call of the driver's");
     for (int i = 0; i < DIRECTIONS; i++)
         cudaemu_release((uintptr_t)streams[i][0]);
     core_unref(cuda_core(cuda)); /* the jobs' handles have theirs */
     AWAIT(cuda_wait_end(cuda), "an abandoned thread does not end");
-    for (int i = 0; i < ROWS; i++) {
-        look(handles[i]);
-        kept[kept_count++] = handles[i].job;
-        drop(handles[i]);
-    }
+    drop_abandoned(handles + ROWS / 2, ROWS / 2);
     for (int i = 0; i < DIRECTIONS; i++)
         if (cuStreamSynchronize(streams[i][0]) == CUDA_SUCCESS) /* it was left */
             CHECK(cuStreamDestroy(streams[i][0]));
