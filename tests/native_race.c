@@ -43,7 +43,7 @@ int cudaemu_reset(void);
 #define READERS 2
 #define MEMBERS (SUBMITTERS + READERS + 2)
 #define QUEUES 2
-#define HOST_JOBS 150
+#define HOST_JOBS 100
 #define CUDA_JOBS 400
 #define SHOWN 8  /* jobs that readers may take */
 #define ABANDONED 100
@@ -545,7 +545,7 @@ static void drop_abandoned(const Handle *handles, int count) {
 /* is_held: no copy of a load ends before its job has failed. Home is pageable: the thread is in a call of the driver's that
  * does not return before that. Otherwise the thread may be anywhere. */
 static void abandon(int is_held, int home_kind, unsigned *seed) {
-    Handle handles[ROWS], some = {0};
+    Handle handles[ROWS];
     void *streams[DIRECTIONS][2];
     Side home = new_side(home_kind, CUDA_ROW_BYTES), arena = new_side(DEVICE, CUDA_ROW_BYTES);
     Cuda *cuda = open_cuda(DEVICE, rand_r(seed) % 2);
@@ -554,7 +554,7 @@ static void abandon(int is_held, int home_kind, unsigned *seed) {
         require(!is_held || cudaemu_hold((uintptr_t)streams[i][0]) == 0, "a hold");
     }
     submit_single_rows(cuda_core(cuda), &home, &arena, handles);
-    some = handles[rand_r(seed) % ROWS];
+    Handle some = handles[rand_r(seed) % ROWS];
     if (is_held)
         AWAIT(cudaemu_pending((uintptr_t)streams[0][0]) > 1, "no copy is under way");
     else
