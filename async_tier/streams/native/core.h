@@ -90,7 +90,7 @@ typedef struct Core {
     pthread_cond_t work, ended; /* their clock is CLOCK_MONOTONIC */
     int waiters;                /* threads in core_wait */
     int signal; /* an eventfd that is written to when a job of copies has ended, or -1; the caller's, who turns it off first */
-    int stop;
+    atomic_int stop; /* set under `lock`; also read without */
     char *_Atomic broken; /* why the executor can copy no more, in words; NULL while it can. Never changed again */
     Queue queues[MAX_QUEUES];
 } Core;

@@ -10,8 +10,8 @@
  *
  * Ownership, before any code:
  *
- *   Direction  loads or stores. All of it belongs to the thread, but for `flights`, which is guarded by the core's lock:
- *              whoever abandons the thread ends their jobs. `oldest_ns` is read by anyone.
+ *   Direction  loads or stores. All of it belongs to the thread, but for the ring of `flights` with `first` and `count`,
+ *              which the core's lock guards: whoever abandons the thread ends their jobs. `oldest_ns` is read by anyone.
  *   Flight     a piece on the streams, oldest first. It uses the slot of its place in the ring `flights`, so a slot is
  *              free again when its last piece was seen to end, and nobody ever waits for one.
  *   event      belongs to one flight until it was seen complete; then it goes back to the pool. The event recorded behind
@@ -126,8 +126,10 @@ struct Cuda {
     int has_begun, has_ended, is_abandoned;
     char *refusal; /* of the start or, once it has ended, of what could not be given back */
     /* The thread's. */
-    void **events; /* free ones */
-    int free_events, all_events, event_room;
+    struct {
+        void *any, *free; /* two lists in one: of all events, and of those that are free */
+    } *events;
+    int all_events, free_events, event_room;
     uint64_t batch_dst[MAX_BATCH], batch_src[MAX_BATCH];
     size_t batch_size[MAX_BATCH];
     int batched;
@@ -244,11 +246,11 @@ static int queue_leg(Cuda *cuda, Flight *flight, int reads, int writes, char *sl
 /* An event of the pool, or a new one, recorded; *event has it also where that is refused. */
 static int record(Cuda *cuda, void **event, void *stream, const char **call) {
     if (cuda->free_events) {
-        *event = cuda->events[--cuda->free_events];
+        *event = cuda->events[--cuda->free_events].free;
     } else {
         if (cuda->all_events == cuda->event_room) { /* room for all to be free at once */
             int room = 2 * cuda->event_room + 64;
-            void **events = realloc(cuda->events, (size_t)room * sizeof *events);
+            void *events = realloc(cuda->events, (size_t)room * sizeof *cuda->events);
             *call = "cuEventCreate";
             if (events == NULL)
                 return 2; /* CUDA_ERROR_OUT_OF_MEMORY */
@@ -256,7 +258,7 @@ static int record(Cuda *cuda, void **event, void *stream, const char **call) {
             cuda->event_room = room;
         }
         TRY(cuEventCreate, event, 0);
-        cuda->all_events++;
+        cuda->events[cuda->all_events++].any = *event;
     }
     TRY(cuEventRecord, *event, stream);
     return SUCCESS;
@@ -265,7 +267,7 @@ static int record(Cuda *cuda, void **event, void *stream, const char **call) {
 /* It was seen complete, or its streams were seen empty. */
 static void give_back(Cuda *cuda, void *event) {
     if (event)
-        cuda->events[cuda->free_events++] = event;
+        cuda->events[cuda->free_events++].free = event;
 }
 
 /* ns from one event to another one, both complete; 0 where the driver does not say. */
@@ -276,6 +278,10 @@ static int64_t elapsed(Cuda *cuda, void *from, void *to) {
     return (int64_t)((double)ms * 1e6);
 }
 
+typedef struct {
+    int64_t started_ns, ended_ns, in_ended_ns, out_started_ns;
+} Times;
+
 /* When the last copy of a job ended. By its distance from an event before it, whose time is known: but not before it was
  * last seen open, nor after it was seen complete, or the two clocks would drift apart. */
 static int64_t time_of(Cuda *cuda, Direction *direction, void *event, int64_t open_ns, int64_t seen_ns) {
@@ -285,21 +291,22 @@ static int64_t time_of(Cuda *cuda, Direction *direction, void *event, int64_t op
 
 enum { STARTED, FIRST_JOINED }; /* a job's marks */
 
-/* Note when the copies of a job were made, whose last flight was seen to end. */
-static void note_times(Cuda *cuda, Direction *direction, Flight *flight, int64_t seen_ns) {
-    Job *job = flight->piece.job;
+/* When the copies of a job were made, whose last flight was seen to end. */
+static Times times_of(Cuda *cuda, Direction *direction, Flight *flight, int64_t seen_ns) {
+    const Job *job = flight->piece.job;
     void *started = job->marks[STARTED], *ended = flight->ended;
     void *first_joined = job->marks[FIRST_JOINED] ? job->marks[FIRST_JOINED] : flight->joined;
-    job->ended_ns = time_of(cuda, direction, ended, flight->open_ns, seen_ns);
-    job->started_ns = job->ended_ns - elapsed(cuda, started, ended);
+    Times times = {.ended_ns = time_of(cuda, direction, ended, flight->open_ns, seen_ns)};
+    times.started_ns = times.ended_ns - elapsed(cuda, started, ended);
     if (flight->joined) {
-        job->in_ended_ns = job->started_ns + elapsed(cuda, started, flight->joined);
-        job->out_started_ns = job->started_ns + elapsed(cuda, started, first_joined);
+        times.in_ended_ns = times.started_ns + elapsed(cuda, started, flight->joined);
+        times.out_started_ns = times.started_ns + elapsed(cuda, started, first_joined);
     }
     give_back(cuda, direction->known);
     direction->known = ended;
-    direction->known_ns = job->ended_ns;
+    direction->known_ns = times.ended_ns;
     flight->ended = NULL;
+    return times;
 }
 
 /* ---------------------------------------------------------------------------------------------------------- flights */
@@ -391,19 +398,32 @@ static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing
     is_idle(cuda, direction);
 }
 
+/* NULL: there is none, or its job has been failed by whoever abandons the thread. Until the thread settles it, it stays,
+ * and with it its job. */
+static Flight *oldest_flight(Cuda *cuda, Direction *direction) {
+    pthread_mutex_lock(&cuda->core.lock);
+    Flight *flight = direction->count ? &direction->flights[direction->first] : NULL;
+    pthread_mutex_unlock(&cuda->core.lock);
+    return flight;
+}
+
 /* The oldest flight has ended. */
-static void settle(Cuda *cuda, Direction *direction) {
-    int64_t seen_ns = now_ns();
+static void settle(Cuda *cuda, Direction *direction, Flight *flight) {
+    const int64_t seen_ns = now_ns();
     Core *core = &cuda->core;
-    Flight *flight = &direction->flights[direction->first];
     Job *job = flight->piece.job;
+    Times times = {0};
     pthread_mutex_lock(&core->lock);
     int is_timed = flight->piece.is_last && !job->failed;
     pthread_mutex_unlock(&core->lock);
     if (is_timed)
-        note_times(cuda, direction, flight, seen_ns);
+        times = times_of(cuda, direction, flight, seen_ns);
     pthread_mutex_lock(&core->lock);
     if (!cuda->is_abandoned) {
+        if (is_timed) {
+            job->started_ns = times.started_ns, job->ended_ns = times.ended_ns;
+            job->in_ended_ns = times.in_ended_ns, job->out_started_ns = times.out_started_ns;
+        }
         int is_over = flight->piece.is_last || job->failed;
         give_back(cuda, flight->ended);
         if (flight->piece.is_first && !is_over)
@@ -424,19 +444,19 @@ static void settle(Cuda *cuda, Direction *direction) {
 
 /* Take note of the flights of a direction that have ended. Never blocks. */
 static void collect(Cuda *cuda, Direction *direction) {
-    if (direction->stalled && direction->count) {
+    Flight *flight = oldest_flight(cuda, direction);
+    if (flight && direction->stalled) {
         if (!is_idle(cuda, direction) || cuda->core.broken)
             return;
         direction->stalled = 0;
-        while (direction->count)
-            settle(cuda, direction);
+        for (; flight; flight = oldest_flight(cuda, direction))
+            settle(cuda, direction, flight);
     }
-    while (direction->count) {
-        Flight *flight = &direction->flights[direction->first];
-        int64_t asked_ns = now_ns();
+    for (; flight; flight = oldest_flight(cuda, direction)) {
+        const int64_t asked_ns = now_ns();
         int code = cuda->driver.cuEventQuery(flight->ended);
         if (code == SUCCESS) {
-            settle(cuda, direction);
+            settle(cuda, direction, flight);
             continue;
         }
         flight->open_ns = asked_ns;
@@ -497,13 +517,12 @@ static int begin(Cuda *cuda, const char **call) {
     return SUCCESS;
 }
 
-/* Destroy events and streams; of what is refused, the first refusal. */
+/* Destroy events and streams; of what is refused, the first refusal. Not all events are free: a job that was cancelled
+ * between two of its pieces has some. */
 static char *end(Cuda *cuda) {
     char *refusal = NULL;
-    for (int i = 0; i < DIRECTIONS; i++)
-        give_back(cuda, cuda->directions[i].known);
-    for (int i = 0; i < cuda->free_events; i++) {
-        int code = cuda->driver.cuEventDestroy_v2(cuda->events[i]);
+    for (int i = 0; i < cuda->all_events; i++) {
+        int code = cuda->driver.cuEventDestroy_v2(cuda->events[i].any);
         if (code && !refusal)
             refusal = said(&cuda->driver, "", "cuEventDestroy", code);
     }
