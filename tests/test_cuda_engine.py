@@ -438,6 +438,27 @@ def test_r7_a_load_overtakes_queued_stores(primary, pool, small_pieces, emulator
 
 
 @emulated
+def test_r7_loads_that_wait_for_room_go_before_stores(primary, emulator):
+    """Both legs of a store would take their turns with theirs, and halve what they make."""
+    store = make_store(primary, blocks=80, pool="host")
+    store.submit_store(1, names(40, 900), range(40))
+    assert finish(store) == {1: True}
+    for stream in (store._engine.load_stream, store._engine.store_stream):
+        RowStream.hold(stream)
+    moved = emulator.copies(Kind.H2D)[1]
+    emulator.set_delay(None, 1000.0)
+    store.submit_store(2, names(40), range(40))
+    store.submit_load(3, names(40, 900), range(64, 104))
+    for stream in (store._engine.store_stream, store._engine.load_stream):
+        RowStream.release(stream)
+    returns(lambda: store._loads[0].event.synchronize() or True)
+    of_stores = emulator.copies(Kind.H2D)[1] - moved - 40 * ROW_BYTES
+    assert of_stores <= 20 * ROW_BYTES, "they began long before the last piece of the load"
+    emulator.set_delay(None, 0.0)
+    assert finish(store) == {2: True, 3: True}
+
+
+@emulated
 def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(primary, emulator):
     # The first legs of all pieces could run at once; the second legs are held, and have a slot each.
     store = make_store(primary, pool="host")
