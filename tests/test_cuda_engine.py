@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import select
 import signal
 import subprocess
@@ -340,13 +341,14 @@ def test_r7_stores_in_flight_are_bounded(primary, pool, small_pieces, emulator):
     limit = 4 * 2 * ROW_BYTES
     store = make_store(primary, pool=pool, max_inflight_store_bytes=limit, staging_bytes="256KiB")
     stream = store._engine.store_stream
-    stream.hold()
-    store.submit_store(1, names(60), range(60))
-    under_way(store, stream, emulator)
-    assert emulator.copies(Kind.H2D)[1] == limit
-    stream.release()
-    assert finish(store) == {1: True}
-    assert store.num_blocks == 60
+    for turn in range(2):  # as many the second time
+        stream.hold()
+        moved = emulator.copies(Kind.H2D)[1]
+        store.submit_store(turn, names(60, 100 * turn), range(60))
+        under_way(store, stream, emulator)
+        assert emulator.copies(Kind.H2D)[1] - moved == limit
+        stream.release()
+        assert finish(store) == {turn: True}
 
 
 @emulated
@@ -507,15 +509,17 @@ def test_copies_in_flight_are_bounded_in_number_as_well(batch, emulator):
     primary = primary_rows(40_000, 64)
     store = make_store(primary, blocks=20_000, pool="cuda:0", batch_copies=batch)
     stream = store._engine.store_stream
-    stream.hold()
-    store.submit_store(1, names(20_000), range(0, 40_000, 2))
-    under_way(store, stream, emulator)
     most, calls = (8192 + 512, 100) if batch else (512 + 128, 700)
-    assert 400 < emulator.copies(Kind.H2D)[0] <= most
-    assert emulator.pending(stream.handles[0]) <= calls
-    stream.release()
-    assert finish(store) == {1: True}
-    assert store.num_blocks == 20_000
+    for turn in range(2):  # as many the second time
+        stream.hold()
+        copies = emulator.copies(Kind.H2D)[0]
+        store.submit_store(turn, names(20_000, 50_000 * turn), range(0, 40_000, 2))
+        under_way(store, stream, emulator)
+        assert most // 2 < emulator.copies(Kind.H2D)[0] - copies <= most
+        assert emulator.pending(stream.handles[0]) <= calls
+        stream.release()
+        assert finish(store) == {turn: True}
+        assert store.num_blocks == 20_000
 
 
 def test_staging_is_cut_into_slots_that_do_not_overlap(primary, monkeypatch):
@@ -1390,7 +1394,7 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     assert finish(store) == {2: False, 3: True, 4: True}
     (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert line.getMessage().startswith(f"Job 2 ({'load' if is_load else 'store'}, 4 blocks) failed: CUDA refused to ")
-    assert "unknown error (CUDA_ERROR_UNKNOWN, 999)" in line.getMessage()
+    assert re.search(r": cu[A-Za-z]+: unknown error \(CUDA_ERROR_UNKNOWN, 999\)$", line.getMessage())
     if is_load:
         assert not any(store.lookup(name) for name in names(4, 900)), "a key whose load failed is gone (R4)"
     else:
