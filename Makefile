@@ -96,7 +96,9 @@ test-gpu:
 
 # Where nothing can be installed: the package from its own folder, and its extension built in place.
 gpu-check:
-	@$(GPU_PYTHON) -c 'import async_tier.streams._native' 2>/dev/null || $(CC) -shared -fPIC -O3 -std=gnu11 -pthread \
+	@$(GPU_PYTHON) -c 'import os, async_tier.streams._native as built, sys; \
+		sys.exit(os.stat(built.__file__).st_mtime < max(os.stat(name).st_mtime for name in sys.argv[1:]))' \
+		$(wildcard $(NATIVE)/*) 2>/dev/null || $(CC) -shared -fPIC -O3 -std=gnu11 -pthread \
 		-I$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))') \
 		-o async_tier/streams/_native.abi3.so $(NATIVE)/*.c -ldl
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(JSON),--json '$(JSON)')
@@ -133,4 +135,4 @@ lint: setup
 	$(CC) $(C_FLAGS) -I$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include"))') $(NATIVE)/*.c
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/streams/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so async_tier/streams/*.so

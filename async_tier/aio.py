@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from async_tier import block_store
 from async_tier.arena import Rows
 from async_tier.block_store import BlockStore, Finished, Statistics
 from async_tier.config import TierConfig
@@ -97,6 +98,8 @@ class AsyncBlockStore:
         self._closing: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._retry: asyncio.Handle | None = None
+        # Of jobs that do not end nobody wakes the loop.
+        self._watch: asyncio.Handle | None = None
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._abandoned = weakref.finalize(self, _abandon, self._store, self._eventfd, os.getpid())
         self._store.signal(self._eventfd)
@@ -174,6 +177,8 @@ class AsyncBlockStore:
     async def close(self) -> None:
         """Wait for the jobs in flight, end the engine and free the memory. Idempotent.
 
+        A copy that never ends is waited for; the log says that there is one.
+
         Goes on if the await is cancelled. Blocks the loop while memory is given back, the longer the larger the arena,
         and also until copies have ended where the loop ends before them or their events could not be asked.
         """
@@ -201,6 +206,8 @@ class AsyncBlockStore:
         self._open[self._jobs] = stored
         for key in stored:
             self._storing.setdefault(key, []).append(self._jobs)
+        if self._watch is None:
+            self._watch = self._loop.call_later(block_store.LATE_S, self._look)
         return self._jobs
 
     async def _run(self, job: int, submit: Callable[[], None], after: Sequence[bytes] = ()) -> Finished:
@@ -275,14 +282,20 @@ class AsyncBlockStore:
             self._memory = None
             self._collect()  # the ends of jobs that nobody was told yet
         finally:
-            if self._retry is not None:
-                self._retry.cancel()
+            for timer in (self._retry, self._watch):
+                if timer is not None:
+                    timer.cancel()
             os.close(self._eventfd)
 
     # ------------------------------------------------------------------------------------------------------- asking
 
     def _woken(self) -> None:
         os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again
+        self._collect()
+
+    def _look(self) -> None:
+        """A copy that does not end is for the log; to ask for jobs looks after that, too."""
+        self._watch = self._loop.call_later(block_store.LATE_S, self._look) if self._open else None
         self._collect()
 
     def _collect(self) -> None:

@@ -350,7 +350,8 @@ class BlockStore:
         """Block until every submitted job has ended. Nothing is lost; the next `poll` reports them."""
         for queue, end in ((self._loads, self._end_load), (self._stores, self._end_store)):
             for job in queue:
-                job.event.synchronize()
+                while not job.event.synchronize(LATE_S):
+                    self._look_after()
             self._look_after()
             self._collect(queue, end)
 

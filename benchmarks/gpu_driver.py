@@ -10,7 +10,7 @@ import numpy as np
 from async_tier.streams.cuda_driver import SUCCESS, Driver
 
 NOT_READY = 600
-# Entries of one batch.
+# Entries of one batch, at most; the engine makes smaller ones.
 MAX_BATCH = 4096
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _ORDER_STREAM = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM

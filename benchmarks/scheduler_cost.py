@@ -306,7 +306,9 @@ def _wait_for_files(fs: Any, last: bytes, context: Any) -> None:
 class NullStream:
     """Takes every copy, and makes none."""
 
-    _DONE = SimpleNamespace(is_done=True, failed=False, reason=None, seconds=0.0, spans=[], synchronize=lambda: None)
+    _DONE = SimpleNamespace(
+        is_done=True, failed=False, reason=None, seconds=0.0, spans=[], synchronize=lambda seconds: True
+    )
 
     def copy_rows(self, *_: object) -> Any:
         return self._DONE

@@ -361,8 +361,8 @@ class _Early:
 
     is_done, failed, reason, seconds = True, False, None, 0.0
 
-    def synchronize(self) -> None:
-        pass
+    def synchronize(self, seconds: float = 0.0) -> bool:
+        return True
 
 
 class Copies:

@@ -561,8 +561,8 @@ static void abandon(int is_held, int home_kind, unsigned *seed) {
         AWAIT(look(some) == JOB_DONE, "no copy ends");
     cuda_stop(cuda);
     require(!is_held || !cuda_wait_end(cuda), "the thread has ended before its copies");
-    int has_ended = cuda_abandon(cuda);
-    require(!is_held || !has_ended, "the thread has ended before its copies");
+    cuda_abandon(cuda);
+    require(!is_held || !cuda_is_quiet(cuda), "copies that are held are not under way");
     for (int i = 0; i < ROWS; i++)
         require(look(handles[i]) == JOB_FAILED || (!is_held && look(handles[i]) == JOB_DONE), "an abandoned job is open");
     drop_abandoned(handles, ROWS / 2); /* which the thread may be reading */

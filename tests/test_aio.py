@@ -20,7 +20,7 @@ import torch
 
 from async_tier.aio import AsyncBlockStore, TransferError
 from async_tier.arena import Rows
-from async_tier.block_store import BlockStore
+from async_tier.block_store import LATE_S, BlockStore
 from async_tier.config import TierConfig
 from tests import helpers
 from tests.helpers import key, keys
@@ -868,8 +868,12 @@ async def test_the_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
     async with open_store(primary) as store:
         polls = polls_of(store, monkeypatch)
         with monkeypatch.context() as patch:
-            for name in ("call_later", "call_at"):
-                patch.setattr(store._loop, name, lambda *_, **__: pytest.fail("a timer was set"))
+            later = store._loop.call_later
+            patch.setattr(
+                store._loop,
+                "call_later",
+                lambda delay, *rest: later(delay, *rest) if delay == LATE_S else pytest.fail("a timer was set"),
+            )
             store._store._store_stream.hold()
             task = asyncio.ensure_future(store.store(keys(0), [0]))
             for _ in range(100):
@@ -878,6 +882,19 @@ async def test_the_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
             store._store._store_stream.release()
             await task
             assert len(polls) == 1
+
+
+async def test_what_does_not_end_is_looked_after_all_the_same(primary, monkeypatch):
+    """Nobody is woken by it, and the log is to say so."""
+    monkeypatch.setattr("async_tier.block_store.LATE_S", 1e-3)
+    async with open_store(primary) as store:
+        polls = polls_of(store, monkeypatch)
+        store._store._store_stream.hold()
+        task = await begun(store.store(keys(0), [0]))
+        await turns(lambda: len(polls) > 2, "it is looked after")
+        store._store._store_stream.release()
+        await task
+        await turns(lambda: store._watch is None, "there is nothing to look after any more")
 
 
 async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):

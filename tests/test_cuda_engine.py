@@ -461,6 +461,25 @@ def test_r7_loads_that_wait_for_room_go_before_stores(primary, emulator):
 
 
 @emulated
+def test_stores_go_on_where_loads_are_stalled(primary, emulator):
+    """After a refusal a direction takes nothing more until its streams are empty: the other one does."""
+    store = make_store(primary, pool="host")
+    store.submit_store(1, names(4, 900), range(4))
+    assert finish(store) == {1: True}
+    store._engine.load_stream.hold()
+    emulator.inject("memcpy_async", 2, UNKNOWN)
+    store.submit_load(2, names(2, 900), [10, 11])
+    until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
+    store.submit_load(3, names(2, 902), [12, 13])
+    store.submit_store(4, names(2), [0, 1])
+    ends = []
+    until(lambda: ends.extend(store.poll()) or ends, "the store ended")
+    assert [(end.job_id, end.success) for end in ends] == [(4, True)]
+    store._engine.load_stream.release()
+    assert finish(store) == {2: False, 3: True}
+
+
+@emulated
 def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(primary, emulator):
     # The first legs of all pieces could run at once; the second legs are held, and have a slot each.
     store = make_store(primary, pool="host")
@@ -1379,7 +1398,6 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     streams = (store._engine.load_stream, store._engine.store_stream)
     for stream in streams:
         RowStream.hold(stream)
-    created, destroyed = emulator.count("event_create"), emulator.count("event_destroy")
     emulator.inject(point, nth, UNKNOWN)
     if is_load:
         store.submit_load(2, names(4, 900), range(100, 100 + 4 * step, step))
@@ -1405,9 +1423,23 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     assert_round_trip(store, primary)
     assert store.statistics().rows_used == store.num_blocks
     store.close()
-    refused = point == "event_create"
-    assert emulator.count("event_destroy") - destroyed == emulator.count("event_create") - refused, "one was lost"
-    assert created
+    assert emulator.count("event_destroy") == emulator.count("event_create"), "one was lost"
+
+
+@emulated
+@each_pool
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_an_event_that_cannot_be_had_fails_that_job_alone(primary, pool, nth, emulator, caplog):
+    if pool != "host" and nth == 3:
+        return  # a piece of one leg takes two
+    store = make_store(primary, pool=pool)
+    emulator.inject("event_create", nth, OUT_OF_MEMORY)
+    store.submit_store(1, names(2), [0, 1])
+    assert finish(store) == {1: False}
+    assert "cuEventCreate: out of memory" in caplog.text
+    assert_round_trip(store, primary)
+    store.close()
+    assert emulator.count("event_destroy") == emulator.count("event_create") - 1, "the one that was refused"
 
 
 @emulated
@@ -1424,6 +1456,7 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
         store.submit_load(2, names(2, 900), [10, 11])
     else:
         store.submit_store(2, names(2), [0, 1])
+    until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
     for _ in range(5):
         assert store.poll() == [], "a leg of it is in flight"
         store.end_step()
@@ -1440,6 +1473,7 @@ def test_r6_what_cannot_be_known_fails(primary, emulator):
     store._engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     emulator.inject("event_query", 1, UNKNOWN)
+    until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
     assert store.poll() == []
     store._engine.store_stream.release()
     assert finish(store) == {1: False}
@@ -1478,6 +1512,22 @@ def test_a_stream_that_cannot_be_asked_has_lost_its_context(primary, pool, emula
     store.submit_store(1, names(4), range(4))
     assert finish(store) == {1: False}
     assert "illegal memory access" in store._engine.broken
+    assert store.num_blocks == 0
+
+
+@emulated
+@each_pool
+def test_a_stream_that_never_says_whether_it_is_empty_loses_the_tier(primary, pool, emulator):
+    """The code is none that is known to mean that; but nothing will ever be known of the job."""
+    store = make_store(primary, pool=pool)
+    store.submit_store(1, names(4, 900), range(4))
+    assert finish(store) == {1: True}
+    for _ in range(1100):
+        emulator.inject("stream_query", 1, 806)
+    emulator.inject("memcpy_async", 1, UNKNOWN)
+    store.submit_store(2, names(4), range(4))
+    assert finish(store) == {2: False}
+    assert "806" in store._engine.broken
     assert store.num_blocks == 0
 
 
@@ -1919,6 +1969,35 @@ def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
 
 
 @emulated
+@each_pool
+def test_close_is_bounded_also_where_a_signal_comes_at_its_end(primary, pool, emulator):
+    """Whoever waits for the GIL, or handles a signal, is back when the time is over: then no job may be left open."""
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    under_way(store, store._engine.store_stream, emulator)
+    event = store._stores[0].event
+    until_over = time.monotonic() + 0.15
+
+    def handler(*_: object) -> None:
+        while time.monotonic() < until_over:
+            pass
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        quiet = store._engine._native.close(0.15)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not quiet
+    assert event.is_done
+    assert event.failed
+    store.close()
+    assert not store._engine.is_quiet, "its thread has ended, and the copies have not"
+
+
+@emulated
 def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monkeypatch):
     monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", helpers.PATIENCE_S)
     store = make_store(primary)
@@ -2109,8 +2188,37 @@ def test_the_engine_says_what_it_is(primary):
     assert job.is_done
     assert not job.failed
     store.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        store._store_stream.copy_rows(store._rows, [0], store.primary, [0])
+    late = store._store_stream.copy_rows(store._rows, [0], store.primary, [0])
+    assert late.is_done
+    assert late.failed
+
+
+def test_the_engines_thread_does_not_preempt_who_wakes_it_up_and_is_punctual(primary):
+    make_store(primary)
+    ours = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as name:
+            if name.read().startswith("async-tier-cuda"):
+                with open(f"/proc/{task}/timerslack_ns") as slack:
+                    ours.append((os.sched_getscheduler(int(task)), int(slack.read())))
+    assert ours
+    assert set(ours) == {(os.SCHED_BATCH, 1000)}
+
+
+@emulated
+@each_pool
+def test_a_copy_that_does_not_end_is_told_while_somebody_waits_for_it(primary, pool, monkeypatch, emulator, caplog):
+    monkeypatch.setattr(block_store, "LATE_S", 0.02)
+    store = make_store(primary, pool=pool)
+    store._engine.store_stream.hold()
+    store.submit_store(1, names(2), [0, 1])
+    draining = threading.Thread(target=store.drain, daemon=True)
+    draining.start()
+    until(lambda: caplog.records, "it is told")
+    store._engine.store_stream.release()
+    draining.join(helpers.PATIENCE_S)
+    assert "has not ended" in caplog.text
+    assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)]
 
 
 @emulated

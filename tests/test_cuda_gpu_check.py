@@ -70,7 +70,7 @@ def test_blocks_that_come_back_wrong_are_counted(monkeypatch):
     from benchmarks import gpu_bytes
 
     copy_rows = cuda.CudaStream.copy_rows
-    early = SimpleNamespace(is_done=True, failed=False, seconds=0.0, synchronize=lambda: None)
+    early = SimpleNamespace(is_done=True, failed=False, seconds=0.0, synchronize=lambda seconds: True)
     monkeypatch.setattr(cuda.CudaStream, "copy_rows", lambda *rows: (copy_rows(*rows), early)[1])
     monkeypatch.setattr(gpu_bytes, "EMULATED", True)
     monkeypatch.setattr(gpu_bytes, "ROW_BYTES", [4096])

@@ -65,7 +65,9 @@ class FailingStream:
     def copy_rows(self, destination, destination_rows, source, source_rows):
         if self.refuses:
             raise RuntimeError("no copies today")
-        return SimpleNamespace(is_done=True, failed=True, reason=None, seconds=0.0, spans=[], synchronize=lambda: None)
+        return SimpleNamespace(
+            is_done=True, failed=True, reason=None, seconds=0.0, spans=[], synchronize=lambda seconds: True
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- store and load

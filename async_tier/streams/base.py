@@ -42,8 +42,8 @@ class CopyEvent(Protocol):
         Times in ns of CLOCK_MONOTONIC. Empty before they have ended, and where they failed.
         """
 
-    def synchronize(self) -> None:
-        """Block until `is_done`, without the GIL."""
+    def synchronize(self, seconds: float = ...) -> bool:
+        """Block, without the GIL, until `is_done`, or for so many seconds; whether it is."""
 
 
 class CopyStream(Protocol):
@@ -60,7 +60,7 @@ class CopyStream(Protocol):
 
 
 class CopyEngine(Protocol):
-    """The owner of a tier's streams. Loads go before stores: see each engine for how.
+    """The owner of a tier's streams. Loads go before stores, which wait while more are queued: see each engine for how.
 
     name: "host" or "cuda". broken: why the engine can copy no more, in words; else None. All its jobs have failed then.
     seconds_under_way: how long the oldest copy has been under way where that is known; else 0.0.

@@ -15,7 +15,6 @@ import os
 import threading
 
 SUCCESS = 0
-INVALID_VALUE = 1
 OUT_OF_MEMORY = 2
 ALREADY_REGISTERED = 712
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context

@@ -30,7 +30,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PAGE 4096
 #define MAX_QUEUES 8
 #define NS_PER_S INT64_C(1000000000)
 

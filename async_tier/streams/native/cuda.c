@@ -59,6 +59,14 @@ enum { SUCCESS = 0, NOT_READY = 600 };
  * 20 us. What is on the streams lasts for several times the longest. */
 #define FIRST_PAUSE_NS 20000
 #define LONGEST_PAUSE_NS 100000
+/* Where a copy takes longer than this, nobody hurries. */
+#define LONG_NS 10000000
+#define PAUSE_OF_LONG_NS 1000000
+/* Half of the time that a byte takes at 50 GB/s. */
+#define PAUSE_BYTES_PER_NS 100
+/* Of a stream that only ever refuses to say whether it is empty, with an error that is none of those in is_lost, nothing
+ * will be known: after so many refusals, a tenth of a second or more, the context counts as lost, too. */
+#define MAX_REFUSALS 1000
 #define TEXT_BYTES 512
 
 typedef struct {
@@ -109,6 +117,7 @@ typedef struct {
     size_t bytes;
     int entries;
     int stalled;
+    int refusals;  /* of questions whether its streams are empty, one after the other */
     void *known; /* an event whose time is known */
     int64_t known_ns;
     _Atomic int64_t oldest_ns;
@@ -374,13 +383,15 @@ static void lose(Cuda *cuda, char *why) {
 }
 
 /* Whether nothing is on the streams of a direction. Where the context is lost, that is seen here: the driver answers
- * every question with the error then. What else it answers means to ask again. */
-static int is_idle(Cuda *cuda, const Direction *direction) {
+ * every question with the error then. What else it answers means to ask again, but not for ever. */
+static int is_idle(Cuda *cuda, Direction *direction) {
     void *streams[] = {direction->in, direction->out};
     int idle = 1;
     for (int i = 0; i < 2 && !cuda->core.broken; i++) {
         int code = cuda->driver.cuStreamQuery(streams[i]);
-        if (is_lost(code))
+        int is_answer = code == SUCCESS || code == NOT_READY || asks_again(code);
+        direction->refusals = is_answer ? 0 : direction->refusals + 1;
+        if (is_lost(code) || direction->refusals == MAX_REFUSALS)
             lose(cuda, said(&cuda->driver, "", "cuStreamQuery", code));
         idle &= code == SUCCESS;
     }
@@ -390,10 +401,13 @@ static int is_idle(Cuda *cuda, const Direction *direction) {
 /* A call was refused: the job fails, and the streams run empty, unless the context is lost. */
 static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing, const char *call, int code) {
     Core *core = &cuda->core;
+    char *reason = said(&cuda->driver, doing, call, code);
     direction->stalled = 1;
     pthread_mutex_lock(&core->lock);
     if (!cuda->is_abandoned)
-        core_fail(core, job, said(&cuda->driver, doing, call, code));
+        core_fail(core, job, reason);
+    else
+        free(reason);
     pthread_mutex_unlock(&core->lock);
     is_idle(cuda, direction);
 }
@@ -475,7 +489,7 @@ static int start_next(Cuda *cuda) {
         if (!core_may_claim(&core->queues[i]))
             continue;
         if (!has_room(cuda, direction)) {
-            if (direction->limits.staging) /* a store's two legs would share both ways with loads that wait */
+            if (direction->limits.staging && !direction->stalled) /* a store would share both ways with loads that wait */
                 break;
             continue;
         }
@@ -542,17 +556,19 @@ static void serve(Cuda *cuda) {
     Core *core = &cuda->core;
     int64_t pause = FIRST_PAUSE_NS;
     while (!core->broken && !cuda->is_abandoned) {
-        int under_way = cuda->directions[0].count + cuda->directions[1].count;
-        if (start_next(cuda)) { /* behind others a piece takes longer */
-            pause = under_way ? LONGEST_PAUSE_NS : FIRST_PAUSE_NS;
-        } else if (under_way) {
-            struct timespec until = timespec_of(now_ns() + pause);
+        if (start_next(cuda)) {
+            pause = (int64_t)(cuda->directions[0].bytes + cuda->directions[1].bytes) / PAUSE_BYTES_PER_NS;
+            pause = pause < FIRST_PAUSE_NS ? FIRST_PAUSE_NS : pause;
+        } else if (cuda->directions[0].count + cuda->directions[1].count) {
+            int64_t now = now_ns(), longest = now - cuda_oldest_ns(cuda) < LONG_NS ? LONGEST_PAUSE_NS : PAUSE_OF_LONG_NS;
+            pause = pause < longest ? pause : longest;
+            struct timespec until = timespec_of(now + pause);
             pthread_cond_timedwait(&core->work, &core->lock, &until);
             pthread_mutex_unlock(&core->lock);
             for (int i = 0; i < DIRECTIONS && !core->broken; i++)
                 collect(cuda, &cuda->directions[i]);
             pthread_mutex_lock(&core->lock);
-            pause = pause * 3 / 2 < LONGEST_PAUSE_NS ? pause * 3 / 2 : LONGEST_PAUSE_NS;
+            pause = pause * 3 / 2;
         } else if (core->stop) {
             return;
         } else {
@@ -623,19 +639,21 @@ Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const Directio
     core_init(&cuda->core, DIRECTIONS, 0, SIZE_MAX, cuda_free);
     for (int i = 0; i < DIRECTIONS; i++)
         cuda->directions[i].limits = limits[i];
-    int code = load_driver(cuda, may_batch, error) ? 0 : core_start(&cuda->core, &cuda->thread, run);
+    int is_loaded = load_driver(cuda, may_batch, error) == 0, is_begun = 0;
+    int code = is_loaded ? core_start(&cuda->core, &cuda->thread, run) : 0;
     if (code)
         *error = strdup(strerror(code));
-    if (*error == NULL) {
+    if (is_loaded && code == 0) {
         pthread_detach(cuda->thread); /* it may never come back from a call of the driver */
         pthread_mutex_lock(&cuda->core.lock);
         while (!cuda->has_begun && !cuda->has_ended)
             pthread_cond_wait(&cuda->core.ended, &cuda->core.lock);
-        if (!cuda->has_begun)
-            *error = strdup(cuda->refusal ? cuda->refusal : "");
+        is_begun = cuda->has_begun;
+        if (!is_begun && cuda->refusal)
+            *error = strdup(cuda->refusal);
         pthread_mutex_unlock(&cuda->core.lock);
     }
-    if (*error == NULL)
+    if (is_begun)
         return cuda;
     core_unref(&cuda->core);
     return NULL;
@@ -676,14 +694,19 @@ int cuda_wait_end(Cuda *cuda) {
     return has_ended;
 }
 
-int cuda_abandon(Cuda *cuda) {
+int cuda_is_quiet(Cuda *cuda) {
     pthread_mutex_lock(&cuda->core.lock);
-    int has_ended = cuda->has_ended;
-    if (!has_ended) {
+    int is_quiet = cuda->has_ended && !cuda->is_abandoned && !cuda->core.broken;
+    pthread_mutex_unlock(&cuda->core.lock);
+    return is_quiet;
+}
+
+void cuda_abandon(Cuda *cuda) {
+    pthread_mutex_lock(&cuda->core.lock);
+    if (!cuda->has_ended) {
         cuda->is_abandoned = 1;
         fail_flights(cuda);
         pthread_cond_broadcast(&cuda->core.work);
     }
     pthread_mutex_unlock(&cuda->core.lock);
-    return has_ended;
 }

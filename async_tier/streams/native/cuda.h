@@ -20,8 +20,7 @@ typedef struct {
 typedef struct Cuda Cuda;
 
 /* A thread with streams of its own in this context; NULL, and why in *error (to be freed; NULL: no memory), where CUDA
- * refuses one. may_batch: whether to use the driver's call for many copies, where it has one. copies: entries on a
- * direction's streams, at most, where it is used, and where it is not. */
+ * refuses one. may_batch: whether to use the driver's call for many copies, where it has one. */
 Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const DirectionLimits limits[DIRECTIONS], char **error);
 Core *cuda_core(Cuda *cuda);
 int cuda_has_batch(const Cuda *cuda);
@@ -29,6 +28,8 @@ int cuda_has_batch(const Cuda *cuda);
 int cuda_streams(const Cuda *cuda, int direction, void *handles[2]);
 /* Since when the oldest piece has been under way (CLOCK_MONOTONIC); 0: there is none. */
 int64_t cuda_oldest_ns(Cuda *cuda);
+/* Whether it has ended, and with it all copies. */
+int cuda_is_quiet(Cuda *cuda);
 /* What the driver has refused to take back; NULL: nothing. After the end. */
 const char *cuda_refusal(const Cuda *cuda);
 
@@ -36,8 +37,8 @@ const char *cuda_refusal(const Cuda *cuda);
 void cuda_stop(Cuda *cuda);
 /* Waits for the end of what is under way and of the thread, at most for a tenth of a second: whether they have ended. */
 int cuda_wait_end(Cuda *cuda);
-/* Waits no longer: all jobs have failed, the thread touches nothing any more once its call of the driver returns, and
- * what it has stays as it is. Whether it had ended all the same. */
-int cuda_abandon(Cuda *cuda);
+/* Waits no longer: all jobs have failed, and the thread ends with what it is doing: it queues the rest of a piece that it
+ * has begun, or gives back what it has if nothing is under way any more. */
+void cuda_abandon(Cuda *cuda);
 
 #endif

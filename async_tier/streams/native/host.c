@@ -26,6 +26,7 @@
 /* Below this a cached copy is as fast, and what it leaves in the cache is small. */
 #define STREAM_MIN_BYTES 4096
 #define LINE 64
+#define PAGE 4096
 
 /* ------------------------------------------------------------------------------------------------ copy kernels
  *

@@ -10,9 +10,13 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cuda.h"
 #include "host.h"
+
+/* Not 4096 on every processor. */
+static unsigned long long page_bytes(void) { return (unsigned long long)sysconf(_SC_PAGESIZE); }
 
 static void in_forked_child(void) {
     atomic_fetch_add(&fork_generation, 1);
@@ -99,19 +103,21 @@ static PyObject *job_spans(PyObject *self, void *unused) {
     return Py_BuildValue("[(sLL)(sLL)]", "in", started, (long long)job->in_ended_ns, "out", (long long)job->out_started_ns, ended);
 }
 
-static PyObject *job_synchronize(PyObject *self, PyObject *unused) {
+static PyObject *job_synchronize(PyObject *self, PyObject *args) {
     JobObject *handle = (JobObject *)self;
+    double seconds = 1e9;
+    if (!PyArg_ParseTuple(args, "|d", &seconds))
+        return NULL;
+    int64_t until = now_ns() + (int64_t)(seconds * 1e9);
     int ended;
-    while ((ended = has_ended(self)) == 0) { /* in slices, so that Ctrl-C is heard */
+    while ((ended = has_ended(self)) == 0 && now_ns() < until) { /* in slices, so that Ctrl-C is heard */
         Py_BEGIN_ALLOW_THREADS
         core_wait(handle->core, handle->job);
         Py_END_ALLOW_THREADS
         if (PyErr_CheckSignals())
             return NULL;
     }
-    if (ended < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    return ended < 0 ? NULL : PyBool_FromLong(ended);
 }
 
 static PyGetSetDef job_getset[] = {
@@ -126,7 +132,8 @@ static PyGetSetDef job_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef job_methods[] = {
-    {"synchronize", job_synchronize, METH_NOARGS, "Block until the job has ended, without the GIL."},
+    {"synchronize", job_synchronize, METH_VARARGS,
+     "synchronize(seconds) -> bool\n\nBlock, without the GIL, until the job has ended, or for so long; whether it has."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot job_slots[] = {
@@ -215,10 +222,6 @@ static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
         return NULL;
     if (check_generation(core) || check_queue(core, queue_index))
         return NULL;
-    if (core->broken || core->stop) {
-        PyErr_SetString(PyExc_RuntimeError, core->broken ? core->broken : "the copy engine is closed");
-        return NULL;
-    }
     if (!PyList_Check(dst_rows) || !PyList_Check(src_rows) || size < 0) {
         PyErr_SetString(PyExc_TypeError, "rows must be lists of integers, and the size not negative");
         return NULL;
@@ -240,8 +243,8 @@ static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
         job_unref(job);
         return NULL;
     }
-    job->dst_grid = (Grid){dst - dst % PAGE, (size_t)dst_step};
-    job->src_grid = (Grid){src - src % PAGE, (size_t)src_step};
+    job->dst_grid = (Grid){dst - dst % page_bytes(), (size_t)dst_step};
+    job->src_grid = (Grid){src - src % page_bytes(), (size_t)src_step};
     return submit(core, queue_index, job);
 }
 
@@ -416,7 +419,7 @@ release_dst:
 
 /* Checks that memory to populate starts on a page; 0, or -1 with an exception set. */
 static int check_start(unsigned long long address) {
-    if (address != 0 && address % PAGE == 0)
+    if (address != 0 && address % page_bytes() == 0)
         return 0;
     PyErr_Format(PyExc_ValueError, "memory to populate must start on a page, not at %llu", address);
     return -1;
@@ -527,18 +530,19 @@ static PyObject *cuda_close(PyObject *self, PyObject *args) {
         Py_RETURN_TRUE;
     }
     int64_t until = now_ns() + (int64_t)(seconds * 1e9);
-    int has_ended;
+    int has_ended, is_late;
     do { /* in slices, so that Ctrl-C is heard */
         Py_BEGIN_ALLOW_THREADS
         cuda_stop(cuda);
         has_ended = cuda_wait_end(cuda);
-        if (!has_ended && now_ns() >= until)
-            has_ended = cuda_abandon(cuda);
+        is_late = now_ns() >= until; /* once: it takes time to get the GIL back */
+        if (!has_ended && is_late)
+            cuda_abandon(cuda);
         Py_END_ALLOW_THREADS
         if (PyErr_CheckSignals())
             return NULL;
-    } while (!has_ended && now_ns() < until);
-    return PyBool_FromLong(has_ended && !cuda_core(cuda)->broken);
+    } while (!has_ended && !is_late);
+    return PyBool_FromLong(cuda_is_quiet(cuda));
 }
 
 static void cuda_dealloc(PyObject *self) {
