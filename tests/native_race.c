@@ -54,6 +54,7 @@ int cudaemu_reset(void);
 #define STEP ((size_t)3 * PAGE) /* memory is registered in ranges of this size */
 #define SLOT_BYTES ((size_t)32 << 10)
 #define SLOTS 4
+#define PAGE 4096
 #define POPULATED_BYTES (2 * PIECE_BYTES + 3 * PAGE)
 
 static void require(int holds, const char *what) {
