@@ -225,8 +225,8 @@ def measure_unattended(run: Run, quick: bool) -> None:
         run.figures.append(
             Figure(
                 key=f"cuda_engine.unattended.{pool}",
-                what=f"of {total >> 20} MiB of stores and loads, queued at once, what has ended after a second of no call; "
-                f"pool {pool}",
+                what=f"of {total >> 20} MiB of stores and loads, queued at once, what has ended after a second of no "
+                f"call; pool {pool}",
                 unit="share",
                 ratio=done,
                 goal=1.0,
