@@ -207,7 +207,7 @@ class AsyncBlockStore:
         for key in stored:
             self._storing.setdefault(key, []).append(self._jobs)
         if self._watch is None:
-            self._watch = self._loop.call_later(block_store.LATE_S, self._look)
+            self._watch = self._loop.call_later(block_store.LATE_S, _look, weakref.ref(self))
         return self._jobs
 
     async def _run(self, job: int, submit: Callable[[], None], after: Sequence[bytes] = ()) -> Finished:
@@ -291,11 +291,6 @@ class AsyncBlockStore:
 
     def _woken(self) -> None:
         os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again
-        self._collect()
-
-    def _look(self) -> None:
-        """A copy that does not end is for the log; to ask for jobs looks after that, too."""
-        self._watch = self._loop.call_later(block_store.LATE_S, self._look) if self._open else None
         self._collect()
 
     def _collect(self) -> None:
@@ -402,6 +397,13 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     size = tensor.element_size()
     offset, stride = tensor.storage_offset() * size, tensor.stride(0) * size
     return np.ndarray((len(tensor), row.numel() * size), np.uint8, memory, offset, (stride, 1))
+
+
+def _look(reference: weakref.ref[AsyncBlockStore]) -> None:
+    """A copy that does not end is for the log; to ask for jobs looks after that, too."""
+    if (store := reference()) is not None:
+        store._watch = store._loop.call_later(block_store.LATE_S, _look, reference) if store._open else None
+        store._collect()
 
 
 def _abandon(store: BlockStore, eventfd: int, owner: int) -> None:
