@@ -2223,9 +2223,13 @@ def test_a_copy_that_does_not_end_is_told_while_somebody_waits_for_it(primary, p
 
 @emulated
 @each_pool
-def test_a_copy_that_does_not_end_is_told_once(primary, pool, monkeypatch, emulator, caplog):
-    monkeypatch.setattr(block_store, "LATE_S", 0.02)
+def test_a_copy_that_does_not_end_is_told_once(primary, pool, small_pieces, monkeypatch, emulator, caplog):
+    monkeypatch.setattr(cuda, "MAX_PIECES", 4)
     store = make_store(primary, pool=pool)
+    store.submit_store(0, names(60, 900), range(60))  # the places of pieces are taken in turn
+    assert finish(store) == {0: True}
+    until(lambda: store._engine.seconds_under_way == 0.0, "nothing is under way")
+    monkeypatch.setattr(block_store, "LATE_S", 0.02)
     store._engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     until(lambda: store.poll() or caplog.records, "it is told")
