@@ -1239,6 +1239,8 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
     child = os.fork()
     if child == 0:
         code = 1
+        called = []
+        cuda_driver.Driver.push_context = lambda *_: called.append("CUDA")
         try:
             store.submit_store(3, names(2, 10), [0, 1])
             with pytest.raises(RuntimeError, match="fork"):
@@ -1246,7 +1248,7 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
             store.close()
             refused = [(end.job_id, end.success) for end in store.poll()] == [(3, False), (2, False)]
             # A call would have been refused, which is how a lost context looks.
-            code = 0 if refused and store._engine.is_quiet and store._engine.broken is None else 2
+            code = 0 if refused and not called and store._engine.is_quiet and store._engine.broken is None else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -1977,7 +1979,7 @@ def test_close_is_bounded_also_where_a_signal_comes_at_its_end(primary, pool, em
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store._engine.store_stream, emulator)
     event = store._stores[0].event
-    until_over = time.monotonic() + 0.15
+    until_over = time.monotonic() + 0.3
 
     def handler(*_: object) -> None:
         while time.monotonic() < until_over:
@@ -2109,13 +2111,13 @@ def test_where_the_driver_does_not_say_how_long_copies_took_they_are_made_all_th
 
 @emulated
 @each_pool
-def test_times_of_copies_are_between_submission_and_report(primary, pool, emulator):
+def test_times_of_copies_are_between_submission_and_report(primary, pool, small_pieces, emulator):
     store = make_store(primary, pool=pool)
     emulator.set_delay(None, 2000.0)
     last = 0
     for turn in range(10):
         submitted = time.monotonic_ns()
-        store.submit_store(turn, names(2, 10 * turn), [0, 1])
+        store.submit_store(turn, names(8, 10 * turn), range(8))  # in four pieces
         event = store._stores[0].event
         assert event.spans == []
         event.synchronize()
@@ -2127,7 +2129,7 @@ def test_times_of_copies_are_between_submission_and_report(primary, pool, emulat
         # Clocks of host and device differ by what a thread has to wait for a processor.
         assert max(submitted, last) <= first + 1_000_000
         assert first < end <= seen
-        assert all(start + 1_900_000 <= end for start, end in legs.values())
+        assert all(start + 4 * 1_900_000 <= end for start, end in legs.values())
         assert event.seconds == pytest.approx((end - first) / 1e9)
         last = end
 
