@@ -239,15 +239,21 @@ def measure_unattended(run: Run, quick: bool) -> None:
 
 def unattended(store: BlockStore, count: int) -> tuple[float, float]:
     """The share of jobs that have ended after a second without a call, and the seconds that all of them take."""
-    for at in range(0, count, BLOCKS):  # what is loaded
-        store.submit_store(at, [b"%d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
-    store.drain()
-    store.poll()
+
+    def store_blocks(name: bytes, blocks: int) -> None:
+        for at in range(0, blocks, BLOCKS):
+            store.submit_store(at, [b"%b %d" % (name, block) for block in range(at, at + BLOCKS)], range(BLOCKS))
+        store.drain()
+        store.poll()
+
+    store_blocks(b"first", 2 * count)  # so that all memory has its pages
+    store.clear()
+    store_blocks(b"old", count)
     events: list[CopyEvent] = []
     for at in range(0, count, BLOCKS):
         store.submit_store(1000 + at, [b"new %d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
         events.append(store._stores[-1].event)
-        store.submit_load(2000 + at, [b"%d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
+        store.submit_load(2000 + at, [b"old %d" % block for block in range(at, at + BLOCKS)], range(BLOCKS))
         events.append(store._loads[-1].event)
     started = time.perf_counter()
     threading.Event().wait(1.0)  # the scheduler is busy with something else

@@ -373,7 +373,7 @@ MUTANTS = [
     Mutant("an engine process that may not be asked", "streams/host.py", "contextlib.suppress(OSError)", "contextlib.suppress(ValueError)", ENGINE),
     Mutant(
         "copy threads do not preempt the scheduler's",
-        "streams/native/core.c",
+        "streams/native/host.c",
         "    sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){0});",
         "",
         ENGINE,

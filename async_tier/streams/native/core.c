@@ -1,7 +1,6 @@
 /* See core.h. */
 #include "core.h"
 
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,11 +63,6 @@ int core_start(Core *core, pthread_t *thread, void *(*run)(void *)) {
         atomic_fetch_sub(&core->refs, 1);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return error;
-}
-
-void core_name_thread(const char *name) {
-    pthread_setname_np(pthread_self(), name);
-    sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){0}); /* a sandbox may refuse; copies are right all the same */
 }
 
 /* ------------------------------------------------------------------------------------------------------------ jobs */

@@ -107,10 +107,6 @@ void core_unref(Core *core);
 /* A thread of the core's, which signals pass by, with a reference that it drops at its end. 0, or an error. */
 int core_start(Core *core, pthread_t *thread, void *(*run)(void *));
 
-/* For a thread to begin with. Of class SCHED_BATCH it does not preempt whoever wakes it up, which is the scheduler's thread
- * in a submit. (On two cores, both idle before, a submit took 200 us and not 50: a piece of the copy.) */
-void core_name_thread(const char *name);
-
 /* A job with room for `count` segments and none yet; NULL where there is no memory. */
 Job *job_new(size_t count);
 void job_unref(Job *job);
