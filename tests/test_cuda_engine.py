@@ -961,6 +961,38 @@ def test_what_is_still_refused_at_1_mib_is_not_pinned(pool, monkeypatch, caplog)
 
 @emulated
 @each_pool
+@pytest.mark.parametrize("seed", range(15))
+def test_random_jobs_are_cut_and_merged_rightly(pool, seed, monkeypatch, emulator):
+    """Rows of any size, in any order, neighbours among them; ranges and pieces that end anywhere in them."""
+    draw = np.random.default_rng(seed)
+    row_bytes = int(draw.integers(1, 5 * ROW_BYTES))
+    range_bytes = ROW_BYTES << int(draw.integers(0, 4))
+    monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (range_bytes,))
+    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", range_bytes)
+    monkeypatch.setattr(cuda, "MAX_PIECE_BYTES", int(draw.integers(256, 4 * ROW_BYTES)))
+    primary = primary_rows(128, row_bytes, seed=seed)
+    options = {"bytes_to_use": 64 * row_bytes, "staging_bytes": 64 << 10, "batch_copies": bool(seed % 3)}
+    store = make_store(primary, pool=pool, **options)
+    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    for turn in range(3):
+        before = primary.copy()
+        count, first = int(draw.integers(1, 64)), int(draw.integers(0, 60))
+        sources = draw.permutation(128)[:count] if turn else np.arange(first, first + count)
+        targets = draw.permutation(128)[:count]
+        store.submit_store(1, names(count, 100 * turn), sources)
+        assert finish(store) == {1: True}
+        primary[:] = 0
+        store.submit_load(2, names(count, 100 * turn), targets)
+        assert finish(store) == {2: True}
+        assert np.array_equal(primary[targets], before[sources])
+        others = np.setdiff1d(np.arange(128), targets)
+        assert not primary[others].any(), "a row that is none of the job's"
+        primary[:] = before
+    assert emulator.copies_pageable() == 0
+
+
+@emulated
+@each_pool
 def test_rows_may_be_larger_than_a_range(pool, monkeypatch, emulator):
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (2 * ROW_BYTES,))
     monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 2 * ROW_BYTES)
