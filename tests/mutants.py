@@ -400,7 +400,6 @@ MUTANTS = [
         ENGINE,
     ),
     Mutant("C: what is closed in a child has failed there", "streams/native/module.c", "    if (core_is_forked(core) && core->stop)\n        return 1;\n", "", ENGINE),
-    Mutant("C: one piece wakes one thread", "streams/native/core.c", "if (is_queued && total > core->piece_bytes)", "if (0)", ENGINE),
     Mutant("C: a child is told", "streams/native/module.c", "atomic_fetch_add(&fork_generation, 1);", "", ENGINE),
     Mutant("C: synchronize lets go of the GIL", "streams/native/module.c", "        Py_BEGIN_ALLOW_THREADS\n        core_wait(handle->core, handle->job);\n        Py_END_ALLOW_THREADS", "        core_wait(handle->core, handle->job);", ENGINE),
     Mutant("C: the tail of a copy", "streams/native/host.c", "        memcpy(dst, src, n);                                                                                           \\\n        _mm_sfence();", "        _mm_sfence();", ENGINE),
