@@ -32,6 +32,7 @@ from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.base import CopyEvent
 from benchmarks.common import Figure, Run, Spread, arguments
+from benchmarks.gpu_figures import until
 from tests.rows import zero_rows
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -48,8 +49,6 @@ QUEUED_BYTES = 2 << 30
 BANDWIDTH_GBPS = 2.0
 LOADS = 5
 WAKES, WAKE_US = 200, 50.0
-# Far beyond what anything here takes.
-PATIENCE_S = 60
 
 
 @contextmanager
@@ -66,14 +65,6 @@ def opened(engine: str, pool: str, row_bytes: int, tier_rows: int, primary_rows:
         yield store
     finally:
         store.close()
-
-
-def until(condition: object, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {PATIENCE_S} s: {what}")
-        time.sleep(0.001)
 
 
 def make_hardware_idle() -> None:
