@@ -356,9 +356,12 @@ class Pipeline:
         elif choice < 0.6:
             self.draw.choice(streams).release()
         else:
-            for stream in streams:
-                stream.release()
-            self.tier._store.drain()
+            self.end_copies()
+
+    def end_copies(self) -> None:
+        for stream in (self.tier._store._load_stream, self.tier._store._store_stream):
+            stream.release()
+        self.tier._store.drain()
 
     def reset(self) -> None:
         for stream in (self.tier._store._load_stream, self.tier._store._store_stream):
@@ -420,7 +423,13 @@ def test_the_pipeline_sees_a_promotion_into_a_row_that_a_worker_still_uses():
                 if hasattr(manager, "_promotions_held"):
                     manager._promotions_held = False
 
+            def plan_and_copy(pipeline: Pipeline = pipeline) -> None:
+                """What is promoted is written at once, before the worker takes its turn."""
+                Pipeline.plan(pipeline)
+                Pipeline.end_copies(pipeline)
+
             pipeline.reset = reset_without_a_hold
+            pipeline.plan = plan_and_copy
             pipeline.run(800)
 
     with pytest.raises(AssertionError, match="would read wrong bytes"):
