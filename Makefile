@@ -66,9 +66,9 @@ $(READY): $(VENV)/.vllm pyproject.toml $(wildcard $(NATIVE)/*)
 	touch $@
 
 # What torch and vLLM need comes first, on its own: beside them pip would go after their dependencies too.
-$(CUDA_VENV)/.vllm: requirements-cuda.txt
+$(CUDA_VENV)/.vllm: tests/cuda_emulator/requirements.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_RUN) -m pip install --quiet --requirement requirements-cuda.txt
+	$(CUDA_RUN) -m pip install --quiet --requirement tests/cuda_emulator/requirements.txt
 	$(CUDA_RUN) -m pip install --quiet --no-deps $(CUDA_TORCH) $(CUDA_VLLM)
 	touch $@
 

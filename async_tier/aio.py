@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from async_tier import block_store
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore, Finished, Statistics
 from async_tier.config import TierConfig
 from async_tier.engines import RowMemory
 from async_tier.streams.base import CopyEngine
+from async_tier.streams.rows import Rows
 
 if TYPE_CHECKING:  # it takes seconds to import, which programs without it need not pay
     import torch
@@ -86,7 +86,7 @@ class AsyncBlockStore:
         if not isinstance(primary, Rows):
             self._memory = _view_of(primary)
             primary = Rows.of_view(self._memory)
-        self._store = BlockStore(primary, config, engine=engine, arena=arena)
+        self.block_store = BlockStore(primary, config, engine=engine, arena=arena)
         self._jobs = 0
         # Job -> the keys that it stores, oldest job first.
         self._open: OrderedDict[int, Sequence[bytes]] = OrderedDict()
@@ -101,8 +101,8 @@ class AsyncBlockStore:
         # Of jobs that do not end nobody wakes the loop.
         self._watch: asyncio.Handle | None = None
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._abandoned = weakref.finalize(self, _abandon, self._store, self._eventfd, os.getpid())
-        self._store.signal(self._eventfd)
+        self._abandoned = weakref.finalize(self, _abandon, self.block_store, self._eventfd, os.getpid())
+        self.block_store.signal(self._eventfd)
         self._loop.add_reader(self._eventfd, self._woken)
 
     async def __aenter__(self) -> Self:
@@ -124,7 +124,7 @@ class AsyncBlockStore:
         """
         keys, numbers = self._checked(keys, rows)
         job = self._begin(keys)
-        end = await self._run(job, lambda: self._store.submit_store(job, keys, numbers, sequence))
+        end = await self._run(job, lambda: self.block_store.submit_store(job, keys, numbers, sequence))
         if not end.success:
             raise TransferError(f"the store of {len(keys)} blocks failed: {end.reason}")
         return end.bytes
@@ -143,11 +143,11 @@ class AsyncBlockStore:
         here: list[bytes] = []
 
         def submit() -> None:
-            self._store.touch(keys, sequence)
+            self.block_store.touch(keys, sequence)
             # That one is missing is an answer here, and no failure for the log.
-            found = [at for at, key in enumerate(keys) if self._store.has(key)]
+            found = [at for at, key in enumerate(keys) if self.block_store.has(key)]
             here.extend(keys[at] for at in found)
-            self._store.submit_load(job, here, numbers[np.array(found, dtype=np.intp)], sequence)
+            self.block_store.submit_load(job, here, numbers[np.array(found, dtype=np.intp)], sequence)
 
         end = await self._run(job, submit, after=keys)
         return tuple(here) if end.success else end.loaded_keys or ()
@@ -159,7 +159,7 @@ class AsyncBlockStore:
         """
         self._check_usable()
         _check_key(key)
-        return self._store.lookup(key, sequence)
+        return self.block_store.lookup(key, sequence)
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence; its name may come again for another.
@@ -167,7 +167,7 @@ class AsyncBlockStore:
         Its jobs in flight go on, and its blocks stay. Idempotent, also of a store that is closed.
         """
         self._check_loop()
-        self._store.finish_sequence(sequence)
+        self.block_store.finish_sequence(sequence)
 
     async def drain(self) -> None:
         """Wait until every job that was begun before has ended."""
@@ -192,11 +192,11 @@ class AsyncBlockStore:
     @property
     def num_blocks(self) -> int:
         """Blocks that can be loaded."""
-        return self._store.num_blocks
+        return self.block_store.num_blocks
 
     def statistics(self) -> Statistics:
         """A snapshot; see block_store.Statistics."""
-        return self._store.statistics()
+        return self.block_store.statistics()
 
     # --------------------------------------------------------------------------------------------------------- jobs
 
@@ -222,7 +222,7 @@ class AsyncBlockStore:
             self._end(job)
             raise
         ended = self._end_of(job)
-        if self._store.has_results:  # there was nothing to copy
+        if self.block_store.has_results:  # there was nothing to copy
             self._collect()
         # Not the future itself: cancelling it would cancel it for loads that wait for this store.
         return await asyncio.shield(ended)
@@ -265,7 +265,7 @@ class AsyncBlockStore:
         try:
             try:
                 if closing.cancelled() or closing.exception() is not None:
-                    self._store.drain()
+                    self.block_store.drain()
             finally:
                 self._release()
         except Exception as error:
@@ -277,8 +277,8 @@ class AsyncBlockStore:
         self._abandoned.detach()
         try:
             self._loop.remove_reader(self._eventfd)
-            self._store.signal(-1)  # before its number can be another file's
-            self._store.close()
+            self.block_store.signal(-1)  # before its number can be another file's
+            self.block_store.close()
             self._memory = None
             self._collect()  # the ends of jobs that nobody was told yet
         finally:
@@ -296,7 +296,7 @@ class AsyncBlockStore:
     def _collect(self) -> None:
         """Hand the ends of jobs to whoever awaits them."""
         try:
-            ends = self._store.poll()
+            ends = self.block_store.poll()
         except Exception as error:
             self._could_not_ask(error)
             return
@@ -330,7 +330,7 @@ class AsyncBlockStore:
             raise ValueError(f"rows must be row numbers in a list, not {numbers.dtype} of shape {numbers.shape}")
         if len(numbers) != len(keys):
             raise ValueError(f"rows must be as many as the {len(keys)} keys, not {len(numbers)}")
-        last = self._store.primary.count - 1
+        last = self.block_store.primary.count - 1
         wrong = numbers[(numbers < 0) | (numbers > last)]
         if len(wrong):
             raise ValueError(f"rows must be from 0 to {last}, not {wrong[0]}")

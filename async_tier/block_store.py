@@ -21,14 +21,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from async_tier.arena import Rows
-from async_tier.config import TierConfig, format_size, load_policy, shown
+from async_tier.config import TierConfig, load_policy
 from async_tier.engines import RowMemory, open_engine
-from async_tier.faults import FaultLog, one_line
 from async_tier.index import READY, BlockIndex
+from async_tier.observe.faults import FaultLog, one_line
+from async_tier.observe.trace import Submitted, TierTrace, TraceWriter
 from async_tier.order import SequenceOrder
-from async_tier.streams.base import CopyEngine, CopyEvent, CopyStream
-from async_tier.trace import Submitted, TierTrace, TraceWriter
+from async_tier.streams.base import CopyEngine, CopyEvent
+from async_tier.streams.rows import Rows
+from async_tier.text import format_size, shown
 
 logger = logging.getLogger(__name__)
 
@@ -151,13 +152,12 @@ class BlockStore:
                 if writer is not None:
                     writer.close()
                 raise
-        self._engine, self._arena = engine, arena
+        self.engine, self.arena = engine, arena
         # Also when nobody calls close().
         self._log = FaultLog(logger)
-        self._release = weakref.finalize(self, _release, self._engine, self._arena, writer, self._log)
-        self._rows = self._arena.rows
+        self._release = weakref.finalize(self, _release, self.engine, self.arena, writer, self._log)
         try:
-            self._index = BlockIndex(self._rows.count, policy)
+            self.index = BlockIndex(self.arena.rows.count, policy)
         except Exception as error:  # whatever a policy raises that is made
             self._release()
             if isinstance(error, MemoryError):
@@ -166,9 +166,7 @@ class BlockStore:
                 f"eviction_policy must be one that can be made ({type(error).__name__}: {shown(str(error))}), not "
                 f"{shown(config.eviction_policy)}"
             ) from error
-        self._index.usable = arena.ready
-        self._load_stream: CopyStream = self._engine.load_stream
-        self._store_stream: CopyStream = self._engine.store_stream
+        self.index.usable = arena.ready
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         self._finished: list[Finished] = []
@@ -194,7 +192,7 @@ class BlockStore:
 
     def has(self, key: bytes) -> bool:
         """Whether `key` can be loaded now; nobody asks for it."""
-        return self._index.state(key) == READY
+        return self.index.state(key) == READY
 
     def lookup(self, key: bytes, sequence: str | None = None, pin: bool = False) -> bool:
         """Whether `key` can be loaded now. Counts as a use by `sequence` (a request's name), which a load does not.
@@ -202,12 +200,12 @@ class BlockStore:
         It may be evicted before it is loaded, and the load then fails for it. Not with `pin`: a hit stays loadable
         until the next `end_step`, which whoever pins has to call.
         """
-        if not self._index.pin_hit(key):
+        if not self.index.pin_hit(key):
             self._misses += 1
             return False
         self._hits += 1
         if not pin:
-            self._index.withdraw_hit()
+            self.index.withdraw_hit()
             self.touch((key,), sequence)
             return True
         try:
@@ -218,7 +216,7 @@ class BlockStore:
 
     def withdraw_hit(self, sequence: str | None = None) -> None:
         """The last lookup, the sequence's, a hit and pinned, is not answered with it: neither a use nor a pin."""
-        self._index.withdraw_hit()
+        self.index.withdraw_hit()
         self._step_hits[sequence].pop()
         self._hits -= 1
 
@@ -229,7 +227,7 @@ class BlockStore:
             self._trace.scheduled()
         if self._step_hits:
             self._note_hits()
-        self._index.end_step()
+        self.index.end_step()
         if self._log.is_holding:
             self._log.flush()
 
@@ -269,7 +267,7 @@ class BlockStore:
             places = order.permutation(keys)
             keys = [keys[at] for at in places]
             sources = [sources[at] for at in places]
-        new, arena_rows = self._index.reserve(keys, sequence, order, distinct)
+        new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
             row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
@@ -278,9 +276,9 @@ class BlockStore:
             self._finish(job)
             return
         try:
-            job.event = self._store_stream.copy_rows(self._rows, arena_rows, self.primary, sources)
+            job.event = self.engine.store_stream.copy_rows(self.arena.rows, arena_rows, self.primary, sources)
         except Exception as error:
-            self._index.drop_filling(new, arena_rows)
+            self.index.drop_filling(new, arena_rows)
             self._fault(job, error)
             return
         job.keys, job.rows = new, arena_rows
@@ -308,13 +306,13 @@ class BlockStore:
         try:
             targets = self._checked(keys, rows)
         except _RefusedError as refusal:
-            self._index.drop(keys)
+            self.index.drop(keys)
             self._refuse(job, refusal)
             return
-        arena_rows = self._index.pin_ready(keys)
+        arena_rows = self.index.pin_ready(keys)
         job.missing = arena_rows.count(-1)
         if job.missing:
-            self._index.drop([key for key, row in zip(keys, arena_rows, strict=True) if row < 0])
+            self.index.drop([key for key, row in zip(keys, arena_rows, strict=True) if row < 0])
             found = [at for at, row in enumerate(arena_rows) if row >= 0]
             keys = [keys[at] for at in found]
             arena_rows = [arena_rows[at] for at in found]
@@ -323,10 +321,10 @@ class BlockStore:
             self._finish(job, self._why_incomplete(job))
             return
         try:
-            job.event = self._load_stream.copy_rows(self.primary, targets, self._rows, arena_rows)
+            job.event = self.engine.load_stream.copy_rows(self.primary, targets, self.arena.rows, arena_rows)
         except Exception as error:
-            self._index.unpin(arena_rows)
-            self._index.drop(keys)
+            self.index.unpin(arena_rows)
+            self.index.drop(keys)
             self._fault(job, error)
             return
         job.keys, job.rows = keys, arena_rows
@@ -358,11 +356,11 @@ class BlockStore:
     def clear(self) -> None:
         """Forget every block. Copies in flight go on, and their jobs are reported."""
         self._step_hits.clear()
-        self._index.clear()
+        self.index.clear()
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
         """The sequence used `keys`, in this order; those not here are passed over."""
-        self._index.use(list(keys), sequence, self.orders.get(sequence))
+        self.index.use(list(keys), sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
         """Nothing more will be stored for the sequence; its name may come again for another. Idempotent.
@@ -373,8 +371,8 @@ class BlockStore:
         order = self.orders.pop(sequence, None)
         hits = self._step_hits.pop(sequence, None)
         if hits and (order is None or any(order.position(key) is None for key in hits)):
-            self._index.use(hits, sequence, None)  # else its end is a use of these as well
-        self._index.finish(sequence, order)
+            self.index.use(hits, sequence, None)  # else its end is a use of these as well
+        self.index.finish(sequence, order)
 
     def fault(self, doing: str, reason: object) -> None:
         """Count something that went wrong, and say so in the log; an exception's traceback, too, the first time."""
@@ -388,7 +386,7 @@ class BlockStore:
         """Report a "store" or "load", of which no copy is under way, as failed. A load's keys are forgotten."""
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
-            self._index.drop(key for key in names if isinstance(key, bytes))
+            self.index.drop(key for key in names if isinstance(key, bytes))
         self._fault(_Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
@@ -396,15 +394,15 @@ class BlockStore:
         if self._closed:
             return
         self._closed = True
-        self._engine.close()
+        self.engine.close()
         self.drain()
-        self._index.clear()
+        self.index.clear()
         self._release()
 
     @property
     def num_blocks(self) -> int:
         """Blocks that can be loaded."""
-        return len(self._index)
+        return len(self.index)
 
     @property
     def has_pending_work(self) -> bool:
@@ -418,16 +416,16 @@ class BlockStore:
 
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
-        self._engine.signal(fd)
+        self.engine.signal(fd)
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
         return Statistics(
-            engine=self._engine.name,
-            capacity=self._index.capacity,
+            engine=self.engine.name,
+            capacity=self.index.capacity,
             row_bytes=self.primary.row_bytes,
-            rows_used=self._index.rows_used,
-            blocks=len(self._index),
+            rows_used=self.index.rows_used,
+            blocks=len(self.index),
             jobs_in_flight=len(self._loads) + len(self._stores),
             store_jobs=self._store_jobs,
             load_jobs=self._load_jobs,
@@ -436,7 +434,7 @@ class BlockStore:
             blocks_loaded=self._blocks_loaded,
             blocks_present=self._blocks_present,
             blocks_refused=self._blocks_refused,
-            evictions=self._index.evictions,
+            evictions=self.index.evictions,
             hits=self._hits,
             misses=self._misses,
             faults=self._faults,
@@ -451,7 +449,7 @@ class BlockStore:
             try:
                 end(job)
             except Exception as error:  # not reported yet: that is the last thing that `end` does
-                self._index.drop(job.keys)
+                self.index.drop(job.keys)
                 self._fault(job, error)
 
     def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
@@ -464,7 +462,7 @@ class BlockStore:
     def _trace_end(self, trace: TierTrace, job: _Job, reason: str | None) -> None:
         try:
             if job.traced is not None:
-                trace.ended(job.traced, job.job_id, job.event, self._index.rows_used, reason)
+                trace.ended(job.traced, job.job_id, job.event, self.index.rows_used, reason)
             else:
                 trace.without_copies(job.kind, job.blocks, job.job_id, reason)
         except Exception as error:  # nor must its end
@@ -476,17 +474,17 @@ class BlockStore:
 
     def _end_store(self, job: _Job) -> None:
         if job.event.failed:
-            self._index.drop_filling(job.keys, job.rows)
+            self.index.drop_filling(job.keys, job.rows)
             self._finish(job, self._why_failed(job))
             return
-        self._index.fill(job.rows)
+        self.index.fill(job.rows)
         self._blocks_stored += len(job.rows)
         self._finish(job, None, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
 
     def _end_load(self, job: _Job) -> None:
-        self._index.unpin(job.rows)
+        self.index.unpin(job.rows)
         if job.event.failed:
-            self._index.drop(job.keys)
+            self.index.drop(job.keys)
             self._finish(job, self._why_failed(job))
             return
         self._blocks_loaded += len(job.rows)
@@ -495,8 +493,8 @@ class BlockStore:
         self._finish(job, self._why_incomplete(job), loaded, size, job.event.seconds)
 
     def _why_failed(self, job: _Job) -> str:
-        if self._engine.broken is not None:
-            return self._engine.broken
+        if self.engine.broken is not None:
+            return self.engine.broken
         if self._closed:
             return "the tier was closed before its copies were made"
         return job.event.reason or "its copies were not made"
@@ -538,15 +536,15 @@ class BlockStore:
 
     def _look_after(self) -> None:
         """What every call sees to first: that a broken engine empties the tier, and that more rows may be ready."""
-        if self._engine.broken is not None and not self._broken:
+        if self.engine.broken is not None and not self._broken:
             self._broken = True
             self.clear()
-            self.fault("go on copying; it is empty and takes nothing more", self._engine.broken)
-        if self._engine.seconds_under_way > LATE_S and not self._is_late:
+            self.fault("go on copying; it is empty and takes nothing more", self.engine.broken)
+        if self.engine.seconds_under_way > LATE_S and not self._is_late:
             self._is_late = True
             logger.error("A copy of the tier has been under way for %d s, and has not ended; its jobs wait", LATE_S)
-        if self._index.usable < self._index.capacity:
-            self._index.usable = self._arena.ready
+        if self.index.usable < self.index.capacity:
+            self.index.usable = self.arena.ready
 
     def _note_hits(self) -> None:
         """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
@@ -555,14 +553,14 @@ class BlockStore:
             order = self.orders.get(sequence)
             if order is not None and len(keys) > 1:  # a sliding window is looked for from its end
                 keys = [keys[at] for at in order.permutation(keys)]
-            self._index.use(keys, sequence, order)
+            self.index.use(keys, sequence, order)
 
     def _checked(self, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int]:
         """The row numbers as a list. Raises _RefusedError where they do not fit the keys or the primary."""
         if self._closed:
             raise _RefusedError("the tier is shut down")
         if self._broken:
-            raise _RefusedError(f"the tier can copy no more: {self._engine.broken}")
+            raise _RefusedError(f"the tier can copy no more: {self.engine.broken}")
         # vLLM's are numpy arrays; as a list they are quicker to check and to hand on, for jobs of up to thousands.
         numbers: list[int] = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
         if len(numbers) != len(keys):
@@ -578,7 +576,7 @@ class BlockStore:
 
     def _count_left_out(self, keys: list[bytes], new: Sequence[bytes]) -> None:
         taken = set(new)
-        present = sum(1 for key in keys if key not in taken and self._index.state(key))
+        present = sum(1 for key in keys if key not in taken and self.index.state(key))
         self._blocks_present += present
         self._blocks_refused += len(keys) - len(taken) - present
 

@@ -36,11 +36,13 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from async_tier import _vllm_compat as compat
-from async_tier.config import SPEC_KEYS, TIER_KEYS, format_size, nearest_key, parse_size, parse_threads, shown
-from async_tier.primary_file import PrimaryFile
+from async_tier.config import SPEC_KEYS, TIER_KEYS, parse_threads
 from async_tier.streams.base import CopyEvent
-from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
+from async_tier.streams.host import HostEngine, HostStream
+from async_tier.text import format_size, nearest_key, parse_size, shown
+from async_tier.vllm import compat
+from async_tier.vllm.openmp import cpus_before_openmp
+from async_tier.vllm.primary_file import PrimaryFile
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -6,11 +6,12 @@ import logging
 import sys
 from typing import Protocol
 
-from async_tier.arena import Arena, Rows
 from async_tier.config import TierConfig, device_number
+from async_tier.memory.host import Arena
+from async_tier.memory.registration import Registration
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.host import HostEngine, default_threads
-from async_tier.streams.registration import Registration
+from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def _ordinal(config: TierConfig) -> int:
 
 def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -> tuple[CopyEngine, RowMemory]:
     # Not at the top: torch takes seconds to import, which programs without CUDA need not pay.
-    from async_tier.cuda_arena import DeviceArena, PinnedArena
+    from async_tier.memory.device import DeviceArena
+    from async_tier.memory.pinned import PinnedArena
     from async_tier.streams.cuda import CudaEngine
 
     on_device = config.pool != "host"

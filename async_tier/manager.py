@@ -9,11 +9,12 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
 
-from async_tier import _vllm_compat as compat
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore, Statistics
-from async_tier.config import TierConfig, format_size, shown
-from async_tier.promises import KEEP, REFUSE, WAIT, Promises
+from async_tier.config import TierConfig
+from async_tier.streams.rows import Rows
+from async_tier.text import format_size, shown
+from async_tier.vllm import compat
+from async_tier.vllm.promises import KEEP, REFUSE, WAIT, Promises
 
 # Under vLLM's logger, whose handlers and level it then has.
 logger = init_logger(f"vllm.{__name__}")
@@ -70,8 +71,8 @@ class AsyncSecondaryTierManager(compat.TierBase):
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
         self.config = _beside_workers(self.config, offloading_spec)
-        self._store = BlockStore(Rows.of_view(primary_kv_view), self.config)
-        self._promises = Promises(self._store.primary.count, self._store.has, compat.group_of)
+        self.block_store = BlockStore(Rows.of_view(primary_kv_view), self.config)
+        self._promises = Promises(self.block_store.primary.count, self.block_store.has, compat.group_of)
         # Steps that were planned and whose results are not in, and how many of them lookups answer MISS for, after a
         # reset: up to the end of the first step planned after it, workers may write to rows of the primary that a
         # promotion would be given.
@@ -94,17 +95,17 @@ class AsyncSecondaryTierManager(compat.TierBase):
             return _MISS
         try:
             request, promises = req_context.req_id, self._promises
-            if not self._store.lookup(key, request, True):  # pinned
+            if not self.block_store.lookup(key, request, True):  # pinned
                 return _MISS
             if request == promises.asking and promises.room > 0:
                 promises.room -= 1
                 return _HIT
-            answer = promises.ask(request, key, self._store.orders.get(request))
+            answer = promises.ask(request, key, self.block_store.orders.get(request))
             if answer != KEEP:
-                self._store.withdraw_hit(request)
+                self.block_store.withdraw_hit(request)
             return _ANSWERS[answer]
         except Exception as error:
-            self._store.fault("look up a block", error)
+            self.block_store.fault("look up a block", error)
             return _MISS
 
     def submit_store(self, job_metadata: Any) -> None:
@@ -112,12 +113,12 @@ class AsyncSecondaryTierManager(compat.TierBase):
         try:
             context = job_metadata.req_context
             self._promises.release(context.req_id)  # it runs
-            self._store.submit_store(
+            self.block_store.submit_store(
                 job_metadata.job_id,
                 job_metadata.keys,
                 compat.row_numbers(job_metadata),
                 context.req_id,
-                self._store.orders.get(context.req_id) or compat.order_of(context),
+                self.block_store.orders.get(context.req_id) or compat.order_of(context),
             )
         except Exception as error:
             self._fail(job_metadata, "store", error)
@@ -127,35 +128,37 @@ class AsyncSecondaryTierManager(compat.TierBase):
         try:
             request = job_metadata.req_context.req_id
             self._promises.note_load(job_metadata.job_id, request, job_metadata.keys)
-            self._store.submit_load(job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata), request)
+            self.block_store.submit_load(
+                job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata), request
+            )
         except Exception as error:
             self._fail(job_metadata, "load", error)
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""
         try:
-            ended = self._store.poll()
+            ended = self.block_store.poll()
             for finished in ended:
                 try:
                     self._promises.note_end(finished.job_id, finished.success)
                 except Exception as error:  # none must be lost for its promise
-                    self._store.fault("keep account of a promise", error)
+                    self.block_store.fault("keep account of a promise", error)
             self._detector.reported(each.seconds for each in ended if each.kind == "store" and each.success)
             return [compat.job_result(finished) for finished in ended]
         except Exception as error:
-            self._store.fault("poll jobs", error)
+            self.block_store.fault("poll jobs", error)
             return []
 
     def has_pending_work(self) -> bool:
         """Whether vLLM should go on stepping, because a job's end is still to be reported."""
-        return self._store.has_pending_work
+        return self.block_store.has_pending_work
 
     def drain_jobs(self) -> None:
         """Block until every job has ended; their results wait for `get_finished_jobs`."""
         try:
-            self._store.drain()
+            self.block_store.drain()
         except Exception as error:
-            self._store.fault("drain jobs", error)
+            self.block_store.fault("drain jobs", error)
         if compat.DRAIN_MEANS_RESET:
             self._on_reset()
 
@@ -165,52 +168,52 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """Takes note of the request; has no wish for how its blocks are offloaded."""
         try:
             self._promises.finish(req_context.req_id)  # who had the name before
-            self._store.begin_sequence(req_context.req_id, compat.order_of(req_context))
+            self.block_store.begin_sequence(req_context.req_id, compat.order_of(req_context))
         except Exception as error:
-            self._store.fault("take note of a request", error)
+            self.block_store.fault("take note of a request", error)
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
         """Nothing more will be stored for the request."""
         try:
             self._promises.finish(req_context.req_id)
-            self._store.finish_sequence(req_context.req_id)
+            self.block_store.finish_sequence(req_context.req_id)
         except Exception as error:
-            self._store.fault("end a request", error)
+            self.block_store.fault("end a request", error)
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
         """The request uses `keys`, given in prefix order. Called by vLLM up to 0.30."""
         try:
             sequence = req_context.req_id
-            order = self._store.orders.get(sequence)
+            order = self.block_store.orders.get(sequence)
             if order is not None:
                 order.note(keys)
-            self._store.touch(keys, sequence)
+            self.block_store.touch(keys, sequence)
         except Exception as error:
-            self._store.fault("touch blocks", error)
+            self.block_store.fault("touch blocks", error)
 
     def on_schedule_end(self, context: Any) -> None:
         """The end of a scheduler step: hits of this step may be evicted again."""
         self._steps_under_way += 1
         try:
             self._promises.end_step(context.new_req_ids, context.preempted_req_ids)
-            self._store.end_step()
+            self.block_store.end_step()
         except Exception as error:
-            self._store.fault("end a step", error)
+            self.block_store.fault("end a step", error)
 
     def get_stats(self) -> Any:
         """No statistics of our own. vLLM asks whenever the results of a step have arrived."""
         self._steps_under_way = max(0, self._steps_under_way - 1)
         self._held_steps = max(0, self._held_steps - 1)
-        self._store.note_results()
+        self.block_store.note_results()
         return super().get_stats()
 
     def shutdown(self) -> None:
         """End the threads, free the memory and let go of the primary. Idempotent; jobs not finished have failed."""
         try:
-            self._store.close()
+            self.block_store.close()
         except Exception as error:
-            self._store.fault("shut down", error)
+            self.block_store.fault("shut down", error)
         # Dropped, never released: the memoryview is vLLM's, which closes its mmap after us.
         self._primary_kv_view = memoryview(b"")
 
@@ -218,7 +221,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     def get_num_blocks(self) -> int:
         """The number of blocks that can be loaded."""
-        return self._store.num_blocks
+        return self.block_store.num_blocks
 
     def get_num_chunks(self) -> int:
         """`get_num_blocks`, by its name from vLLM 0.30 on."""
@@ -226,17 +229,17 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     def statistics(self) -> Statistics:
         """Counts since construction; see Statistics."""
-        return self._store.statistics()
+        return self.block_store.statistics()
 
     def _fail(self, job_metadata: Any, kind: str, error: Exception) -> None:
         """A job could not be handed on: it failed."""
         request = getattr(getattr(job_metadata, "req_context", None), "req_id", None)
-        self._store.fail(job_metadata.job_id, kind, error, getattr(job_metadata, "keys", ()), request)
+        self.block_store.fail(job_metadata.job_id, kind, error, getattr(job_metadata, "keys", ()), request)
 
     def _log_sizes(self, tokens_per_block: Sequence[int], tokens_per_step: int | None) -> None:
         """What fits, once at start. tokens_per_block: by KV group, empty if vLLM does not say."""
-        statistics = self._store.statistics()
-        row_bytes, primary = statistics.row_bytes, self._store.primary.count
+        statistics = self.block_store.statistics()
+        row_bytes, primary = statistics.row_bytes, self.block_store.primary.count
         logger.info(
             "Tier '%s' (%s engine) holds %d blocks of %s (%s); the primary before it holds %d blocks%s",
             self.tier_type,
@@ -266,9 +269,9 @@ class AsyncSecondaryTierManager(compat.TierBase):
             if self.config.keep_on_reset:
                 self._held_steps = self._steps_under_way + 1
             else:
-                self._store.clear()
+                self.block_store.clear()
         except Exception as error:
-            self._store.fault("forget its blocks", error)
+            self.block_store.fault("forget its blocks", error)
 
 
 def _check_nodes(offloading_spec: Any, tier_type: str) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from async_tier.aio import AsyncBlockStore
-from async_tier.config import TierConfig, format_size
+from async_tier.config import TierConfig
 from async_tier.streams.host import default_threads
+from async_tier.text import format_size
 from benchmarks import tiers
 from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 

@@ -27,10 +27,10 @@ if EMULATED:  # before anything imports torch
 import numpy as np
 import torch
 
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.base import CopyEvent
+from async_tier.streams.rows import Rows
 from benchmarks.common import Figure, Run, Spread, arguments
 from benchmarks.gpu_figures import until
 from tests.rows import zero_rows
@@ -61,7 +61,7 @@ def opened(engine: str, pool: str, row_bytes: int, tier_rows: int, primary_rows:
     try:
         if store.statistics().engine != engine:
             raise RuntimeError("CUDA cannot be used here: see the warning above")
-        until(lambda: store._arena.ready == tier_rows, "all of the tier's memory is pinned")
+        until(lambda: store.arena.ready == tier_rows, "all of the tier's memory is pinned")
         yield store
     finally:
         store.close()
@@ -168,7 +168,7 @@ def measure_wakes(run: Run, quick: bool) -> None:
         for turn in range(WAKES // (10 if quick else 1)):
             started = time.perf_counter()
             store.submit_store(turn, [b"%d" % turn], [turn % BLOCKS])
-            while not (under_way := store._engine.seconds_under_way):
+            while not (under_way := store.engine.seconds_under_way):
                 if store._stores[-1].event.is_done:
                     raise RuntimeError("a copy of 4 MiB took no time")
             took.append((time.perf_counter() - under_way - started) * 1e6)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from async_tier import timeline
+from async_tier.observe import timeline
 from benchmarks.model import kv_bytes_per_token, smollm2
 from benchmarks.server import Server, serve
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
+from async_tier.streams.rows import Rows
 from benchmarks.gpu_facts import EMULATED, MIB
 from tests.rows import zero_rows
 

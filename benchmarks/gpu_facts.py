@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
-from async_tier.config import TierConfig, format_size
+from async_tier.config import TierConfig
 from async_tier.streams.cuda_driver import CudaError, DeviceContext
+from async_tier.streams.rows import Rows
+from async_tier.text import format_size
 from benchmarks.gpu_driver import StreamDriver
 from tests.rows import zero_rows
 
@@ -1006,9 +1007,9 @@ else:
         torch.zeros(4, device="cuda")[torch.tensor([1 << 40], device="cuda")]; torch.cuda.synchronize()
     except RuntimeError:
         pass
-with store._engine.context:
+with store.engine.context:
     try:
-        StreamDriver().is_idle(store._engine.load_stream.handles[0]); print("cuStreamQuery says nothing")
+        StreamDriver().is_idle(store.engine.load_stream.handles[0]); print("cuStreamQuery says nothing")
     except CudaError as error:
         print("cuStreamQuery says", error.code)
 store.submit_load(2, [b"a"], [1]); store.drain()

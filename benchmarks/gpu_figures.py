@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
-from async_tier.config import TierConfig, format_size
+from async_tier.config import TierConfig
+from async_tier.streams.rows import Rows
+from async_tier.text import format_size
 from benchmarks.gpu_facts import EMULATED, MIB, VOLUME, Bench
 from tests.rows import zero_rows
 
@@ -46,7 +47,7 @@ def opened(pool: str, count: int, row_bytes: int) -> Iterator[BlockStore]:
     try:
         if store.statistics().engine != "cuda":
             raise RuntimeError("CUDA refused to pin the memory of this check: see the warning above")
-        until(lambda: store._arena.ready == count, "all of the tier's memory is pinned")
+        until(lambda: store.arena.ready == count, "all of the tier's memory is pinned")
         yield store
     finally:
         store.close()
@@ -406,7 +407,7 @@ def compute_loss(bench: Bench, pool: str) -> dict[str, float]:
                 if job % 2:
                     store.submit_load(job, part, rows)
                 else:
-                    store._index.drop(part)
+                    store.index.drop(part)
                     store.submit_store(job, part, rows)
 
         compute(lambda: None)

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from async_tier.arena import Rows
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine
+from async_tier.streams.rows import Rows
 from benchmarks import tiers
 from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure
 
@@ -114,12 +114,12 @@ class Copies:
     @property
     def can_be_held(self) -> bool:
         """Whether the engine's streams can be told to wait: those of copy threads."""
-        return hasattr(self.tier._store._store_stream, "hold")
+        return hasattr(self.tier.block_store.engine.store_stream, "hold")
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nothing is copied until the end."""
-        streams: list[Any] = [self.tier._store._store_stream, self.tier._store._load_stream]
+        streams: list[Any] = [self.tier.block_store.engine.store_stream, self.tier.block_store.engine.load_stream]
         for stream in streams:
             stream.hold()
         try:
@@ -130,7 +130,7 @@ class Copies:
 
     def wait(self) -> None:
         """Until all that was submitted has been copied, without taking a core."""
-        self.tier._store.drain()
+        self.tier.block_store.drain()
         self.poll()
 
     def _rows(self) -> np.ndarray:

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from vllm.v1.kv_offload.base import LookupResult
 
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.index import BlockIndex
+from async_tier.streams.rows import Rows
 from benchmarks import tiers
 from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
@@ -105,7 +105,8 @@ def measure_submissions(run: Run, repetitions: int) -> dict[str, Spread]:
             for name, tier in compared.items():
                 if name.endswith("ours"):
                     tiers.submit_alone(tier, jobs.store(keys, rows[: len(keys)]))
-        stream = compared["taken apart, ours"]._store._store_stream  # of a tier of its own: a clock takes time too
+        # Of a tier of its own: a clock takes time too.
+        stream = compared["taken apart, ours"].block_store.engine.store_stream
         copy_rows = stream.copy_rows
         handed_over: list[float] = []
 
@@ -131,7 +132,7 @@ def measure_submissions(run: Run, repetitions: int) -> dict[str, Spread]:
 def measure_hooks(run: Run) -> float:
     """Nanoseconds a job of what asks whether there is a trace, where there is none: when it is submitted and ends."""
     with ExitStack() as stack:
-        store: Any = tiers.ours(stack, np.ones((1, SMALL_ROW_BYTES), dtype=np.uint8), 1)._store
+        store: Any = tiers.ours(stack, np.ones((1, SMALL_ROW_BYTES), dtype=np.uint8), 1).block_store
 
         def ask() -> None:
             for _ in range(HOOK_CALLS):
@@ -215,7 +216,7 @@ def measure_polls(run: Run) -> dict[str, Spread]:
     for in_flight in IN_FLIGHT:
         with ExitStack() as stack:
             tier = tiers.ours(stack, primary, max(IN_FLIGHT))
-            stream = tier._store._store_stream
+            stream = tier.block_store.engine.store_stream
             stream.hold()
             for key in tiers.block_keys(in_flight):
                 tier.submit_store(jobs.store([key], row))
@@ -478,10 +479,10 @@ def measure_prefixes(run: Run) -> dict[str, dict[int, Spread]]:
         stores, ends = [], []
         with ExitStack() as stack:
             tier = tiers.ours(stack, primary, 2 * longest)
-            tier._store._store_stream = NullStream()  # type: ignore[assignment]
+            tier.block_store.engine.store_stream = NullStream()  # type: ignore[assignment]
             others, before = tiers.block_keys(2 * longest), tiers.block_keys(prefix)
             for some in (*tiers.groups(others, 1000), *tiers.groups(before, 1000)):
-                tier._store.submit_store(0, some, np.zeros(len(some), dtype=np.int32))
+                tier.block_store.submit_store(0, some, np.zeros(len(some), dtype=np.int32))
                 tiers.collect(tier)
             for key in tiers.block_keys(PREFIX_REPETITIONS):
                 job = jobs.store([key], row)

@@ -131,7 +131,7 @@ class Replay:
         self._manager.get_stats()
         list(self._manager.take_events())
         if self._tier is not None:
-            self._tier._store.drain()
+            self._tier.block_store.drain()
 
     @staticmethod
     def _stamps(blocks: Sequence[int]) -> np.ndarray:

@@ -723,16 +723,16 @@ class Engine:
     def _hold_copies(self) -> None:
         """Hold the streams of worker and tier; but whoever waits for a copy gets it."""
         worker, tier = self.worker, self.tier
-        store = tier._store
+        store = tier.block_store
         # The arena's memory is backed at the copy threads' pace, and only rows that are backed are used.
-        until(lambda: store._arena.ready == store.statistics().capacity, "all of the arena is usable")
+        until(lambda: store.arena.ready == store.statistics().capacity, "all of the arena is usable")
         if self._mode == "free":
             return
         streams = {
             "worker.load": worker.engine.load_stream,
             "worker.store": worker.engine.store_stream,
-            "tier.load": store._engine.load_stream,
-            "tier.store": store._engine.store_stream,
+            "tier.load": store.engine.load_stream,
+            "tier.store": store.engine.store_stream,
         }
         self.copies = {name: Copies(name, stream) for name, stream in streams.items()}
         wait, drain_jobs = worker.wait, tier.drain_jobs

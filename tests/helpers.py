@@ -60,7 +60,7 @@ def make_tier(primary: np.ndarray, blocks: int | None = None, **options: Any) ->
     if blocks is not None:
         options["bytes_to_use"] = blocks * primary.shape[1]
     tier = AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **{**ENGINE_OPTIONS, **options})
-    remember(tier._store, primary)
+    remember(tier.block_store, primary)
     return tier
 
 
@@ -82,8 +82,8 @@ def close_stores() -> None:
         for store in still_open:
             ends.callback(store.close)
         for store in still_open:
-            ends.callback(store._engine.load_stream.release)
-            ends.callback(store._engine.store_stream.release)
+            ends.callback(store.engine.load_stream.release)
+            ends.callback(store.engine.store_stream.release)
 
 
 def free_primaries() -> None:
@@ -92,8 +92,8 @@ def free_primaries() -> None:
         ends.callback(_primaries.clear)
         ends.callback(_stores.clear)
         for store in _stores:
-            if store._engine.name == "cuda" and not store._engine.is_quiet:
-                ends.callback(_close_again, store._engine)
+            if store.engine.name == "cuda" and not store.engine.is_quiet:
+                ends.callback(_close_again, store.engine)
 
 
 def _close_again(engine: Any) -> None:
@@ -129,7 +129,7 @@ def load(tier: AsyncSecondaryTierManager, job_id: int, names: Sequence[bytes], r
 
 def finish(tier: AsyncSecondaryTierManager) -> dict[int, Any]:
     """Wait for all jobs; their results by job id, each checked to be there once."""
-    tier._store.drain()
+    tier.block_store.drain()
     results = list(tier.get_finished_jobs())
     assert len({result.job_id for result in results}) == len(results), "a job was reported twice"
     return {result.job_id: result for result in results}
@@ -142,7 +142,7 @@ def end_step(tier: Any, new: Sequence[str] = ()) -> None:
 def held(tier: AsyncSecondaryTierManager, names: Sequence[bytes]) -> list[bool]:
     """Which of `names` the tier would serve; their pins are let go of."""
     answers = [tier.lookup(name, request("asks")) is LookupResult.HIT for name in names]
-    tier._store._step_hits.clear()  # only asking: does not count as a use
+    tier.block_store._step_hits.clear()  # only asking: does not count as a use
     end_step(tier)
     return answers
 
@@ -199,7 +199,7 @@ class World:
             bytes_to_use=tier_blocks * row_bytes,
             **{**ENGINE_OPTIONS, **options},
         )
-        remember(self.tier._store, self.primary)
+        remember(self.tier.block_store, self.primary)
         peers = [peer(primary_tier.get_kv_memoryview())] if peer is not None else []
         self.manager = TieringOffloadingManager(primary_tier=primary_tier, secondary_tiers=[self.tier, *peers])
 
@@ -238,7 +238,7 @@ class World:
                 self.manager.complete_load([name], context)
                 return content
             self.step()
-            self.tier._store.drain()
+            self.tier.block_store.drain()
         raise AssertionError("the block neither came nor was missed")
 
     def close(self) -> None:

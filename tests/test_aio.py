@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from async_tier.aio import AsyncBlockStore, TransferError
-from async_tier.arena import Rows
 from async_tier.block_store import LATE_S, BlockStore
 from async_tier.config import TierConfig
+from async_tier.streams.rows import Rows
 from tests import helpers
 from tests.helpers import key, keys
 from tests.rows import primary_rows
@@ -57,7 +57,7 @@ def config(size: int) -> TierConfig:
 
 def open_store(primary: np.ndarray, blocks: int = 64) -> AsyncBlockStore:
     store = AsyncBlockStore(Rows.of_view(memoryview(primary)), config(blocks * primary.shape[1]))
-    helpers.remember(store._store, primary)
+    helpers.remember(store.block_store, primary)
     return store
 
 
@@ -152,10 +152,10 @@ async def test_a_sequence_longer_than_the_tier_keeps_its_start_and_goes_when_it_
 
 async def test_a_sequence_may_be_finished_while_it_is_stored(primary):
     async with open_store(primary, blocks=4) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = await begun(store.store(keys(0, 1, 2, 3), [0, 1, 2, 3], "request"))
         store.finish_sequence("request")
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         assert await storing == 4 * ROW_BYTES
         assert await store.load(keys(0, 1, 2, 3), [8, 9, 10, 11]) == tuple(keys(0, 1, 2, 3))
         assert await store.store(keys(4, 5, 6, 7), [4, 5, 6, 7], "request") == 4 * ROW_BYTES
@@ -171,11 +171,11 @@ async def test_tasks_that_share_a_name_share_the_sequence_and_leave_nothing_behi
             finally:
                 store.finish_sequence("request")
 
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         tasks = [asyncio.ensure_future(use(first)) for first in (0, 10, 20)]
         await asyncio.sleep(0)
         tasks[2].cancel()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(end) for end in ends] == [type(None), type(None), asyncio.CancelledError]
         await store.drain()
@@ -189,11 +189,11 @@ async def test_a_sequence_may_be_finished_at_any_time(primary):
     await store.store(keys(0), [0], "request")
     store.finish_sequence("request")
     store.finish_sequence("request")
-    store._store._store_stream.hold()
+    store.block_store.engine.store_stream.hold()
     storing = await begun(store.store(keys(1), [1], "request"))
     closing = await begun(store.close())
     store.finish_sequence("request")
-    store._store._store_stream.release()
+    store.block_store.engine.store_stream.release()
     await closing
     assert await storing == ROW_BYTES
     store.finish_sequence("request")
@@ -263,9 +263,9 @@ async def test_keys_may_come_in_any_collection(primary):
 @pytest.mark.host_only
 async def test_a_failed_store_of_keys_from_an_iterator_says_so(primary):
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = await begun(store.store(iter(keys(0, 1)), [0, 1]))
-        store._store._engine.close()
+        store.block_store.engine.close()
         with pytest.raises(TransferError, match="the store of 2 blocks failed"):
             await storing
 
@@ -275,16 +275,16 @@ async def test_keys_and_rows_may_be_changed_while_awaited(primary, waits_for_its
     before = primary.copy()
     async with open_store(primary) as store:
         names, rows = keys(0, 1), np.array([0, 1])
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = await begun(store.store(names, rows))
         names[:], rows[:] = keys(2, 3), [2, 3]
         if not waits_for_its_store:
-            store._store._store_stream.release()
+            store.block_store.engine.store_stream.release()
             await storing
         names, rows = keys(0, 1), np.array([8, 9])
         loading = await begun(store.load(names, rows))
         names[:], rows[:] = keys(2, 3), [2, 3]
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         assert await loading == tuple(keys(0, 1))
         assert np.array_equal(primary[8:10], before[0:2])
         assert np.array_equal(primary[:8], before[:8])
@@ -294,7 +294,7 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
     before = primary.copy()
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = [
             asyncio.ensure_future(store.store(names, rows))
             for names, rows in ((keys(1), [1]), (keys(1, 2), [1, 2]), (keys(3), [3]))
@@ -303,7 +303,7 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
         loading = await begun(store.load(keys(0, 1, 2, 77), [10, 11, 12, 13]))
         assert await store.load(keys(0), [20]) == (key(0),), "what waits for no store passes it"
         assert not loading.done()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         assert await loading == tuple(keys(0, 1, 2))
         assert np.array_equal(primary[10:13], before[0:3])
         assert await asyncio.gather(*storing) == [ROW_BYTES] * 3
@@ -314,10 +314,10 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
 @pytest.mark.host_only
 async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
-        store._store._engine.close()
+        store.block_store.engine.close()
         with pytest.raises(TransferError):
             await storing
         assert await loading == ()
@@ -326,11 +326,11 @@ async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
 @pytest.mark.parametrize("ends_by", ["drain", "close"])
 async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
         ending = await begun(getattr(store, ends_by)())
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await ending
         assert await storing == ROW_BYTES
         assert await loading == (key(0),)
@@ -339,7 +339,7 @@ async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
 async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
     before = primary.copy()
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
         draining = await begun(store.drain())
@@ -347,7 +347,7 @@ async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
         with pytest.raises(asyncio.CancelledError):
             await loading
         assert not storing.done()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await draining
         assert await storing == ROW_BYTES
         assert np.array_equal(primary[9], before[9])
@@ -358,11 +358,11 @@ async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
 async def test_copies_that_fail_reach_whoever_waits(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        for stream in (store._store._load_stream, store._store._store_stream):
+        for stream in (store.block_store.engine.load_stream, store.block_store.engine.store_stream):
             stream.hold()
         storing = asyncio.ensure_future(store.store(keys(1), [1]))
         loading = await begun(store.load(keys(0), [9]))
-        store._store._engine.close()  # cuts them off
+        store.block_store.engine.close()  # cuts them off
         with pytest.raises(TransferError, match="the store of 1 blocks failed: its copies were not made"):
             await storing
         assert await loading == ()
@@ -385,11 +385,11 @@ async def test_thousands_of_jobs_at_once(primary):
 async def test_stores_and_loads_go_on_while_others_wait(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         waiting = await begun(store.store(keys(1), [1]))
         assert await store.load(keys(0), [9]) == (key(0),)
         assert not waiting.done()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         assert await waiting == ROW_BYTES
 
 
@@ -400,7 +400,7 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        stream = store._store._load_stream if is_load else store._store._store_stream
+        stream = store.block_store.engine.load_stream if is_load else store.block_store.engine.store_stream
         stream.hold()
         call = store.load(keys(0), [9]) if is_load else store.store(keys(1), [1])
         task = await begun(call)
@@ -425,12 +425,12 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
 async def test_drain_waits_for_what_was_submitted(primary):
     async with open_store(primary) as store:
         await store.drain()
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(3)]
         await asyncio.sleep(0)
         draining = await begun(store.drain())
         assert not draining.done()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await draining
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 3
 
@@ -438,14 +438,14 @@ async def test_drain_waits_for_what_was_submitted(primary):
 async def test_drain_waits_for_jobs_that_later_ones_have_passed(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         storing = asyncio.ensure_future(store.store(keys(1), [1]))
         loading = await begun(store.load(keys(0), [9]))
         draining = asyncio.ensure_future(store.drain())
         await loading
         await asyncio.sleep(0)
         assert not draining.done()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await draining
         assert await storing == ROW_BYTES
 
@@ -453,22 +453,22 @@ async def test_drain_waits_for_jobs_that_later_ones_have_passed(primary):
 async def test_drain_does_not_wait_for_what_was_submitted_after_it(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        for stream in (store._store._load_stream, store._store._store_stream):
+        for stream in (store.block_store.engine.load_stream, store.block_store.engine.store_stream):
             stream.hold()
         before = await begun(store.store(keys(1), [1]))
         draining = await begun(store.drain())
         after = await begun(store.load(keys(0), [9]))
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await draining
         assert before.done()
         assert not after.done()
-        store._store._load_stream.release()
+        store.block_store.engine.load_stream.release()
         assert await after == (key(0),)
 
 
 async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary, monkeypatch):
     async with open_store(primary, blocks=200) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         tasks = [asyncio.ensure_future(store.store([key(at)], [0])) for at in range(200)]
         await asyncio.sleep(0)
         hung_on: list[object] = []
@@ -479,7 +479,7 @@ async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary,
         hung_on += [each for end in store._waiting.values() for each in (end._callbacks or ())]
         assert len(hung_on) <= len(tasks), "no more than what each await has of its own job"
         draining[7].cancel()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         ends = await asyncio.gather(*draining, return_exceptions=True)
         assert [at for at, end in enumerate(ends) if end is not None] == [7]
         assert all(task.done() for task in tasks)
@@ -487,11 +487,11 @@ async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary,
 
 async def test_closing_waits_for_jobs_in_flight(primary):
     store = open_store(primary)
-    store._store._store_stream.hold()
+    store.block_store.engine.store_stream.hold()
     task = await begun(store.store(keys(0), [0]))
     closing = await begun(store.close())
     assert not closing.done()
-    store._store._store_stream.release()
+    store.block_store.engine.store_stream.release()
     await closing
     assert await task == ROW_BYTES
     await store.close()
@@ -499,27 +499,27 @@ async def test_closing_waits_for_jobs_in_flight(primary):
 
 async def test_closing_goes_on_when_its_await_is_cancelled(primary):
     store = open_store(primary)
-    store._store._store_stream.hold()
+    store.block_store.engine.store_stream.hold()
     task = await begun(store.store(keys(0), [0]))
     closing = await begun(store.close())
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
-    store._store._store_stream.release()
+    store.block_store.engine.store_stream.release()
     assert await task == ROW_BYTES
-    await turns(lambda: store._store._closed, "it is closed all the same")
+    await turns(lambda: store.block_store._closed, "it is closed all the same")
 
 
 def let_go_in_drain(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The held store stream goes on when the loop's thread waits for it."""
-    drain = store._store.drain
+    drain = store.block_store.drain
 
     def wait() -> None:
-        monkeypatch.setattr(store._store, "drain", drain)
-        store._store._store_stream.release()
+        monkeypatch.setattr(store.block_store, "drain", drain)
+        store.block_store.engine.store_stream.release()
         drain()
 
-    monkeypatch.setattr(store._store, "drain", wait)
+    monkeypatch.setattr(store.block_store, "drain", wait)
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
@@ -528,7 +528,7 @@ def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, mo
 
     async def main() -> None:
         made.append(store := open_store(primary))
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         let_go_in_drain(store, monkeypatch)
         jobs = [asyncio.ensure_future(store.store(keys(0), [0])), asyncio.ensure_future(store.close())]
         for _ in range(turns):
@@ -537,7 +537,7 @@ def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, mo
 
     asyncio.run(main())
     (store,) = made
-    assert store._store._closed
+    assert store.block_store._closed
     assert store.statistics().blocks_stored == 1
     assert nothing_is_left(store)
 
@@ -549,7 +549,7 @@ def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, t
     async def use() -> None:
         async with open_store(primary) as store:
             made.append(store)
-            store._store._store_stream.hold()
+            store.block_store.engine.store_stream.hold()
             await store.store(keys(0), [0])
 
     async def main() -> None:
@@ -558,11 +558,11 @@ def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, t
         task.cancel()
         for _ in range(turns):
             await asyncio.sleep(0)
-        made[0]._store._store_stream.release()
+        made[0].block_store.engine.store_stream.release()
 
     asyncio.run(main())
     (store,) = made
-    assert store._store._closed
+    assert store.block_store._closed
     assert store.statistics().blocks_stored == 1
     assert nothing_is_left(store)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -576,16 +576,16 @@ def test_a_load_that_waits_when_the_loop_ends_is_withdrawn(primary):
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
         made.append(store := open_store(primary))
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         jobs = [asyncio.ensure_future(call) for call in (store.store(keys(0), [0]), store.load(keys(0), [9]))]
         jobs.append(asyncio.ensure_future(store.close()))
         await asyncio.sleep(0)
         assert not any(job.done() for job in jobs)
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
 
     asyncio.run(main())
     (store,) = made
-    assert store._store._closed
+    assert store.block_store._closed
     assert nothing_is_left(store)
     assert complaints == []
 
@@ -595,7 +595,7 @@ def test_a_store_that_nobody_closes_says_so_and_leaves_nothing(primary):
         stores = [AsyncBlockStore(primary, config(4 * ROW_BYTES)) for _ in range(3)]
         for store in stores:
             await store.store(keys(0), [0])
-        return [store._store for store in stores]
+        return [store.block_store for store in stores]
 
     before = set(os.listdir("/proc/self/fd"))
     with pytest.warns(ResourceWarning, match="an AsyncBlockStore was not closed") as warned:
@@ -610,14 +610,14 @@ async def test_a_store_that_cannot_close_gives_its_eventfd_back(primary, monkeyp
     store = open_store(primary)
 
     signals: list[int] = []
-    real = store._store.signal
+    real = store.block_store.signal
 
     def close():
         raise OSError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store._store, "signal", lambda fd: signals.append(fd) or real(fd))
-        patch.setattr(store._store, "close", close)
+        patch.setattr(store.block_store, "signal", lambda fd: signals.append(fd) or real(fd))
+        patch.setattr(store.block_store, "close", close)
         with pytest.raises(OSError, match="out of luck"):
             await store.close()
     assert signals == [-1], "its number may be another file's soon"
@@ -655,7 +655,7 @@ async def moves_its_rows(primary: Any, as_bytes: np.ndarray) -> None:
     expected = as_bytes.copy()
     expected[-2:] = expected[:2]
     store = AsyncBlockStore(primary, config(4 * as_bytes.shape[1]))
-    helpers.remember(store._store, as_bytes)
+    helpers.remember(store.block_store, as_bytes)
     assert store.statistics().row_bytes == as_bytes.shape[1]
     assert await store.store(keys(0, 1), [0, 1]) == 2 * as_bytes.shape[1]
     last = len(as_bytes) - 1
@@ -834,8 +834,8 @@ def test_another_event_loop_is_refused_in_words(primary):
 def polls_of(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by one with each poll of the store's."""
     polls: list[int] = []
-    poll = store._store.poll
-    monkeypatch.setattr(store._store, "poll", lambda: polls.append(1) or poll())
+    poll = store.block_store.poll
+    monkeypatch.setattr(store.block_store, "poll", lambda: polls.append(1) or poll())
     return polls
 
 
@@ -854,7 +854,7 @@ async def test_an_idle_store_does_nothing(primary, monkeypatch):
 async def test_a_closed_store_is_not_asked_any_more(primary, monkeypatch):
     store = open_store(primary)
     task = await begun(store.store(keys(0), [0]))
-    store._store._stores[0].event.synchronize()
+    store.block_store._stores[0].event.synchronize()
     await store.store([], [])  # ends at once, and takes the end of the other along, which has signalled
     await store.close()
     polls = polls_of(store, monkeypatch)
@@ -874,12 +874,12 @@ async def test_the_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
                 "call_later",
                 lambda delay, *rest: later(delay, *rest) if delay == LATE_S else pytest.fail("a timer was set"),
             )
-            store._store._store_stream.hold()
+            store.block_store.engine.store_stream.hold()
             task = asyncio.ensure_future(store.store(keys(0), [0]))
             for _ in range(100):
                 await asyncio.sleep(0)
             assert polls == []
-            store._store._store_stream.release()
+            store.block_store.engine.store_stream.release()
             await task
             assert len(polls) == 1
 
@@ -889,10 +889,10 @@ async def test_what_does_not_end_is_looked_after_all_the_same(primary, monkeypat
     monkeypatch.setattr("async_tier.block_store.LATE_S", 1e-3)
     async with open_store(primary) as store:
         polls = polls_of(store, monkeypatch)
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         task = await begun(store.store(keys(0), [0]))
         await turns(lambda: len(polls) > 2, "it is looked after")
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await task
         await turns(lambda: store._watch is None, "there is nothing to look after any more")
 
@@ -902,7 +902,7 @@ async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):
         polls = polls_of(store, monkeypatch)
         tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(50)]
         await asyncio.sleep(0)
-        store._store._engine.close()  # waits for the threads, and the loop is not run meanwhile
+        store.block_store.engine.close()  # waits for the threads, and the loop is not run meanwhile
         await asyncio.gather(*tasks, return_exceptions=True)
         assert len(polls) == 1
 
@@ -910,7 +910,7 @@ async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):
 async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
     async with open_store(primary) as store:
         assert not os.get_inheritable(store._eventfd)
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         task = await begun(store.store(keys(0), [0]))
         child = os.fork()
         if child == 0:
@@ -931,28 +931,28 @@ async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
 
         await turns(has_ended, "the child ends")
         assert ends == [0]
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         assert await task == ROW_BYTES
 
 
 @pytest.mark.host_only
 async def test_what_ends_while_it_is_asked_wakes_the_loop_again(primary, monkeypatch):
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(2)]
         await asyncio.sleep(0)
-        first, second = (job.event for job in store._store._stores)
-        poll = store._store.poll
+        first, second = (job.event for job in store.block_store._stores)
+        poll = store.block_store.poll
 
         def ask() -> list[Any]:
             ends = poll()
-            store._store._store_stream.release()
+            store.block_store.engine.store_stream.release()
             second.synchronize()  # it has signalled, and nobody has asked
-            monkeypatch.setattr(store._store, "poll", poll)
+            monkeypatch.setattr(store.block_store, "poll", poll)
             return ends
 
-        monkeypatch.setattr(store._store, "poll", ask)
-        store._store._store_stream.step()
+        monkeypatch.setattr(store.block_store, "poll", ask)
+        store.block_store.engine.store_stream.step()
         first.synchronize()
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 2
 
@@ -969,12 +969,12 @@ async def test_a_load_of_what_is_not_there_is_an_answer_and_no_failure(primary, 
 
 async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch):
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         calls = [store.store(keys(0), [0]), store.store(keys(1), [1]), store.load(keys(1), [9]), store.drain()]
         tasks = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0)
         with monkeypatch.context() as patch:
-            patch.setattr(store._store, "poll", fails)
+            patch.setattr(store.block_store, "poll", fails)
             store._collect()
             for task in tasks:
                 with pytest.raises(OSError, match="out of luck"):
@@ -982,7 +982,7 @@ async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch)
         assert store.statistics().load_jobs == 0, "its stores go on"
         draining = await begun(store.drain())
         assert not draining.done(), "the copies go on, and are waited for"
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await draining
         assert store.statistics().blocks_stored == 2
         assert nothing_is_left(store)
@@ -991,11 +991,11 @@ async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch)
 
 async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, monkeypatch):
     async with open_store(primary) as store:
-        store._store._store_stream.hold()
+        store.block_store.engine.store_stream.hold()
         task = await begun(store.store(keys(0), [0]))
         with monkeypatch.context() as patch:
-            patch.setattr(store._store, "poll", fails)
-            store._store._store_stream.release()
+            patch.setattr(store.block_store, "poll", fails)
+            store.block_store.engine.store_stream.release()
             with pytest.raises(OSError, match="out of luck"):
                 await task  # the engine has signalled, and will not again
         await store.drain()
@@ -1005,10 +1005,10 @@ async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, mon
 @pytest.mark.parametrize("still_fails", [False, True])
 async def test_closing_waits_for_jobs_that_could_not_be_asked(primary, monkeypatch, still_fails):
     store = open_store(primary)
-    store._store._store_stream.hold()
+    store.block_store.engine.store_stream.hold()
     task = await begun(store.store(keys(0), [0]))
     with monkeypatch.context() as patch:
-        patch.setattr(store._store, "poll", fails)
+        patch.setattr(store.block_store, "poll", fails)
         store._collect()
         with pytest.raises(OSError, match="out of luck"):
             await task
@@ -1018,7 +1018,7 @@ async def test_closing_waits_for_jobs_that_could_not_be_asked(primary, monkeypat
     if not still_fails:
         closing = await begun(store.close())
         assert not closing.done()
-        store._store._store_stream.release()
+        store.block_store.engine.store_stream.release()
         await closing
     assert store.statistics().blocks_stored == 1
     assert store._retry is None or store._retry.cancelled()

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_tier import arena as arena_module
-from async_tier.arena import Arena, Rows
+from async_tier.memory import host
+from async_tier.memory.host import Arena
 from async_tier.streams import _native
 from async_tier.streams.host import HostEngine
+from async_tier.streams.rows import Rows
 
 HUGE_PAGE = 2 << 20
 MIB = 1 << 20
@@ -211,7 +212,7 @@ def test_huge_pages_are_advised(make_arena):
 
 
 def test_a_kernel_without_huge_pages_will_do(make_arena, monkeypatch: pytest.MonkeyPatch):
-    libc = arena_module._libc
+    libc = host._libc
 
     class Libc:
         mmap, munmap = libc.mmap, libc.munmap
@@ -220,13 +221,13 @@ def test_a_kernel_without_huge_pages_will_do(make_arena, monkeypatch: pytest.Mon
         def madvise(address: int, length: int, advice: int) -> int:
             return -1 if advice == mmap.MADV_HUGEPAGE else libc.madvise(address, length, advice)
 
-    monkeypatch.setattr(arena_module, "_libc", Libc)
+    monkeypatch.setattr(host, "_libc", Libc)
     rows = make_arena(4, HUGE_PAGE).rows
     bytes_at(rows.address, 4 * HUGE_PAGE)[:] = 1
 
 
 def test_memory_that_the_system_refuses_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(arena_module, "refuse_if_unavailable", lambda size: None)
+    monkeypatch.setattr(host, "refuse_if_unavailable", lambda size: None)
     with pytest.raises(MemoryError, match=r"the system refuses the tier 1024.0 TiB .*Cannot allocate memory"):
         Arena(1 << 20, 1 << 30)
 
@@ -245,7 +246,7 @@ def test_a_forked_child_does_not_unmap_what_it_has_at_the_arenas_addresses(make_
     if child == 0:  # not kept for the child, so the place is free: something else comes to lie there
         fixed = 0x10
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed
-        arena_module._libc.mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        host._libc.mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
         memory = bytes_at(start, length)
         memory[:] = 7
         arena.close()

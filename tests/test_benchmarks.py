@@ -1072,7 +1072,7 @@ def copies(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch, fails):
-    store = copies.tier._store
+    store = copies.tier.block_store
     told = []
     for name in ("hold", "release"):
         call = getattr(HostStream, name)
@@ -1081,12 +1081,12 @@ def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch, fails
         )
     copies.prepare(4)
     with contextlib.suppress(ZeroDivisionError), copies.held():
-        assert set(told) == {(store._store_stream, "hold"), (store._load_stream, "hold")}
+        assert set(told) == {(store.engine.store_stream, "hold"), (store.engine.load_stream, "hold")}
         told.clear()
         copies.submit(4)
         if fails:
             raise ZeroDivisionError
-    assert set(told) == {(store._store_stream, "release"), (store._load_stream, "release")}
+    assert set(told) == {(store.engine.store_stream, "release"), (store.engine.load_stream, "release")}
     copies.wait()
     assert copies.is_over
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
+from async_tier.streams.rows import Rows
 from tests import helpers
 from tests.helpers import key, keys
 from tests.rows import primary_rows
@@ -88,7 +88,7 @@ def test_lookups_of_those_who_end_no_step_leave_nothing_behind(store: BlockStore
     for number in range(1000):
         store.lookup(key(number % 4), f"request {number}")
     assert not store._step_hits
-    assert not store._index._step_pins
+    assert not store.index._step_pins
 
 
 def test_a_sequence_that_is_finished_makes_room_at_its_own_cost(store: BlockStore):

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_tier.config import MAX_COPY_THREADS, TierConfig, format_size, load_policy, parse_size, parse_threads, shown
+from async_tier.config import MAX_COPY_THREADS, TierConfig, load_policy, parse_threads
 from async_tier.eviction import LeastRecentlyUsed
+from async_tier.text import format_size, parse_size, shown
 
 POWERS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 POWERS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}

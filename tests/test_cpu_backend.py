@@ -55,9 +55,10 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from async_tier.config import SPEC_KEYS, TIER_KEYS, shown
+from async_tier.config import SPEC_KEYS, TIER_KEYS
 from async_tier.cpu_backend import CPUBackendTieringSpec, HostOffloadingWorker
-from async_tier.primary_file import PrimaryFile
+from async_tier.text import shown
+from async_tier.vllm.primary_file import PrimaryFile
 from tests.engine import Engine
 from tests.helpers import PATIENCE_S, returns
 

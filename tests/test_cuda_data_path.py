@@ -68,7 +68,7 @@ class Machine:
             staging_bytes="64KiB",
             bytes_to_use=tier_blocks * CHUNK,
         )
-        helpers.remember(self.tier._store, np.zeros(0))
+        helpers.remember(self.tier.block_store, np.zeros(0))
         assert self.tier.statistics().engine == "cuda"
         self.manager = TieringOffloadingManager(primary_tier=primary, secondary_tiers=[self.tier])
         self._jobs = 0
@@ -111,7 +111,7 @@ class Machine:
             if all(answer is LookupResult.HIT for answer in answers):
                 break
             self.step()
-            self.tier._store.drain()
+            self.tier.block_store.drain()
         else:
             raise AssertionError("the chunks were never promoted")
         self._transfer(
@@ -172,7 +172,7 @@ def test_chunks_come_back_to_the_gpu_as_they_left_it(pool, groups, delay_us, emu
     ]
     for names in requests:
         machine.offload(names)
-        machine.tier._store.drain()
+        machine.tier.block_store.drain()
         machine.step()
     assert machine.tier.get_num_blocks() == 6 * 2 * groups
     for turn, names in enumerate(requests):
@@ -191,7 +191,7 @@ def test_transfers_of_the_worker_and_of_the_tier_overlap(pool, emulator, shm):
     # A store of the tier is held; the worker's own transfers, on its own streams, go on.
     machine = Machine(pool, groups=1, primary_blocks=8)
     first, second = [key(1), key(2)], [key(3), key(4)]
-    stream = machine.tier._store._engine.store_stream
+    stream = machine.tier.block_store.engine.store_stream
     stream.hold()
     machine.offload(first)
     assert machine.tier.statistics().jobs_in_flight == 1
@@ -200,7 +200,7 @@ def test_transfers_of_the_worker_and_of_the_tier_overlap(pool, emulator, shm):
     assert machine.in_cache(second, first=16) == [True, True]
     assert machine.tier.get_num_blocks() == 0
     stream.release()
-    machine.tier._store.drain()
+    machine.tier.block_store.drain()
     machine.step()
     assert machine.tier.get_num_blocks() == 4
     machine.close()
@@ -212,13 +212,13 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
     machine = Machine("host", groups=1)
     names = [key(1), key(2)]
     machine.offload(names)
-    machine.tier._store.drain()
+    machine.tier.block_store.drain()
     machine.step()
     machine.offload([key(number) for number in range(10, 14)])
-    machine.tier._store.drain()
+    machine.tier.block_store.drain()
     machine.step()
-    store = machine.tier._store
-    store._engine.load_stream.hold()
+    store = machine.tier.block_store
+    store.engine.load_stream.hold()
     real = store.poll
 
     def impatient():
@@ -231,6 +231,6 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
     machine.fetch(names, first=16)
     assert machine.in_cache(names, first=16) == [False, False]
     del store.poll, store.drain
-    store._engine.load_stream.release()
+    store.engine.load_stream.release()
     torch.cuda.synchronize()
     machine.close()

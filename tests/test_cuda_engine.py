@@ -24,13 +24,14 @@ import numpy as np
 import pytest
 import torch
 
-from async_tier import block_store, cuda_arena, engines
-from async_tier.arena import Rows
+from async_tier import block_store, engines
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
-from async_tier.streams import _native, cuda, cuda_driver, registration
+from async_tier.memory import pinned, registration
+from async_tier.streams import _native, cuda, cuda_driver
 from async_tier.streams.cuda import CudaEngine
 from async_tier.streams.row_stream import RowStream
+from async_tier.streams.rows import Rows
 from tests import helpers
 from tests.cuda_emulator import Kind
 from tests.helpers import keys, make_tier, returns, until
@@ -66,7 +67,7 @@ def small_pieces(monkeypatch):
 
 def under_way(store: BlockStore, stream: cuda.CudaStream, emulator) -> None:
     """Wait until the engine has queued all that it may on a held stream: it has asked for the end of it since."""
-    until(lambda: store._engine.seconds_under_way > 0, "a copy was queued")
+    until(lambda: store.engine.seconds_under_way > 0, "a copy was queued")
     asked = emulator.count("event_query")
     until(lambda: emulator.count("event_query") >= asked + 3, "the thread has looked after the stream")
 
@@ -105,7 +106,7 @@ def assert_round_trip(store: BlockStore, primary: np.ndarray, count: int = 40) -
 @each_pool
 def test_streams_are_none_that_torch_hands_out(primary, pool):
     store = make_store(primary, pool=pool)
-    ours = {*store._engine.load_stream.handles, *store._engine.store_stream.handles}
+    ours = {*store.engine.load_stream.handles, *store.engine.store_stream.handles}
     assert len(ours) == (4 if pool == "host" else 2)
     # Its pool has 32 a priority, handed out in turn.
     theirs = {torch.cuda.Stream(priority=priority).cuda_stream for priority in (0, -1) for _ in range(40)}
@@ -149,7 +150,7 @@ def test_an_event_is_used_again_only_when_it_was_seen_complete(primary, pool, em
     store = make_store(primary, pool=pool)
     store.submit_store(1, names(2, 900), [0, 1])
     assert finish(store) == {1: True}
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     stream.hold()
     store.submit_store(2, names(2), [0, 1])
     under_way(store, stream, emulator)
@@ -170,8 +171,8 @@ def test_r1_nothing_waits_while_a_stream_is_held(primary, pool):
     store = make_store(primary, pool=pool)
     store.submit_store(1, names(4), range(4))
     finish(store)
-    store._engine.load_stream.hold()
-    store._engine.store_stream.hold()
+    store.engine.load_stream.hold()
+    store.engine.store_stream.hold()
 
     def a_step() -> list:
         store.submit_load(2, names(4), range(10, 14))
@@ -192,7 +193,7 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
     store = make_store(primary, pool=pool)
     store.submit_store(0, names(2, 900), [0, 1])
     finish(store)
-    for stream in (store._engine.load_stream, store._engine.store_stream):
+    for stream in (store.engine.load_stream, store.engine.store_stream):
         stream.hold()
     # The best of many, because the machine is shared: a call that waits does so every time.
     times: dict[str, list[float]] = {}
@@ -209,7 +210,7 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
             call()
             times.setdefault(what, []).append(time.perf_counter() - started)
     assert all(min(took) < 0.002 for took in times.values()), times
-    for stream in (store._engine.load_stream, store._engine.store_stream):
+    for stream in (store.engine.load_stream, store.engine.store_stream):
         stream.release()
     assert finish(store) == dict.fromkeys([*turns, *(100 + turn for turn in turns)], True)
 
@@ -218,13 +219,13 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
 @each_pool
 def test_r1_drain_is_what_waits(primary, pool, emulator):
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(8), range(8))
     draining = threading.Thread(target=store.drain, daemon=True)
     draining.start()
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     assert draining.is_alive()
-    store._engine.store_stream.release()
+    store.engine.store_stream.release()
     draining.join(helpers.PATIENCE_S)
     assert not draining.is_alive()
     assert [end.job_id for end in store.poll()] == [1]
@@ -281,7 +282,7 @@ def test_without_the_batch_call_rows_go_one_by_one(primary, pool, why, emulator)
     elif why == "WSL2":
         emulator.set_attribute(91, 0)  # CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
     store = make_store(primary, pool=pool, batch_copies=why != "the key")
-    assert not store._engine.has_batch
+    assert not store.engine.has_batch
     before = primary.copy()
     rows = list(range(0, 80, 2))
     store.submit_store(1, names(40), rows)
@@ -301,7 +302,7 @@ def test_a_batch_has_a_bounded_number_of_entries(pool, monkeypatch, emulator):
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (ROW_BYTES,))
     primary = primary_rows(128, 16 * ROW_BYTES)
     store = make_store(primary, pool=pool, staging_bytes="64MiB")
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     before = emulator.count("memcpy_batch_async")
     store.submit_store(1, names(64), range(0, 128, 2))
     assert finish(store) == {1: True}
@@ -318,7 +319,7 @@ def test_a_batch_has_a_bounded_number_of_entries(pool, monkeypatch, emulator):
 @each_pool
 def test_jobs_of_a_stream_end_in_order_and_one_by_one(primary, pool, emulator):
     store = make_store(primary, pool=pool)
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     stream.hold()
     for job_id in range(3):
         store.submit_store(job_id, names(2, 10 * job_id), [0, 1])
@@ -340,7 +341,7 @@ def test_jobs_of_a_stream_end_in_order_and_one_by_one(primary, pool, emulator):
 def test_r7_stores_in_flight_are_bounded(primary, pool, small_pieces, emulator):
     limit = 4 * 2 * ROW_BYTES
     store = make_store(primary, pool=pool, max_inflight_store_bytes=limit, staging_bytes="256KiB")
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     for turn in range(2):  # as many the second time
         stream.hold()
         moved = emulator.copies(Kind.H2D)[1]
@@ -358,7 +359,7 @@ def test_what_is_queued_goes_on_though_nobody_calls(primary, pool, small_pieces,
     before = primary.copy()
     store.submit_store(1, names(20, 900), range(20))
     assert finish(store) == {1: True}
-    streams = (store._engine.load_stream, store._engine.store_stream)
+    streams = (store.engine.load_stream, store.engine.store_stream)
     for stream in streams:
         RowStream.hold(stream)
     primary[100:120] = 0
@@ -407,7 +408,7 @@ def test_the_end_of_a_job_is_signalled(primary, pool, emulator):
     fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     try:
         store.signal(fd)
-        stream = store._engine.store_stream
+        stream = store.engine.store_stream
         stream.hold()
         store.submit_store(1, names(4), range(4))
         under_way(store, stream, emulator)
@@ -445,13 +446,13 @@ def test_r7_loads_that_wait_for_room_go_before_stores(primary, emulator):
     store = make_store(primary, blocks=80, pool="host")
     store.submit_store(1, names(40, 900), range(40))
     assert finish(store) == {1: True}
-    for stream in (store._engine.load_stream, store._engine.store_stream):
+    for stream in (store.engine.load_stream, store.engine.store_stream):
         RowStream.hold(stream)
     moved = emulator.copies(Kind.H2D)[1]
     emulator.set_delay(None, 1000.0)
     store.submit_store(2, names(40), range(40))
     store.submit_load(3, names(40, 900), range(64, 104))
-    for stream in (store._engine.store_stream, store._engine.load_stream):
+    for stream in (store.engine.store_stream, store.engine.load_stream):
         RowStream.release(stream)
     returns(lambda: store._loads[0].event.synchronize() or True)
     of_stores = emulator.copies(Kind.H2D)[1] - moved - 40 * ROW_BYTES
@@ -466,7 +467,7 @@ def test_stores_go_on_where_loads_are_stalled(primary, emulator):
     store = make_store(primary, pool="host")
     store.submit_store(1, names(4, 900), range(4))
     assert finish(store) == {1: True}
-    store._engine.load_stream.hold()
+    store.engine.load_stream.hold()
     emulator.inject("memcpy_async", 2, UNKNOWN)
     store.submit_load(2, names(2, 900), [10, 11])
     until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
@@ -475,7 +476,7 @@ def test_stores_go_on_where_loads_are_stalled(primary, emulator):
     ends = []
     until(lambda: ends.extend(store.poll()) or ends, "the store ended")
     assert [(end.job_id, end.success) for end in ends] == [(4, True)]
-    store._engine.load_stream.release()
+    store.engine.load_stream.release()
     assert finish(store) == {2: False, 3: True}
 
 
@@ -484,10 +485,10 @@ def test_a_staging_slot_is_overwritten_only_when_its_second_leg_has_read_it(prim
     # The first legs of all pieces could run at once; the second legs are held, and have a slot each.
     store = make_store(primary, pool="host")
     before = primary.copy()
-    second = store._engine.store_stream.handles[1]
+    second = store.engine.store_stream.handles[1]
     emulator.hold(second)
     store.submit_store(1, names(40), range(40))
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     emulator.release(second)
     assert finish(store) == {1: True}
     primary[:] = 0
@@ -503,7 +504,7 @@ def test_pieces_in_flight_are_bounded_in_number_as_well(primary, pool, small_pie
     monkeypatch.setattr(cuda, "MAX_PIECES", 5)
     store = make_store(primary, pool=pool, staging_bytes="1MiB")
     piece = 2 * ROW_BYTES if pool != "host" else (512 << 10) // 5 // 256 * 256
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     before = primary.copy()
     stream.hold()
     calls = driver_calls(emulator)
@@ -527,7 +528,7 @@ def test_copies_in_flight_are_bounded_in_number_as_well(batch, emulator):
     """Rows that are no neighbours are a copy each; a launch queue takes a thousand of them, or 26,000 in batches."""
     primary = primary_rows(40_000, 64)
     store = make_store(primary, blocks=20_000, pool="cuda:0", batch_copies=batch)
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     most, calls = (8192 + 512, 100) if batch else (512 + 128, 700)
     for turn in range(2):  # as many the second time
         stream.hold()
@@ -565,7 +566,7 @@ def test_loads_do_not_wait_for_the_staging_of_stores(primary):
     store = make_store(primary, pool="host")
     store.submit_store(1, names(2, 900), [0, 1])
     finish(store)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(2, names(60), range(60))
     store.submit_load(3, names(2, 900), [100, 101])
     job = store._loads[0].event
@@ -581,10 +582,10 @@ def test_loads_do_not_wait_for_the_staging_of_stores(primary):
 def test_the_primary_is_registered_and_given_back(primary, pool, emulator):
     before = emulator.count("host_register"), emulator.count("host_unregister")
     store = make_store(primary, pool=pool)
-    assert store._engine.driver.is_pinned(primary.ctypes.data)
+    assert store.engine.driver.is_pinned(primary.ctypes.data)
     registered = emulator.count("host_register") - before[0]
     assert registered == (2 if pool == "host" else 1)
-    driver, context = store._engine.driver, store._engine.context
+    driver, context = store.engine.driver, store.engine.context
     store.close()
     store.close()
     assert emulator.count("host_unregister") - before[1] == registered
@@ -603,7 +604,7 @@ def test_the_primary_is_registered_before_the_arena_is_allocated(primary, monkey
 
     monkeypatch.setattr(cuda_driver.Driver, "register", register)
     store = make_store(primary, pool="host")
-    assert order == [primary.ctypes.data, store._rows.address]
+    assert order == [primary.ctypes.data, store.arena.rows.address]
 
 
 def test_what_somebody_else_has_registered_is_used_and_left_to_them(primary):
@@ -632,7 +633,7 @@ def test_tiers_on_one_primary_unpin_it_with_the_last_of_them(primary, pool, emul
     second.close()
     assert_round_trip(third, primary)
     assert emulator.copies_pageable() == 0
-    driver, context = third._engine.driver, third._engine.context
+    driver, context = third.engine.driver, third.engine.context
     third.close()
     with context:
         assert not driver.is_pinned(primary.ctypes.data)
@@ -642,12 +643,12 @@ def test_tiers_on_one_primary_unpin_it_with_the_last_of_them(primary, pool, emul
 @emulated
 def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, caplog):
     store = make_store(primary)
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     stream.hold()
     store.submit_store(1, names(2), [0, 1])
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     store.close()
-    assert not store._engine.is_quiet
+    assert not store.engine.is_quiet
     stream.release()
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     # Other memory at the same addresses: copies would go to the pages that were pinned.
@@ -697,7 +698,7 @@ def test_what_is_unpinned_late_may_be_used_again(primary, monkeypatch):
     store.close()
     gate.set()
     until(lambda: not registration._users, "it was unpinned after all")
-    driver, context = store._engine.driver, store._engine.context
+    driver, context = store.engine.driver, store.engine.context
     with context:
         driver.register(primary.ctypes.data, primary.nbytes)  # somebody else
         later = make_store(primary)
@@ -797,9 +798,9 @@ def test_where_pinning_is_refused_copy_threads_copy(primary, pool, nth, emulator
 @emulated
 def test_large_memory_is_registered_in_ranges_and_no_copy_crosses_them(primary, monkeypatch, emulator):
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (8 * ROW_BYTES,))
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     store = make_store(primary, staging_bytes="256KiB")  # pieces of eight rows
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     assert emulator.count("host_register") == 128 // 8 + 64 // 8
     before = primary.copy()
     store.submit_store(1, names(3, 900), range(3))  # so that neither side's rows begin with a range
@@ -816,7 +817,7 @@ def test_large_memory_is_registered_in_ranges_and_no_copy_crosses_them(primary, 
 
 @emulated
 def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     gate = threading.Event()
     real = registration.Registration.register_next
 
@@ -832,7 +833,7 @@ def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
     assert store.num_blocks == 8
     assert store.statistics().blocks_refused == 12
     gate.set()
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     store.submit_store(2, names(64, 100), range(64))
     assert finish(store) == {2: True}
     assert store.num_blocks == 64
@@ -842,7 +843,7 @@ def test_rows_are_taken_as_their_memory_is_pinned(primary, monkeypatch):
 def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
     """Else the driver does it, and keeps others out meanwhile."""
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (8 * ROW_BYTES,))
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     done = []
     populate, register = _native.populate, cuda_driver.Driver.register
 
@@ -856,8 +857,8 @@ def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
     monkeypatch.setattr(_native, "populate", note("populate", populate))
     monkeypatch.setattr(cuda_driver.Driver, "register", note("register", register))
     store = make_store(primary)
-    store._arena._pinner.join(helpers.PATIENCE_S)
-    rows = [(primary.ctypes.data, 128), (store._arena.rows.address, 64)]
+    store.arena._pinner.join(helpers.PATIENCE_S)
+    rows = [(primary.ctypes.data, 128), (store.arena.rows.address, 64)]
     ranges = [(first + at * ROW_BYTES, 8 * ROW_BYTES) for first, count in rows for at in range(0, count, 8)]
     assert done == [(kind, *each) for each in ranges for kind in ("populate", "register")]
     store.close()
@@ -867,7 +868,7 @@ def test_memory_is_populated_before_it_is_pinned(primary, monkeypatch):
 def test_between_two_ranges_others_have_their_turn(primary, monkeypatch):
     """As long as pinning one took: meanwhile calls into CUDA wait, also those of other processes."""
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (32 * ROW_BYTES,))
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
     done: list[object] = []
     real = cuda_driver.Driver.register
     clock = iter(range(0, 10_000, 7))
@@ -883,10 +884,10 @@ def test_between_two_ranges_others_have_their_turn(primary, monkeypatch):
 
     fake = SimpleNamespace(monotonic=lambda: next(clock), sleep=done.append)
     monkeypatch.setattr(registration, "time", fake)
-    monkeypatch.setattr(cuda_arena, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
+    monkeypatch.setattr(pinned, "threading", SimpleNamespace(Event=Stop, Thread=threading.Thread))
     monkeypatch.setattr(cuda_driver.Driver, "register", register)
     store = make_store(primary)
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     assert done == [0, *["register", 7] * 3, "register", *["register", 7] * 3, "register"]
 
 
@@ -895,7 +896,7 @@ def test_between_two_ranges_others_have_their_turn(primary, monkeypatch):
 def test_a_range_that_is_refused_is_halved_and_tried_again(primary, pool, monkeypatch, emulator, caplog):
     """Down to a size. What is larger than the rest is in one place, not below the row's size: rows are cut as well."""
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (16 * ROW_BYTES,))
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 16 * ROW_BYTES)
     monkeypatch.setattr(registration, "MIN_RANGE_BYTES", 4 * ROW_BYTES)
     sizes: dict[int, list[int]] = {}
     real = cuda_driver.Driver.register
@@ -910,11 +911,11 @@ def test_a_range_that_is_refused_is_halved_and_tried_again(primary, pool, monkey
     monkeypatch.setattr(cuda_driver.Driver, "register", register)
     store = make_store(primary, staging_bytes="256KiB", pool=pool)
     assert store.statistics().engine == "cuda"
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     # Of the primary the first 16 rows, of the rest the first 8, then 4 at a time.
-    of_primary = store._engine._registrations[primary.ctypes.data]
+    of_primary = store.engine._registrations[primary.ctypes.data]
     assert of_primary.range_starts == [primary.ctypes.data + row * ROW_BYTES for row in (0, 16, *range(24, 128, 4))]
-    assert store._engine.step_of(store.primary) == 4 * ROW_BYTES
+    assert store.engine.step_of(store.primary) == 4 * ROW_BYTES
     before = primary.copy()
     store.submit_store(1, names(3, 900), range(3))
     store.submit_store(2, names(40), range(5, 45))
@@ -927,8 +928,8 @@ def test_a_range_that_is_refused_is_halved_and_tried_again(primary, pool, monkey
     monkeypatch.setattr(cuda_driver.Driver, "register", real)
     later = make_store(primary, staging_bytes="256KiB", pool=pool)
     assert later.statistics().engine == "cuda"
-    assert later._engine._registrations[primary.ctypes.data].range_starts == of_primary.range_starts
-    until(lambda: later._arena.ready == 64, "all of the arena is pinned")
+    assert later.engine._registrations[primary.ctypes.data].range_starts == of_primary.range_starts
+    until(lambda: later.arena.ready == 64, "all of the arena is pinned")
     assert_round_trip(later, primary)
     assert emulator.copies_pageable() == 0
     assert not caplog.records
@@ -968,12 +969,12 @@ def test_random_jobs_are_cut_and_merged_rightly(pool, seed, monkeypatch, emulato
     row_bytes = int(draw.integers(1, 5 * ROW_BYTES))
     range_bytes = ROW_BYTES << int(draw.integers(0, 4))
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (range_bytes,))
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", range_bytes)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", range_bytes)
     monkeypatch.setattr(cuda, "MAX_PIECE_BYTES", int(draw.integers(256, 4 * ROW_BYTES)))
     primary = primary_rows(128, row_bytes, seed=seed)
     options = {"bytes_to_use": 64 * row_bytes, "staging_bytes": 64 << 10, "batch_copies": bool(seed % 3)}
     store = make_store(primary, pool=pool, **options)
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     for turn in range(3):
         before = primary.copy()
         count, first = int(draw.integers(1, 64)), int(draw.integers(0, 60))
@@ -995,22 +996,22 @@ def test_random_jobs_are_cut_and_merged_rightly(pool, seed, monkeypatch, emulato
 @each_pool
 def test_rows_may_be_larger_than_a_range(pool, monkeypatch, emulator):
     monkeypatch.setattr(registration.Registration.__init__, "__defaults__", (2 * ROW_BYTES,))
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 2 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 2 * ROW_BYTES)
     large = primary_rows(128, 3 * ROW_BYTES + 40, seed=2)
     store = make_store(large, pool=pool, staging_bytes="256KiB")
-    assert store._arena.ready >= 1
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+    assert store.arena.ready >= 1
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
     assert_round_trip(store, large)
     assert emulator.copies_pageable() == 0
 
 
 @emulated
 def test_an_arena_that_cannot_be_pinned_whole_is_used_as_far_as_it_is(primary, monkeypatch, emulator, caplog):
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     emulator.inject("host_register", 4, OUT_OF_MEMORY)
     store = make_store(primary)
-    store._arena._pinner.join(helpers.PATIENCE_S)
-    assert store._arena.ready == 16
+    store.arena._pinner.join(helpers.PATIENCE_S)
+    assert store.arena.ready == 16
     assert "holds 16 blocks and not 64" in caplog.text
     store.submit_store(1, names(40), range(40))
     assert finish(store) == {1: True}
@@ -1028,7 +1029,7 @@ def policy_of(address: int) -> str:
 def test_the_tiers_memory_is_next_to_the_gpu(primary, node, policy, emulator, caplog):
     emulator.set_attribute(134, node)  # HOST_NUMA_ID; 1000 is none that the system has
     store = make_store(primary)
-    assert policy_of(store._arena.rows.address) == policy
+    assert policy_of(store.arena.rows.address) == policy
     assert_round_trip(store, primary)
     assert not caplog.records
 
@@ -1041,7 +1042,7 @@ def test_a_policy_that_the_user_has_given_holds(primary, emulator):
     def with_a_policy() -> str:
         set_mempolicy, bind = {"x86_64": 238, "aarch64": 237}[os.uname().machine], 2
         assert libc.syscall(set_mempolicy, bind, ctypes.byref(nodes), 64) == 0
-        return policy_of(make_store(primary)._arena.rows.address)
+        return policy_of(make_store(primary).arena.rows.address)
 
     emulator.set_attribute(134, 0)
     assert returns(with_a_policy) == "default"
@@ -1079,9 +1080,9 @@ def test_auto_is_cuda_where_the_only_worker_lives_in_this_process(primary, monke
     torch.cuda.init()
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_initialized", lambda: initialized)
-        patched.setattr("async_tier._vllm_compat.node_count", lambda spec: 1)
+        patched.setattr("async_tier.vllm.compat.node_count", lambda spec: 1)
         tier = AsyncSecondaryTierManager(spec(workers), memoryview(primary), "async", staging_bytes="64KiB")
-    helpers.remember(tier._store, primary)
+    helpers.remember(tier.block_store, primary)
     assert tier.statistics().engine == expected
 
 
@@ -1106,8 +1107,8 @@ def test_more_than_the_machine_has_is_refused_in_words_and_unpins(primary):
     with pytest.raises(MemoryError, match="set bytes_to_use to less"):
         make_store(primary, bytes_to_use=1 << 50)
     store = make_store(primary)
-    assert store._engine.name == "cuda"
-    assert store._engine.driver.is_pinned(primary.ctypes.data)
+    assert store.engine.name == "cuda"
+    assert store.engine.driver.is_pinned(primary.ctypes.data)
 
 
 @emulated
@@ -1239,7 +1240,7 @@ else:
 def test_an_engines_first_gpu_is_the_one_that_vllms_worker_takes():
     from vllm.config import ParallelConfig
 
-    from async_tier._vllm_compat import first_gpu
+    from async_tier.vllm.compat import first_gpu
 
     for workers, index, local in ((1, 0, None), (4, 1, 1), (2, 5, 1), (2, 3, None)):
         parallel = SimpleNamespace(
@@ -1266,7 +1267,7 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
     store = make_store(primary)
     store.submit_store(1, names(2), [0, 1])
     assert finish(store) == {1: True}
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(2, names(2, 5), [0, 1])
     child = os.fork()
     if child == 0:
@@ -1280,11 +1281,11 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
             store.close()
             refused = [(end.job_id, end.success) for end in store.poll()] == [(3, False), (2, False)]
             # A call would have been refused, which is how a lost context looks.
-            code = 0 if refused and not called and store._engine.is_quiet and store._engine.broken is None else 2
+            code = 0 if refused and not called and store.engine.is_quiet and store.engine.broken is None else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    store._engine.store_stream.release()
+    store.engine.store_stream.release()
     assert finish(store) == {2: True}
     assert_round_trip(store, primary)
 
@@ -1295,7 +1296,7 @@ def test_importing_and_parsing_call_nothing_of_cuda():
     script = """
 from tests import cuda_emulator
 emulator = cuda_emulator.load()
-import async_tier.manager, async_tier.engines, async_tier.cuda_arena, async_tier.streams.cuda
+import async_tier.manager, async_tier.engines, async_tier.memory.pinned, async_tier.streams.cuda
 from async_tier.config import TierConfig
 TierConfig.parse({"engine": "cuda"})
 import torch
@@ -1321,7 +1322,7 @@ def test_a_job_says_how_long_its_copies_took(primary, pool, emulator):
 def test_nobody_elses_stream_waits_for_ours(primary, pool):
     # Not even the legacy default stream, which waits for every stream that was not made "non-blocking".
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     assert returns(lambda: torch.zeros(4, device="cuda").cpu().tolist()) == [0.0] * 4
 
@@ -1348,7 +1349,7 @@ def test_the_callers_context_is_left_as_it_was(primary, pool, emulator):
 def test_loads_in_flight_are_bounded_as_well(primary, pool, small_pieces, monkeypatch, emulator):
     monkeypatch.setattr(cuda, "MAX_INFLIGHT_LOAD_BYTES", 8 * ROW_BYTES)
     store = make_store(primary, pool=pool, staging_bytes="256KiB")
-    stream = store._engine.load_stream
+    stream = store.engine.load_stream
     before = primary.copy()
     store.submit_store(1, names(60), range(60))
     assert finish(store) == {1: True}
@@ -1378,11 +1379,11 @@ def test_loads_and_stores_at_once_do_not_meet(primary, pool, emulator):
     for turn in range(5):
         emulator.set_jitter(300.0, turn)
         primary[100:120] = 0
-        for stream in (store._engine.load_stream, store._engine.store_stream):
+        for stream in (store.engine.load_stream, store.engine.store_stream):
             stream.hold()
         store.submit_load(2, names(20), range(100, 120))
         store.submit_store(3, names(20, 1000 + 20 * turn), range(30, 50))
-        for stream in (store._engine.store_stream, store._engine.load_stream):
+        for stream in (store.engine.store_stream, store.engine.load_stream):
             stream.release()
         assert finish(store) == {2: True, 3: True}
         assert np.array_equal(primary[100:120], before[:20])
@@ -1390,7 +1391,7 @@ def test_loads_and_stores_at_once_do_not_meet(primary, pool, emulator):
         store.submit_load(4, names(20, 1000 + 20 * turn), range(60, 80))
         assert finish(store) == {4: True}
         assert np.array_equal(primary[60:80], before[30:50])
-        store._index.drop(names(20, 1000 + 20 * turn))
+        store.index.drop(names(20, 1000 + 20 * turn))
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
@@ -1429,7 +1430,7 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     before = primary.copy()
     store.submit_store(1, names(8, 900), range(8))
     assert finish(store) == {1: True}
-    streams = (store._engine.load_stream, store._engine.store_stream)
+    streams = (store.engine.load_stream, store.engine.store_stream)
     for stream in streams:
         RowStream.hold(stream)
     emulator.inject(point, nth, UNKNOWN)
@@ -1453,7 +1454,7 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
         assert not any(store.lookup(name) for name in names(4))
     store.end_step()
     assert np.array_equal(primary[110:114], before[4:8])
-    assert store._engine.broken is None
+    assert store.engine.broken is None
     assert_round_trip(store, primary)
     assert store.statistics().rows_used == store.num_blocks
     store.close()
@@ -1483,7 +1484,7 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
     store = make_store(primary, pool="host")
     store.submit_store(1, names(2, 900), [0, 1])
     assert finish(store) == {1: True}
-    stream = store._engine.load_stream if is_load else store._engine.store_stream
+    stream = store.engine.load_stream if is_load else store.engine.store_stream
     stream.hold()
     emulator.inject(point, nth, UNKNOWN)
     if is_load:
@@ -1504,12 +1505,12 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
 def test_r6_what_cannot_be_known_fails(primary, emulator):
     # An event that cannot be asked says nothing of whether the bytes arrived.
     store = make_store(primary)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     emulator.inject("event_query", 1, UNKNOWN)
     until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
     assert store.poll() == []
-    store._engine.store_stream.release()
+    store.engine.store_stream.release()
     assert finish(store) == {1: False}
     assert store.num_blocks == 0
 
@@ -1519,7 +1520,7 @@ def test_r6_what_cannot_be_known_fails(primary, emulator):
 def test_nothing_of_a_failed_job_is_copied_after_its_report(primary, pool, small_pieces, emulator):
     # Its first pieces are in flight and the rest waits for room when its event cannot be asked.
     store = make_store(primary, pool=pool, max_inflight_store_bytes=1)
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     stream.hold()
     store.submit_store(1, names(20), range(20))
     under_way(store, stream, emulator)
@@ -1545,7 +1546,7 @@ def test_a_stream_that_cannot_be_asked_has_lost_its_context(primary, pool, emula
     emulator.inject("stream_query", 1, ILLEGAL_ADDRESS)
     store.submit_store(1, names(4), range(4))
     assert finish(store) == {1: False}
-    assert "illegal memory access" in store._engine.broken
+    assert "illegal memory access" in store.engine.broken
     assert store.num_blocks == 0
 
 
@@ -1561,7 +1562,7 @@ def test_a_stream_that_never_says_whether_it_is_empty_loses_the_tier(primary, po
     emulator.inject("memcpy_async", 1, UNKNOWN)
     store.submit_store(2, names(4), range(4))
     assert finish(store) == {2: False}
-    assert "806" in store._engine.broken
+    assert "806" in store.engine.broken
     assert store.num_blocks == 0
 
 
@@ -1583,7 +1584,7 @@ def test_only_what_the_context_does_not_survive_loses_the_tier(primary, pool, co
     emulator.inject("stream_query", 1, code)
     store.submit_store(2, names(4), range(4))
     assert finish(store) == {2: False}
-    assert (store._engine.broken is not None) == is_lost
+    assert (store.engine.broken is not None) == is_lost
     assert store.num_blocks == (0 if is_lost else 4)
     if not is_lost:
         assert_round_trip(store, primary)
@@ -1594,12 +1595,12 @@ def test_only_what_the_context_does_not_survive_loses_the_tier(primary, pool, co
 @pytest.mark.parametrize("code", [900, 901, 906, 907])
 def test_what_is_refused_because_somebody_captures_is_asked_again(primary, pool, code, emulator, caplog):
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(4), range(4))
     emulator.inject("event_query", 1, code)
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     assert store.poll() == []
-    store._engine.store_stream.release()
+    store.engine.store_stream.release()
     assert finish(store) == {1: True}
     assert not caplog.records
     assert_round_trip(store, primary)
@@ -1609,7 +1610,7 @@ def test_what_is_refused_because_somebody_captures_is_asked_again(primary, pool,
 @each_pool
 def test_graphs_that_others_capture_are_not_in_the_way_nor_spoilt(primary, pool, monkeypatch, emulator, caplog):
     """F38. torch captures in mode GLOBAL, in which other threads' questions and allocations would be refused."""
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     torch.cuda.init()
     driver = ctypes.CDLL("libcuda.so.1")
     theirs = torch.cuda.Stream()
@@ -1623,7 +1624,7 @@ def test_graphs_that_others_capture_are_not_in_the_way_nor_spoilt(primary, pool,
         assert there(lambda: driver.cuStreamBeginCapture_v2(handle, 0)) == 0
         store = make_store(primary, pool=pool)
         assert store.statistics().engine == "cuda"
-        until(lambda: store._arena.ready == 64, "all of the arena is pinned")
+        until(lambda: store.arena.ready == 64, "all of the arena is pinned")
         assert_round_trip(store, primary)
         store.submit_store(1, names(4, 900), range(4))
         until(lambda: store.poll(), "it ended without a wait")
@@ -1636,7 +1637,7 @@ def test_graphs_that_others_capture_are_not_in_the_way_nor_spoilt(primary, pool,
 @emulated
 def test_a_threads_mode_towards_captures_is_left_as_it_was(primary):
     store = make_store(primary)
-    driver, context = store._engine.driver, store._engine.context
+    driver, context = store.engine.driver, store.engine.context
     assert driver.exchange_capture_mode(1) == 0
     with context:
         with context:
@@ -1658,7 +1659,7 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
     store = make_store(primary, pool=pool)
     store.submit_store(1, names(4, 900), range(4))
     assert finish(store) == {1: True}
-    streams = (store._engine.load_stream, store._engine.store_stream)
+    streams = (store.engine.load_stream, store.engine.store_stream)
     for stream in streams:
         stream.hold()
     if is_load and pool != "host" and point == "exec_h2d":
@@ -1697,11 +1698,11 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
 @emulated
 def test_jobs_in_flight_when_the_context_is_lost_are_reported_as_failed_once(primary, emulator):
     store = make_store(primary, pool="host")
-    for stream in (store._engine.load_stream, store._engine.store_stream):
+    for stream in (store.engine.load_stream, store.engine.store_stream):
         stream.hold()
     for job_id in range(5):
         store.submit_store(job_id, names(4, 10 * job_id), range(4))
-    until(lambda: any(map(emulator.pending, store._engine.store_stream.handles)), "copies are on the stream")
+    until(lambda: any(map(emulator.pending, store.engine.store_stream.handles)), "copies are on the stream")
     # A kind of copy that the engine's thread does not make: what it still queues must not meet the error first.
     emulator.inject("exec_d2d", 1, ILLEGAL_ADDRESS, asynchronous=True)
     with contextlib.suppress(RuntimeError):
@@ -1726,7 +1727,7 @@ def test_nothing_of_cuda_is_called_once_the_context_is_lost(primary, pool, emula
     before = [emulator.count(name) for name in names_of_calls]
     store.close()
     assert [emulator.count(name) for name in names_of_calls] == before
-    assert not store._engine.is_quiet
+    assert not store.engine.is_quiet
 
 
 @emulated
@@ -1744,7 +1745,7 @@ def test_a_context_that_cannot_be_made_current(primary, pool, when, monkeypatch,
             store.close()
             assert "CUDA refused to take back what the engine had" in caplog.text
             assert emulator.count("host_unregister") == 0
-            store._engine.is_quiet = False  # for the end of the test, where it can be again
+            store.engine.is_quiet = False  # for the end of the test, where it can be again
 
 
 @emulated
@@ -1803,7 +1804,7 @@ def test_close_gives_everything_back(primary, pool, device_memory):
 def test_a_store_that_nobody_closes_ends_with_its_object(primary, pool, device_memory):
     store = make_store(primary, pool=pool)
     assert device_memory
-    engine = weakref.ref(store._engine)
+    engine = weakref.ref(store.engine)
     helpers.forget()
     del store
     gc.collect()
@@ -1825,9 +1826,9 @@ def test_events_and_streams_are_destroyed_by_close(primary, pool, emulator, tmp_
 @each_pool
 def test_events_and_streams_of_copies_that_may_be_under_way_are_left(primary, pool, emulator):
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     store.close()
     assert emulator.count("event_destroy") == emulator.count("stream_destroy") == 0
 
@@ -1841,7 +1842,7 @@ def test_close_waits_for_copies_in_flight_and_drops_the_rest(primary, pool, smal
     store.submit_store(2, names(20, 100), range(20))
     store.close()
     assert {end.job_id: end.success for end in store.poll()} == {1: False, 2: False}
-    assert store._engine.is_quiet
+    assert store.engine.is_quiet
     assert emulator.violations() == 0
 
 
@@ -1849,15 +1850,15 @@ def test_close_waits_for_copies_in_flight_and_drops_the_rest(primary, pool, smal
 @each_pool
 def test_close_is_bounded_and_leaves_memory_that_may_be_written_to(primary, pool, emulator, caplog):
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     assert returns(lambda: store.close() or True)
     assert {end.job_id: end.success for end in store.poll()} == {1: False}
-    assert not store._engine.is_quiet
+    assert not store.engine.is_quiet
     assert "may be under way" in caplog.text
-    assert store._engine.driver.is_pinned(primary.ctypes.data)
-    stream = store._engine.store_stream
+    assert store.engine.driver.is_pinned(primary.ctypes.data)
+    stream = store.engine.store_stream
     stream.release()
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     assert emulator.sticky() == 0, "they found their memory gone"
@@ -1866,12 +1867,12 @@ def test_close_is_bounded_and_leaves_memory_that_may_be_written_to(primary, pool
 @emulated
 def test_memory_under_copies_stays_where_it_is_when_all_objects_are_gone(primary, emulator):
     store = make_store(primary)
-    handles = store._engine.store_stream.handles
-    driver, context, engine = store._engine.driver, store._engine.context, weakref.ref(store._engine)
-    rows = store._rows
-    store._engine.store_stream.hold()
+    handles = store.engine.store_stream.handles
+    driver, context, engine = store.engine.driver, store.engine.context, weakref.ref(store.engine)
+    rows = store.arena.rows
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     store.close()
     helpers.forget()
     del store
@@ -1908,17 +1909,17 @@ def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary,
     free_before = torch.cuda.mem_get_info()[0]
     store = make_store(primary, pool=pool)
     assert_round_trip(store, primary)
-    rows, driver, context = store._rows, store._engine.driver, store._engine.context
+    rows, driver, context = store.arena.rows, store.engine.driver, store.engine.context
     emulator.inject(point, nth, UNKNOWN)
     assert returns(lambda: store.close() or True)
-    assert store._engine.is_quiet
+    assert store.engine.is_quiet
     if point != "primary_context_release":
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "refused to take back what the engine had, in 1 calls" in caplog.text
     assert emulator.count("stream_destroy") == (4 if pool == "host" else 2)
     assert emulator.count("free") == 1
     assert emulator.count("host_unregister") == (2 if pool == "host" else 1)
-    held = store._engine._memory and free_before - torch.cuda.mem_get_info()[0]
+    held = store.engine._memory and free_before - torch.cuda.mem_get_info()[0]
     assert bool(held) == (point == "free")
     with context:
         left = [address for address in (rows.address, primary.ctypes.data) if driver.is_pinned(address)]
@@ -1929,7 +1930,7 @@ def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary,
             assert left == ([primary.ctypes.data] if point == "host_unregister" else [])
         for address in left:
             driver.unregister(address)
-        for address in store._engine._memory if held else ():
+        for address in store.engine._memory if held else ():
             driver.free(address)
     registration._users.clear()
     registration._left.clear()
@@ -1938,7 +1939,7 @@ def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary,
 @emulated
 def test_what_another_tier_has_kept_from_being_unpinned_can_be_later(primary, monkeypatch):
     store = make_store(primary)
-    pinned = store._arena._registration
+    pinned = store.arena._registration
     monkeypatch.setattr(registration, "LOCK_TIMEOUT_S", 0.05)
     with registration._lock:
         assert not pinned.give_up()
@@ -1948,17 +1949,17 @@ def test_what_another_tier_has_kept_from_being_unpinned_can_be_later(primary, mo
 
 @emulated
 def test_a_range_that_cannot_be_unpinned_keeps_no_other_pinned(primary, monkeypatch, emulator):
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     store = make_store(primary)
-    until(lambda: store._arena.ready == 64, "all of the arena is pinned")
-    driver, context, pinned = store._engine.driver, store._engine.context, store._arena._registration
-    starts = list(pinned.range_starts)
+    until(lambda: store.arena.ready == 64, "all of the arena is pinned")
+    driver, context, of_arena = store.engine.driver, store.engine.context, store.arena._registration
+    starts = list(of_arena.range_starts)
     emulator.inject("host_unregister", 3, UNKNOWN)
     store.close()
     with context:
         assert [driver.is_pinned(address) for address in starts] == [at == 2 for at in range(8)]
         assert not driver.is_pinned(primary.ctypes.data)
-    assert pinned.give_up()
+    assert of_arena.give_up()
 
 
 @emulated
@@ -1973,12 +1974,12 @@ def test_close_does_not_wait_for_the_work_of_others_on_the_device(
     torch.cuda.init()
     free_before = torch.cuda.mem_get_info()[0]
     store = make_store(primary, pool=pool)
-    driver, context = store._engine.driver, store._engine.context
+    driver, context = store.engine.driver, store.engine.context
     theirs = torch.cuda.Stream()
     emulator.hold(theirs.cuda_stream)
     torch.cuda.Event().record(theirs)
     assert returns(lambda: store.close() or True)
-    assert store._engine.is_quiet
+    assert store.engine.is_quiet
     with context:
         assert driver.is_pinned(primary.ctypes.data) == unpinning_waits
     assert len(caplog.records) == unpinning_waits, "it has not unpinned the memory in time"
@@ -1997,7 +1998,7 @@ def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
 
     monkeypatch.setattr(cuda_driver.Driver, "unregister", unregister)
     store = make_store(primary)
-    rows, driver, context = store._rows, store._engine.driver, store._engine.context
+    rows, driver, context = store.arena.rows, store.engine.driver, store.engine.context
     assert returns(lambda: store.close() or True)
     assert "has not unpinned" in caplog.text
     assert ctypes.string_at(rows.address, 1), "what is pinned stays mapped"
@@ -2011,9 +2012,9 @@ def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
 def test_close_is_bounded_also_where_a_signal_comes_at_its_end(primary, pool, emulator):
     """Whoever waits for the GIL, or handles a signal, is back when the time is over: then no job may be left open."""
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     event = store._stores[0].event
     until_over = time.monotonic() + 0.3
 
@@ -2024,7 +2025,7 @@ def test_close_is_bounded_also_where_a_signal_comes_at_its_end(primary, pool, em
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
-        quiet = store._engine._native.close(0.15)
+        quiet = store.engine._native.close(0.15)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -2032,14 +2033,14 @@ def test_close_is_bounded_also_where_a_signal_comes_at_its_end(primary, pool, em
     assert event.is_done
     assert event.failed
     store.close()
-    assert not store._engine.is_quiet, "its thread has ended, and the copies have not"
+    assert not store.engine.is_quiet, "its thread has ended, and the copies have not"
 
 
 @emulated
 def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monkeypatch):
     monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", helpers.PATIENCE_S)
     store = make_store(primary)
-    stream = store._engine.store_stream
+    stream = store.engine.store_stream
     stream.hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, stream, emulator)
@@ -2054,14 +2055,14 @@ def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monk
         signal.signal(signal.SIGALRM, before)
     assert registration._left
     stream.release()
-    assert store._engine._native.close(helpers.PATIENCE_S), "the copies ended"
+    assert store.engine._native.close(helpers.PATIENCE_S), "the copies ended"
     assert emulator.sticky() == 0, "they found their memory gone"
-    store._engine.close()
+    store.engine.close()
 
 
 @emulated
 def test_memory_that_is_left_is_pinned_no_further(primary, emulator, monkeypatch, caplog):
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
     gate = threading.Event()
     real = registration.Registration.register_next
 
@@ -2072,14 +2073,14 @@ def test_memory_that_is_left_is_pinned_no_further(primary, emulator, monkeypatch
 
     monkeypatch.setattr(registration.Registration, "register_next", register_next)
     store = make_store(primary)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
-    under_way(store, store._engine.store_stream, emulator)
+    under_way(store, store.engine.store_stream, emulator)
     store.close()
     gate.set()
-    store._arena._pinner.join(helpers.PATIENCE_S)
-    assert not store._arena._pinner.is_alive()
-    assert store._arena.ready <= 16
+    store.arena._pinner.join(helpers.PATIENCE_S)
+    assert not store.arena._pinner.is_alive()
+    assert store.arena.ready <= 16
 
 
 @emulated
@@ -2096,18 +2097,18 @@ def test_where_no_thread_can_be_started_the_process_is_ending_and_all_is_left_to
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
         store.close()
-    assert store._engine.is_quiet
+    assert store.engine.is_quiet
     assert "left as it is until the process ends" in caplog.text
-    assert store._engine.driver.is_pinned(primary.ctypes.data)
-    assert ctypes.string_at(store._rows.address, 1), "what is pinned stays mapped"
-    store._engine._give_back(threading.Event(), None)
+    assert store.engine.driver.is_pinned(primary.ctypes.data)
+    assert ctypes.string_at(store.arena.rows.address, 1), "what is pinned stays mapped"
+    store.engine._give_back(threading.Event(), None)
 
 
 @emulated
 def test_a_tier_may_end_on_the_thread_that_pins_its_memory(primary, monkeypatch, caplog):
     # The garbage collector runs wherever it likes.
-    monkeypatch.setattr(cuda_arena, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
-    monkeypatch.setattr(cuda_arena, "PINNER_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(pinned, "PIN_RANGE_BYTES", 8 * ROW_BYTES)
+    monkeypatch.setattr(pinned, "PINNER_TIMEOUT_S", 0.05)
     made = threading.Event()
     closed = threading.Event()
     real = registration.Registration.register_next
@@ -2124,11 +2125,11 @@ def test_a_tier_may_end_on_the_thread_that_pins_its_memory(primary, monkeypatch,
     made.set()
     assert closed.wait(helpers.PATIENCE_S)
     assert "still being pinned" in caplog.text
-    assert ctypes.string_at(store._rows.address, 1), "what is pinned stays mapped"
-    store._arena._pinner.join(helpers.PATIENCE_S)
-    with store._engine.context:
-        assert not store._engine.driver.is_pinned(primary.ctypes.data), "the rest was given back"
-    store._arena._registration.unpin()
+    assert ctypes.string_at(store.arena.rows.address, 1), "what is pinned stays mapped"
+    store.arena._pinner.join(helpers.PATIENCE_S)
+    with store.engine.context:
+        assert not store.engine.driver.is_pinned(primary.ctypes.data), "the rest was given back"
+    store.arena._registration.unpin()
 
 
 @emulated
@@ -2195,38 +2196,38 @@ def test_a_tier_that_is_refused_at_the_last_moment_gives_everything_back(primary
 def test_the_end_of_one_thing_does_not_depend_on_that_of_another(primary, pool, monkeypatch, tmp_path):
     path = tmp_path / "trace.json"
     store = make_store(primary, pool=pool, trace_path=str(path))
-    real = store._engine.close
+    real = store.engine.close
 
     def close():
         real()
         raise RuntimeError("badly")
 
-    monkeypatch.setattr(store._engine, "close", close)
+    monkeypatch.setattr(store.engine, "close", close)
     helpers.forget()
     with pytest.raises(RuntimeError, match="badly"):
         store._release()
     assert path.read_text().endswith("]\n")
     if pool == "host":
-        assert not store._arena._arena._release.alive
+        assert not store.arena._arena._release.alive
 
 
 def test_the_engine_says_what_it_is(primary):
     store = make_store(primary)
-    assert isinstance(store._engine, CudaEngine)
+    assert isinstance(store.engine, CudaEngine)
     assert engines.uses_cuda(TierConfig(engine="cuda"))
     with pytest.raises(KeyError):
-        store._engine.step_of(Rows(0, 1, 1, 1))
+        store.engine.step_of(Rows(0, 1, 1, 1))
     with pytest.raises(ValueError, match="must be of one length"):
-        store._store_stream.copy_rows(store._rows, [0, 1], store.primary, [0])
+        store.engine.store_stream.copy_rows(store.arena.rows, [0, 1], store.primary, [0])
     with pytest.raises(ValueError, match="row 64 is not below 64"):
-        store._store_stream.copy_rows(store._rows, [64], store.primary, [0])
+        store.engine.store_stream.copy_rows(store.arena.rows, [64], store.primary, [0])
     with pytest.raises(TypeError):
-        store._store_stream.copy_rows(store._rows, [0.5], store.primary, [0])
-    job = store._store_stream.copy_rows(store._rows, [], store.primary, [])
+        store.engine.store_stream.copy_rows(store.arena.rows, [0.5], store.primary, [0])
+    job = store.engine.store_stream.copy_rows(store.arena.rows, [], store.primary, [])
     assert job.is_done
     assert not job.failed
     store.close()
-    late = store._store_stream.copy_rows(store._rows, [0], store.primary, [0])
+    late = store.engine.store_stream.copy_rows(store.arena.rows, [0], store.primary, [0])
     assert late.is_done
     assert late.failed
 
@@ -2248,12 +2249,12 @@ def test_the_engines_thread_is_punctual(primary):
 def test_a_copy_that_does_not_end_is_told_while_somebody_waits_for_it(primary, pool, monkeypatch, emulator, caplog):
     monkeypatch.setattr(block_store, "LATE_S", 0.02)
     store = make_store(primary, pool=pool)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     draining = threading.Thread(target=store.drain, daemon=True)
     draining.start()
     until(lambda: caplog.records, "it is told")
-    store._engine.store_stream.release()
+    store.engine.store_stream.release()
     draining.join(helpers.PATIENCE_S)
     assert "has not ended" in caplog.text
     assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)]
@@ -2266,9 +2267,9 @@ def test_a_copy_that_does_not_end_is_told_once(primary, pool, small_pieces, monk
     store = make_store(primary, pool=pool)
     store.submit_store(0, names(60, 900), range(60))  # the places of pieces are taken in turn
     assert finish(store) == {0: True}
-    until(lambda: store._engine.seconds_under_way == 0.0, "nothing is under way")
+    until(lambda: store.engine.seconds_under_way == 0.0, "nothing is under way")
     monkeypatch.setattr(block_store, "LATE_S", 0.02)
-    store._engine.store_stream.hold()
+    store.engine.store_stream.hold()
     store.submit_store(1, names(2), [0, 1])
     until(lambda: store.poll() or caplog.records, "it is told")
     for _ in range(3):
@@ -2276,7 +2277,7 @@ def test_a_copy_that_does_not_end_is_told_once(primary, pool, small_pieces, monk
         store.end_step()
     assert len(caplog.records) == 1
     assert "has not ended" in caplog.text
-    store._engine.store_stream.release()
+    store.engine.store_stream.release()
     assert finish(store) == {1: True}
-    until(lambda: store._engine.seconds_under_way == 0.0, "nothing is under way")
+    until(lambda: store.engine.seconds_under_way == 0.0, "nothing is under way")
     assert len(caplog.records) == 1

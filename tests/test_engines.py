@@ -15,12 +15,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from async_tier import _vllm_compat as compat
-from async_tier import memory
-from async_tier.arena import Rows
+from async_tier import machine
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams import host
+from async_tier.streams.rows import Rows
+from async_tier.vllm import compat
 from tests.rows import primary_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_engine.py has what is there with a GPU")
@@ -42,7 +42,7 @@ def threads_with(monkeypatch: pytest.MonkeyPatch, root: Path, cpus: int, files: 
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(memory, "ROOT", root)
+    monkeypatch.setattr(machine, "ROOT", root)
     return host.default_threads()
 
 
@@ -121,14 +121,14 @@ def test_a_store_stays_on_the_cpus_of_who_makes_it():
         store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse({"engine": "host"}))
     finally:
         os.sched_setaffinity(0, CPUS)
-    assert [os.sched_getaffinity(thread) for thread in store._engine.thread_ids] == [{max(CPUS)}]
+    assert [os.sched_getaffinity(thread) for thread in store.engine.thread_ids] == [{max(CPUS)}]
     store.close()
 
 
 @pytest.mark.parametrize("options", [{}, {"copy_threads": 3}])
 def test_the_engine_has_as_many_copy_threads_as_the_configuration_says(options):
     store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse({"engine": "host", **options}))
-    assert len(store._engine.thread_ids) == options.get("copy_threads", host.default_threads())
+    assert len(store.engine.thread_ids) == options.get("copy_threads", host.default_threads())
     store.close()
 
 
@@ -136,7 +136,7 @@ def test_the_tiers_memory_is_populated_by_the_copy_threads(monkeypatch):
     asked = []
     monkeypatch.setattr(host.HostEngine, "populate", lambda engine, rows: asked.append((engine, rows)))
     store = BlockStore(Rows.of_view(memoryview(primary_rows(2))), TierConfig.parse({"engine": "host"}))
-    assert asked == [(store._engine, store._arena.rows)]
+    assert asked == [(store.engine, store.arena.rows)]
     store.close()
 
 

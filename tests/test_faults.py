@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from async_tier.faults import INTERVAL_S, MOST_KINDS, FaultLog
+from async_tier.observe.faults import INTERVAL_S, MOST_KINDS, FaultLog
 
 
 class Clock:

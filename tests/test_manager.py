@@ -19,8 +19,8 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
-from async_tier import _vllm_compat as compat
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.vllm import compat
 from tests import helpers
 from tests.helpers import (
     PATIENCE_S,
@@ -120,10 +120,10 @@ def test_constructs_where_the_reference_tier_does():
 
 
 def test_counts_blocks_that_are_ready(tier):
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0, 1), [0, 1]))
     assert tier.get_num_blocks() == 0
-    tier._store._store_stream.release()
+    tier.block_store.engine.store_stream.release()
     finish(tier)
     assert tier.get_num_blocks() == tier.get_num_chunks() == 2
 
@@ -142,8 +142,8 @@ def test_medium_and_locality_are_vllms(primary):
 
 def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
     store(tier, 1, keys(0, 1), [0, 1])
-    tier._store._load_stream.hold()
-    tier._store._store_stream.hold()
+    tier.block_store.engine.load_stream.hold()
+    tier.block_store.engine.store_stream.hold()
 
     def a_step():
         context = request("r")
@@ -161,14 +161,14 @@ def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
 
 
 def test_r1_drain_is_what_waits(tier):
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0), [0]))
     draining = threading.Thread(target=tier.drain_jobs, daemon=True)
     draining.start()
     # It cannot have returned: its stream is held. Let go, it must.
     assert tier.has_pending_work()
     assert draining.is_alive()
-    tier._store._store_stream.release()
+    tier.block_store.engine.store_stream.release()
     draining.join(PATIENCE_S)
     assert not draining.is_alive()
     assert [result.job_id for result in tier.get_finished_jobs()] == [1]
@@ -196,7 +196,7 @@ def test_r2_every_job_is_reported_once(tier, is_load):
 
 def test_r2_a_failed_job_is_reported_once(tier):
     store(tier, 1, keys(0), [0])
-    tier._store._store_stream = tier._store._load_stream = FailingStream()
+    tier.block_store.engine.store_stream = tier.block_store.engine.load_stream = FailingStream()
     tier.submit_store(job(2, keys(1), [1]))
     tier.submit_load(job(3, keys(0), [2], load=True))
     results = finish(tier)
@@ -208,21 +208,21 @@ def test_r2_a_failed_job_is_reported_once(tier):
 def test_r2_a_job_whose_end_meets_an_error_is_reported_as_failed(tier, is_load):
     store(tier, 1, keys(0), [0])
     name = "unpin" if is_load else "fill"
-    setattr(tier._store._index, name, MagicMock(side_effect=OSError("out of luck")))
+    setattr(tier.block_store.index, name, MagicMock(side_effect=OSError("out of luck")))
     (tier.submit_load if is_load else tier.submit_store)(job(2, keys(0) if is_load else keys(1), [1], load=is_load))
     tier.submit_store(job(3, [], []))
-    tier._store.drain()
+    tier.block_store.drain()
     assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
     assert tier.statistics().faults == 1
     assert not tier.has_pending_work()
     assert tier.lookup(key(1), request("r")) is MISS
     assert tier.lookup(key(0), request("r")) is (MISS if is_load else HIT)
-    delattr(tier._store._index, name)
+    delattr(tier.block_store.index, name)
 
 
 def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
     tier = make_tier(primary, blocks=4)
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0), [0]))
     returns(lambda: tier.shutdown() or True)
     tier.submit_store(job(2, keys(1), [1]))
@@ -231,7 +231,7 @@ def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
 
 def test_r3_no_method_raises_when_the_engine_does(tier, primary):
     store(tier, 1, keys(0), [0])
-    tier._store._store_stream = tier._store._load_stream = FailingStream(refuses=True)
+    tier.block_store.engine.store_stream = tier.block_store.engine.load_stream = FailingStream(refuses=True)
     tier.submit_store(job(2, keys(1), [1]))
     tier.submit_load(job(3, keys(0), [2], load=True))
     assert {job_id: result.success for job_id, result in finish(tier).items()} == {2: False, 3: False}
@@ -243,12 +243,12 @@ def test_r3_no_method_raises_when_the_engine_does(tier, primary):
 
 
 def test_r3_hooks_do_not_raise_either(tier):
-    tier._store._index.finish = tier._store._index.clear = MagicMock(side_effect=OSError)
+    tier.block_store.index.finish = tier.block_store.index.clear = MagicMock(side_effect=OSError)
     tier.on_new_request(object())
     tier.on_request_finished(request("r"))
     tier._on_reset()
     assert tier.statistics().faults == 3
-    del tier._store._index.finish, tier._store._index.clear
+    del tier.block_store.index.finish, tier.block_store.index.clear
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_r3_hooks_do_not_raise_either(tier):
 )
 def test_r3_an_unexpected_error_is_counted_and_does_not_get_out(primary, method, caplog):
     tier = make_tier(primary, blocks=4)
-    real = getattr(tier._store, method)
-    setattr(tier._store, method, MagicMock(side_effect=OSError("out of luck")))
+    real = getattr(tier.block_store, method)
+    setattr(tier.block_store, method, MagicMock(side_effect=OSError("out of luck")))
     assert tier.lookup(key(0), request("r")) is MISS
     tier.submit_store(job(1, keys(0), [0]))
     tier.submit_load(job(2, keys(9), [0], load=True))
@@ -266,7 +266,7 @@ def test_r3_an_unexpected_error_is_counted_and_does_not_get_out(primary, method,
     tier.drain_jobs()
     reported = list(tier.get_finished_jobs())
     tier.shutdown()
-    setattr(tier._store, method, real)
+    setattr(tier.block_store, method, real)
     tier.shutdown()
     met = 2 if method == "drain" else 1  # shutdown drains too
     assert tier.statistics().faults == met
@@ -291,7 +291,7 @@ def test_r3_unequal_lengths_and_rows_out_of_range_fail(tier, is_load, rows):
 def test_r3_rows_that_are_no_integers_fail_in_words(tier, caplog, is_load, rows):
     """Of which the tier below vLLM's manager is asked by anyone: lists too, with a wrong one behind a right one."""
     store(tier, 1, keys(0, 1), [0, 1])
-    submit = tier._store.submit_load if is_load else tier._store.submit_store
+    submit = tier.block_store.submit_load if is_load else tier.block_store.submit_store
     submit(2, keys(0, 1) if is_load else keys(8, 9), rows)
     assert not finish(tier)[2].success
     assert "row numbers must be integers" in caplog.text
@@ -312,13 +312,13 @@ def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names
 
 def test_r3_a_full_tier_and_present_keys_are_successes_of_no_bytes(primary):
     tier = make_tier(primary, blocks=2)
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0, 1), [0, 1]))
     tier.submit_store(job(2, keys(0, 1), [0, 1]))
     tier.submit_store(job(3, keys(2), [2]))
     now = {result.job_id: result for result in tier.get_finished_jobs()}
     assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
-    tier._store._store_stream.release()
+    tier.block_store.engine.store_stream.release()
     now |= finish(tier)
     if "transfer_bytes" in helpers.RESULT_FIELDS:
         assert {job_id: result.transfer_bytes for job_id, result in now.items()} == {1: 128, 2: 0, 3: 0}
@@ -352,7 +352,7 @@ def test_r4_a_key_whose_load_failed_is_gone(tier, rows):
 @pytest.mark.parametrize("refuses", [False, True])
 def test_r4_a_key_whose_copy_failed_is_gone_before_the_report(tier, refuses):
     store(tier, 1, keys(0), [0])
-    tier._store._load_stream = FailingStream(refuses)
+    tier.block_store.engine.load_stream = FailingStream(refuses)
     tier.submit_load(job(2, keys(0), [3], load=True))
     results = list(tier.get_finished_jobs())
     assert [result.success for result in results] == [False]
@@ -412,12 +412,12 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
     tier = make_tier(primary, blocks=2)
     before = primary.copy()
     store(tier, 1, keys(0, 1), [0, 1])
-    tier._store._load_stream.hold()
+    tier.block_store.engine.load_stream.hold()
     tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
     tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
     assert tier.get_num_blocks() == 0
     tier.submit_store(job(4, keys(2, 3), [2, 3]))
-    tier._store._load_stream.release()
+    tier.block_store.engine.load_stream.release()
     results = finish(tier)
     assert results[2].success
     assert np.array_equal(primary[[10, 11]], before[[0, 1]])
@@ -429,12 +429,12 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
 
 def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
     tier = make_tier(primary, blocks=1)
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0), [0]))
     tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
     tier.submit_store(job(3, keys(1), [1]))
     assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
-    tier._store._store_stream.release()
+    tier.block_store.engine.store_stream.release()
     finish(tier)
     assert tier.get_num_blocks() == 0
     assert tier.statistics().rows_used == 0
@@ -443,22 +443,22 @@ def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
 
 def test_r6_a_job_failed_in_part_is_reported_after_its_copies(tier):
     store(tier, 1, keys(0), [0])
-    tier._store._load_stream.hold()
+    tier.block_store.engine.load_stream.hold()
     tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
     assert list(tier.get_finished_jobs()) == []
-    tier._store._load_stream.release()
+    tier.block_store.engine.load_stream.release()
     assert not finish(tier)[2].success
 
 
 def test_r6_a_failed_store_leaves_no_key_and_no_row(tier):
-    tier._store._store_stream = FailingStream()
+    tier.block_store.engine.store_stream = FailingStream()
     assert not store(tier, 1, keys(0, 1), [0, 1]).success
     assert held(tier, keys(0, 1)) == [False, False]
     assert tier.statistics().rows_used == 0
 
 
 def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0), [0]))
     assert tier.lookup(key(0), request("r")) is MISS
     tier.submit_load(job(2, keys(0), [9], load=True))
@@ -468,23 +468,21 @@ def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
 def test_r7_loads_do_not_wait_for_stores(tier, primary):
     before = primary.copy()
     store(tier, 1, keys(0), [0])
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(2, keys(1, 2, 3), [1, 2, 3]))
     tier.submit_load(job(3, keys(0), [20], load=True))
-    tier._store._loads[0].event.synchronize()
+    tier.block_store._loads[0].event.synchronize()
     assert [result.job_id for result in tier.get_finished_jobs()] == [3]
     assert np.array_equal(primary[20], before[0])
 
 
 def test_r8_lookup_asks_the_index_alone(tier):
     store(tier, 1, keys(0), [0])
-    engine, arena = tier._store._engine, tier._store._arena
-    streams = tier._store._load_stream, tier._store._store_stream
-    tier._store._engine = tier._store._arena = tier._store._load_stream = tier._store._store_stream = None
+    engine, arena = tier.block_store.engine, tier.block_store.arena
+    tier.block_store.engine = tier.block_store.arena = None
     assert tier.lookup(key(0), request("r")) is HIT
     assert tier.lookup(key(1), request("r")) is MISS
-    tier._store._engine, tier._store._arena = engine, arena
-    tier._store._load_stream, tier._store._store_stream = streams
+    tier.block_store.engine, tier.block_store.arena = engine, arena
     assert tier.statistics().faults == 0
 
 
@@ -578,7 +576,7 @@ def test_r10_vllms_reset_cache_is_heard(keep):
     context = request("old", keys(0))
     world.start(context, keys(0))
     world.offload(context, keys(0), lambda name: np.full(64, 7, np.uint8))
-    world.tier._store.drain()
+    world.tier.block_store.drain()
     world.step()
     world.manager.reset_cache()
     world.step()
@@ -644,7 +642,7 @@ class TestDetector:
             world.start(asks, keys(turn, 10 + turn))
             for name in (turn, 10 + turn):
                 world.offload(asks, keys(name), lambda _: np.zeros(64, dtype=np.uint8))
-            world.tier._store.drain()
+            world.tier.block_store.drain()
             later[0] += 1000
             world.step()
         world.step()
@@ -758,7 +756,7 @@ def test_r11_r12_repeated_construction_leaks_nothing(primary):
 def test_a_tier_that_nobody_shuts_down_ends_with_its_object(primary):
     before = threads()
     tier = make_tier(primary, blocks=4)
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0), [0]))
     helpers.forget()
     del tier
@@ -898,8 +896,8 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         assert tier.lookup(key(number), context) is HIT
         tier.on_request_finished(context)
         end_step(tier)
-    assert tier._store.orders == {}
-    assert not tier._store._index._policy._last
+    assert tier.block_store.orders == {}
+    assert not tier.block_store.index._policy._last
 
 
 # ------------------------------------------------------------------------------------------------- refusals, in words
@@ -1071,19 +1069,19 @@ def test_a_failed_job_has_a_line_with_its_request_and_why(tier, primary, caplog)
         "Job 3 (store, request 'request of job 3', 1 block) failed: a row number is not from 0 to 31"
     ]
     caplog.clear()
-    tier._store._index.reserve = MagicMock(side_effect=OSError("out of luck"))
+    tier.block_store.index.reserve = MagicMock(side_effect=OSError("out of luck"))
     assert not store(tier, 4, keys(1), [1]).success
     (line,) = said(caplog)
     assert line == "Job 4 (store, request 'request of job 4', 1 block) failed: OSError: out of luck"
     assert "Traceback" in caplog.text
-    del tier._store._index.reserve
+    del tier.block_store.index.reserve
 
 
 @pytest.mark.parametrize("is_load", [False, True])
 def test_copies_that_fail_have_a_line_too(tier, is_load, caplog):
     store(tier, 1, keys(0), [0])
     stream = FailingStream(refuses=False)
-    tier._store._store_stream = tier._store._load_stream = stream
+    tier.block_store.engine.store_stream = tier.block_store.engine.load_stream = stream
     result = load(tier, 2, keys(0), [1]) if is_load else store(tier, 2, keys(1), [1])
     assert not result.success
     (line,) = said(caplog)
@@ -1092,7 +1090,7 @@ def test_copies_that_fail_have_a_line_too(tier, is_load, caplog):
 
 def test_a_job_that_is_cut_off_says_so(primary, caplog):
     tier = make_tier(primary, blocks=4)
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     for number in range(3):
         tier.submit_store(job(number, keys(number), [number]))
     returns(lambda: tier.shutdown() or True)
@@ -1115,15 +1113,15 @@ def test_what_was_counted_is_said_when_a_tier_is_dropped(primary, caplog):
 
 
 def test_a_reason_is_one_line(tier, caplog):
-    tier._store._index.reserve = MagicMock(side_effect=RuntimeError("no luck:\n\n  try again\n"))
+    tier.block_store.index.reserve = MagicMock(side_effect=RuntimeError("no luck:\n\n  try again\n"))
     store(tier, 1, keys(1), [1])
-    tier._store._index.reserve = MagicMock(side_effect=AssertionError)
+    tier.block_store.index.reserve = MagicMock(side_effect=AssertionError)
     store(tier, 2, keys(1), [1], context=request("x" * 5000))
     first, second = said(caplog)
     assert first.endswith("failed: RuntimeError: no luck: try again")
     assert second.endswith("failed: AssertionError")
     assert len(second) < 300
-    del tier._store._index.reserve
+    del tier.block_store.index.reserve
 
 
 def test_r2_no_job_is_lost_for_its_promise(tier, caplog):
@@ -1139,15 +1137,15 @@ def test_r2_no_job_is_lost_for_its_promise(tier, caplog):
 
 @pytest.mark.parametrize("method", ["lookup", "end_step", "touch", "submit_load"])
 def test_a_fault_that_goes_on_does_not_fill_the_log(tier, method, caplog):
-    real = getattr(tier._store, method)
-    setattr(tier._store, method, MagicMock(side_effect=OSError("out of luck")))
+    real = getattr(tier.block_store, method)
+    setattr(tier.block_store, method, MagicMock(side_effect=OSError("out of luck")))
     for number in range(100):
         tier.lookup(key(0), request("r"))
         tier.touch(keys(0), request("r"))
         tier.submit_load(job(number, keys(0), [0], load=True))
         end_step(tier)
-        tier._store.poll()
-    setattr(tier._store, method, real)
+        tier.block_store.poll()
+    setattr(tier.block_store, method, real)
     assert tier.statistics().faults == 100
     lines = [line for line in said(caplog) if "out of luck" in line]
     assert 1 <= len(lines) <= 1 + PATIENCE_S, "one a second at most"

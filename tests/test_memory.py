@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from async_tier import arena as arena_module
-from async_tier import memory
-from async_tier.arena import Arena, Rows
+from async_tier import machine as system
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.eviction import LeastRecentlyUsed
-from async_tier.memory import refuse_if_unavailable
+from async_tier.memory import claims, host
+from async_tier.memory.claims import refuse_if_unavailable
+from async_tier.memory.host import Arena
 from async_tier.streams import _native
 from async_tier.streams.host import HostEngine
+from async_tier.streams.rows import Rows
 
 MIB = 1 << 20
 PATIENCE_S = 30.0
@@ -77,7 +78,7 @@ class Machine:
         places = [(start + sum(sizes[:at]), size) for at, size in enumerate(sizes)]
         with (self.root / "proc/net/unix").open("a") as names:
             for address, size in places:
-                claim = f"@{memory.NAME}/{process}/5/{inode}/{address}/{size}"
+                claim = f"@{claims.NAME}/{process}/5/{inode}/{address}/{size}"
                 names.write(f"00000000dc58f9c3: 00000002 00000000 00000000 0001 01 {inode} {claim}\n")
         mapping = f"{start:x}-{start + sum(sizes):x} rw-p 00000000 00:00 0\nSize: 1 kB\nRss: {pages // 1024} kB\n"
         other = "{:x}-{:x} rw-p 00000000 00:00 0\nSize: 9999999 kB\nRss: 9999999 kB\n"
@@ -89,7 +90,7 @@ class Machine:
         (self.root / f"proc/{process}/fd/5").symlink_to(descriptor)
 
     def available(self) -> list[tuple[str, int]]:
-        return [(limit, available) for limit, available, _ in memory._available()]
+        return [(limit, available) for limit, available, _ in system.available_memory()]
 
     def groups(self) -> list[int]:
         return [available for limit, available in self.available() if limit == "the memory cgroup"]
@@ -98,7 +99,7 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """All that `memory` sees, other tiers included."""
-    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    monkeypatch.setattr(system, "ROOT", tmp_path)
     return Machine(tmp_path)
 
 
@@ -205,7 +206,7 @@ def test_an_arena_larger_than_any_machine_is_refused_in_words():
 
 def test_what_the_system_refuses_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
     """More than the address space, on a machine that does not say how much memory it has."""
-    monkeypatch.setattr(memory, "_available", lambda: iter(()))
+    monkeypatch.setattr(system, "available_memory", lambda: iter(()))
     with pytest.raises(MemoryError, match=r"the system refuses the tier .* \(1152921504606846976 bytes\)"):
         Arena(1 << 30, 1 << 30)
 
@@ -302,18 +303,18 @@ def test_pages_that_come_while_it_is_looked_count_at_least_once(monkeypatch: pyt
     """Of 1000 bytes 600 are another tier's, who gets half of its pages between the two looks."""
     pages = 0
 
-    def holders() -> Iterator[memory._Holder]:
+    def holders() -> Iterator[claims._Holder]:
         nonlocal pages
         without, pages = 600 - pages, 300
-        yield memory._Holder(11, "engine", 600, without)
+        yield claims._Holder(11, "engine", 600, without)
 
     def available() -> Iterator[tuple[str, int, None]]:
         nonlocal pages
         left, pages = 1000 - pages, 300
         yield "the machine", left, None
 
-    monkeypatch.setattr(memory, "_holders", holders)
-    monkeypatch.setattr(memory, "_available", available)
+    monkeypatch.setattr(claims, "_holders", holders)
+    monkeypatch.setattr(system, "available_memory", available)
     with pytest.raises(MemoryError):
         refuse_if_unavailable(500)
 
@@ -333,13 +334,13 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     machine.group_v2("", limit=1000 * MIB, usage=0)
     (folder / "proc").rename(tmp_path / "unused")
     (folder / "proc").symlink_to("/proc")
-    monkeypatch.setattr(memory, "ROOT", folder)
-    monkeypatch.setattr(memory, "NAME", f"async-tier-test-{os.getpid()}")
+    monkeypatch.setattr(system, "ROOT", folder)
+    monkeypatch.setattr(claims, "NAME", f"async-tier-test-{os.getpid()}")
     return folder
 
 
-def claims() -> list[str]:
-    return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if f"@{memory.NAME}/" in line]
+def claimed() -> list[str]:
+    return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if f"@{claims.NAME}/" in line]
 
 
 def descriptors() -> set[tuple[str, str]]:
@@ -370,17 +371,17 @@ def test_the_same_bytes_are_not_given_twice(room: Path):
     second = Arena(400, MIB)
     second.close()
     first.close()
-    assert not claims()
+    assert not claimed()
     Arena(1000, MIB).close()
     assert descriptors() == before
 
 
 def test_an_arena_nobody_closes_ends_its_claim(room: Path):
     arena = Arena(600, MIB)
-    assert len(claims()) == 1
+    assert len(claimed()) == 1
     del arena
     gc.collect()
-    assert not claims()
+    assert not claimed()
 
 
 def test_memory_that_is_kept_for_ever_stays_claimed(room: Path):
@@ -392,12 +393,12 @@ def test_memory_that_is_kept_for_ever_stays_claimed(room: Path):
     gc.collect()
     assert "process" in refused()
     os.close(claim)
-    arena_module._libc.munmap(address, 600 * MIB)
+    host._libc.munmap(address, 600 * MIB)
 
 
 def test_an_arena_has_all_its_pages_when_it_was_populated(room: Path):
     def without_pages() -> list[int]:
-        return [holder.without_pages for holder in memory._holders()]
+        return [holder.without_pages for holder in claims._holders()]
 
     first, second = Arena(7, 300_007), Arena(3, 2 * MIB)
     sizes = 7 * 300_007, 6 * MIB
@@ -420,7 +421,7 @@ def test_a_forked_child_keeps_no_claim_alive(room: Path):
         arena.close()  # in a child does nothing
         os.read(go, 1)
         os._exit(0)
-    assert len(claims()) == 1
+    assert len(claimed()) == 1
     assert "promised" in refused()
     arena.close()
     again = Arena(600, MIB)  # at the same place, perhaps
@@ -433,10 +434,10 @@ def test_a_forked_child_keeps_no_claim_alive(room: Path):
 def test_a_mapping_that_the_system_refuses_is_not_claimed(room: Path, monkeypatch: pytest.MonkeyPatch):
     before = descriptors()
     with monkeypatch.context() as patched:
-        patched.setattr(arena_module, "refuse_if_unavailable", lambda size: None)
+        patched.setattr(host, "refuse_if_unavailable", lambda size: None)
         with pytest.raises(MemoryError, match="the system refuses"):
             Arena(1 << 20, 1 << 30)
-    assert not claims()
+    assert not claimed()
     assert descriptors() == before
     Arena(600, MIB).close()
 
@@ -445,7 +446,7 @@ def test_without_sockets_there_are_a_warning_and_a_tier(room: Path, monkeypatch:
     def refuse(*args: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(memory.socket, "socket", refuse)
+    monkeypatch.setattr(claims.socket, "socket", refuse)
     Arena(600, MIB).close()
     assert caplog.messages == [
         "Other tiers may be given the memory of this one until it is in use: [Errno 1] Operation not permitted"
@@ -461,7 +462,7 @@ def test_a_store_whose_memory_cannot_be_populated_leaves_nothing(room: Path, mon
     primary = np.zeros((4, 4096), np.uint8)
     with pytest.raises(RuntimeError) as error:
         BlockStore(Rows.of_view(memoryview(primary)), TierConfig(bytes_to_use=600 * MIB, engine="host"))
-    assert not claims()  # while the error is there, and with it the frames it came through
+    assert not claimed()  # while the error is there, and with it the frames it came through
     assert descriptors() == before
     del error
 
@@ -480,7 +481,7 @@ def test_a_store_whose_policy_cannot_be_made_leaves_nothing_and_says_so(room: Pa
     with pytest.raises(ValueError, match=r"^eviction_policy must be .*OSError.*not 'tests.*Policy'$") as error:
         BlockStore(Rows.of_view(memoryview(primary)), config)
     assert str(error.value).isprintable()
-    assert not claims()
+    assert not claimed()
     assert descriptors() == before
 
 
@@ -528,7 +529,7 @@ def test_nobody_looks_while_another_one_takes(room: Path, monkeypatch: pytest.Mo
         inside -= 1
 
     arenas: list[Arena] = []
-    monkeypatch.setattr(arena_module, "refuse_if_unavailable", look)
+    monkeypatch.setattr(host, "refuse_if_unavailable", look)
     threads = [threading.Thread(target=lambda: arenas.append(Arena(1, MIB))) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -550,7 +551,7 @@ def test_a_child_that_is_forked_while_one_takes_holds_nobody_up(room: Path, monk
             os.read(go, 1)
             os._exit(0)
 
-    monkeypatch.setattr(arena_module, "refuse_if_unavailable", fork)
+    monkeypatch.setattr(host, "refuse_if_unavailable", fork)
     Arena(1, MIB).close()
     monkeypatch.undo()
     folder = os.open("/proc", os.O_RDONLY)
@@ -571,14 +572,15 @@ def test_a_child_that_is_forked_while_one_takes_holds_nobody_up(room: Path, monk
 CHILD = """
 import sys
 from pathlib import Path
-from async_tier import arena, memory
-memory.ROOT, memory.NAME = Path(sys.argv[1]), sys.argv[2]
+from async_tier import machine
+from async_tier.memory import claims, host
+machine.ROOT, claims.NAME = Path(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "stuck":
-    arena.refuse_if_unavailable = lambda size: print("inside", flush=True) or sys.stdin.readline()
+    host.refuse_if_unavailable = lambda size: print("inside", flush=True) or sys.stdin.readline()
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    memory_of_mine = arena.Arena(600, 1 << 20)
+    memory_of_mine = host.Arena(600, 1 << 20)
     print("given", flush=True)
 except MemoryError as error:
     print(error, flush=True)
@@ -591,7 +593,7 @@ class Child:
 
     def __init__(self, room: Path, how: str = "") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, room, memory.NAME, how],
+            [sys.executable, "-c", CHILD, room, claims.NAME, how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -653,7 +655,7 @@ def test_processes_that_start_at_once_are_given_each_byte_once_and_a_kill_leaves
     assert f"process {holder.pid} (" in refused()
     assert "/dev/shm" not in Path(f"/proc/{holder.pid}/maps").read_text()
     holder.kill()
-    assert not claims()
+    assert not claimed()
     Arena(600, MIB).close()
     assert not list(temporary.iterdir())
 

@@ -29,10 +29,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_tier.arena import Arena, Rows
+from async_tier.memory.host import Arena
 from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
-from async_tier.streams.host import HostEngine, HostStream, cpus_before_openmp
+from async_tier.streams.host import HostEngine, HostStream
+from async_tier.streams.rows import Rows
+from async_tier.vllm.openmp import cpus_before_openmp
 
 # Far beyond what anything here takes; only a failure waits that long.
 PATIENCE_S = 20
@@ -873,7 +875,7 @@ def worker_cpus(parent: set[int], environment: str = "", listed: str = "OMP_PLAC
     done = run_python(
         f"""
         import multiprocessing
-        from async_tier.streams.host import cpus_before_openmp
+        from async_tier.vllm.openmp import cpus_before_openmp
         def work():
             os.environ.update(pair.split("=", 1) for pair in {variables!r}.split())
             os.sched_setaffinity(0, {{ {min(parent)} }})
@@ -926,7 +928,7 @@ def test_a_worker_is_bound_by_whichever_variable_openmp_reads(variable: str):
 @needs_two_cpus
 def test_a_process_that_vllm_did_not_start_has_the_cpus_of_its_thread():
     done = run_python(f"""
-        from async_tier.streams.host import cpus_before_openmp
+        from async_tier.vllm.openmp import cpus_before_openmp
         os.sched_setaffinity(0, {{ {min(CPUS)} }})
         print(cpus_before_openmp())
     """)

@@ -86,7 +86,7 @@ class Workload:
 
     def settle(self) -> None:
         """Let the transfers end, and vLLM hear of it."""
-        self.world.tier._store.drain()
+        self.world.tier.block_store.drain()
         self.world.step()
 
     def reset(self) -> None:
@@ -350,7 +350,7 @@ class Pipeline:
     def copies(self) -> None:
         """The tier's copies are held, let go, or all made."""
         choice = self.draw.random()
-        streams = [self.tier._store._load_stream, self.tier._store._store_stream]
+        streams = [self.tier.block_store.engine.load_stream, self.tier.block_store.engine.store_stream]
         if choice < 0.3:
             self.draw.choice(streams).hold()
         elif choice < 0.6:
@@ -359,12 +359,12 @@ class Pipeline:
             self.end_copies()
 
     def end_copies(self) -> None:
-        for stream in (self.tier._store._load_stream, self.tier._store._store_stream):
+        for stream in (self.tier.block_store.engine.load_stream, self.tier.block_store.engine.store_stream):
             stream.release()
-        self.tier._store.drain()
+        self.tier.block_store.drain()
 
     def reset(self) -> None:
-        for stream in (self.tier._store._load_stream, self.tier._store._store_stream):
+        for stream in (self.tier.block_store.engine.load_stream, self.tier.block_store.engine.store_stream):
             stream.release()
         self.manager.reset_cache()
         self.resets += 1
@@ -374,7 +374,7 @@ class Pipeline:
 
     def end(self) -> None:
         """All requests end, and nothing is left."""
-        for stream in (self.tier._store._load_stream, self.tier._store._store_stream):
+        for stream in (self.tier.block_store.engine.load_stream, self.tier.block_store.engine.store_stream):
             stream.release()
         for _ in range(3000):
             with self.lock:
@@ -384,7 +384,7 @@ class Pipeline:
                     break
                 self.work()
                 self.results()
-                self.tier._store.drain()
+                self.tier.block_store.drain()
         else:
             raise AssertionError(f"{len(self.clients)} requests have not ended, or what they left behind")
         figures = self.tier.statistics()

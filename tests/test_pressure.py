@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from async_tier.promises import RESUMED_STEPS, STALE_STEPS
+from async_tier.vllm.promises import RESUMED_STEPS, STALE_STEPS
 from tests.engine import Engine
 from tests.test_engine import ENOUGH_STEPS, FULL, GROUPS, HYBRID, SCHEDULING, random_runs, text
 
@@ -21,7 +21,7 @@ def prompts_in_the_tier(engine: Engine, count: int, blocks: int) -> list[list[in
         engine.settle()
     assert engine.evict_gpu()
     engine.evict_primary()
-    held = [sum(map(engine.tier._store.has, engine.blocks_of(prompt))) for prompt in prompts]
+    held = [sum(map(engine.tier.block_store.has, engine.blocks_of(prompt))) for prompt in prompts]
     assert held == [blocks] * count
     return prompts
 

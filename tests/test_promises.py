@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from async_tier import promises
 from async_tier.order import SequenceOrder
-from async_tier.promises import (
+from async_tier.vllm import promises
+from async_tier.vllm.promises import (
     KEEP,
     MOST_RENEWALS,
     PATIENCE_STEPS,

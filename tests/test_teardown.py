@@ -31,7 +31,7 @@ made = []
 
 def tiers(count=1):
     ours = [helpers.make_tier(np.zeros((4, 4096), np.uint8)) for _ in range(count)]
-    made.extend(tier._store for tier in ours)
+    made.extend(tier.block_store for tier in ours)
     return ours
 
 @pytest.mark.each_engine
@@ -41,18 +41,18 @@ def test_leaves_it_open(engine):
 @pytest.mark.each_engine
 def test_leaves_a_stream_held(engine):
     (tier,) = tiers()
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(helpers.job(1, helpers.keys(0), [0]))
 
 @pytest.mark.each_engine
 @pytest.mark.parametrize("end", [pytest.skip, pytest.xfail, pytest.fail])
 def test_leaves_one_that_cannot_be_closed(engine, end):
     other, tier, another = tiers(3)
-    close = tier._store.close
+    close = tier.block_store.close
     def close_and_end():
         close()
         end("badly")
-    tier._store.close = close_and_end
+    tier.block_store.close = close_and_end
 
 def test_all_are_closed():
     assert made

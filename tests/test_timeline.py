@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from async_tier import timeline, trace
-from async_tier.trace import TraceWriter
+from async_tier.observe import timeline, trace
+from async_tier.observe.trace import TraceWriter
 
 MS = 10**6
 # torch counts a processor's cycles, and finds out once how long one takes.

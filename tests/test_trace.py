@@ -14,11 +14,11 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from async_tier import timeline, trace
-from async_tier.arena import Rows
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
-from async_tier.trace import TraceWriter
+from async_tier.observe import timeline, trace
+from async_tier.observe.trace import TraceWriter
+from async_tier.streams.rows import Rows
 from tests import helpers
 from tests.helpers import job, keys, make_tier, until
 from tests.rows import primary_rows
@@ -48,10 +48,10 @@ def by_hand(monkeypatch) -> None:
 def test_a_tier_traces_its_jobs_and_steps(path):
     tier = make_tier(primary_rows(32, ROW_BYTES), blocks=16, trace_path=str(path))
     started = time.monotonic_ns()
-    tier._store._store_stream.hold()
+    tier.block_store.engine.store_stream.hold()
     tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
     helpers.end_step(tier)
-    tier._store._store_stream.release()
+    tier.block_store.engine.store_stream.release()
     helpers.finish(tier)
     tier.get_stats()
     tier.submit_load(job(2, keys(0), [9], load=True))
@@ -296,9 +296,9 @@ def test_the_garbage_collector_may_end_it_on_its_own_thread(path, monkeypatch):
 
 def test_a_trace_that_fails_does_not_lose_the_job(path):
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
-    tier._store._trace._writer = None
-    tier._store._trace._in_flight.clear()
-    tier._store._trace.submitted = lambda *_: trace.Submitted("store", 1, 64, 0)
+    tier.block_store._trace._writer = None
+    tier.block_store._trace._in_flight.clear()
+    tier.block_store._trace.submitted = lambda *_: trace.Submitted("store", 1, 64, 0)
     tier.submit_store(job(1, keys(0), [0]))
     assert helpers.finish(tier)[1].success
     assert tier.statistics().faults == 1
@@ -308,9 +308,9 @@ def test_a_trace_that_fails_does_not_lose_the_job(path):
 
 def test_a_trace_that_fails_when_a_job_is_submitted_does_not_report_it_twice(path):
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
-    tier._store._trace.submitted = MagicMock(side_effect=MemoryError("out of luck"))
+    tier.block_store._trace.submitted = MagicMock(side_effect=MemoryError("out of luck"))
     tier.submit_store(job(1, keys(0), [0]))
-    tier._store.drain()
+    tier.block_store.drain()
     assert [(result.job_id, result.success) for result in tier.get_finished_jobs()] == [(1, True)]
     assert tier.statistics().faults == 1
     tier.submit_load(job(2, keys(0), [1], load=True))
@@ -337,7 +337,7 @@ def test_of_steps_without_results_the_last_few_are_kept(path):
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
     for _ in range(100):
         helpers.end_step(tier)
-    assert len(tier._store._trace._scheduled) == trace.TierTrace._MAX_STEPS
+    assert len(tier.block_store._trace._scheduled) == trace.TierTrace._MAX_STEPS
     for _ in range(100):
         tier.get_stats()
     tier.shutdown()

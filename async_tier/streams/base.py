@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from async_tier.arena import Rows
+from async_tier.streams.rows import Rows
 
 
 class CopyEvent(Protocol):

@@ -16,11 +16,10 @@ from typing import Protocol
 
 import torch
 
-from async_tier.arena import Rows
 from async_tier.streams import _native
 from async_tier.streams.cuda_driver import CudaError, DeviceContext, Driver
-from async_tier.streams.registration import Registration
 from async_tier.streams.row_stream import RowStream
+from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,16 @@ class Pinned(Protocol):
 
     def leave(self) -> None:
         """It stays pinned, and mapped as far as that is up to us. Never blocks, and may come after `unpin`."""
+
+
+class Registered(Protocol):
+    """How host memory was pinned.
+
+    step: registrations begin at its multiples from the page of the first row on, and a copy must not span two.
+    """
+
+    @property
+    def step(self) -> int: ...
 
 
 class CudaStream(RowStream):
@@ -81,7 +90,7 @@ class CudaEngine:
         # Whether it is known that no copy is under way any more; without that, memory must stay where it is.
         self.is_quiet = True
         self._closed = False
-        self._registrations: dict[int, Registration | None] = {}
+        self._registrations: dict[int, Registered | None] = {}
         # What `close` gives back.
         self._pinned: list[Pinned] = []
         self._memory: list[int] = []
@@ -125,7 +134,7 @@ class CudaEngine:
         """`close` sees to it, the last given first."""
         self._pinned.append(pinned)
 
-    def add_rows(self, rows: Rows, registration: Registration | None) -> None:
+    def add_rows(self, rows: Rows, registration: Registered | None) -> None:
         """Make rows known to the streams. `registration`: None for device memory."""
         self._registrations[rows.address] = registration
 

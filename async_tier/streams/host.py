@@ -7,25 +7,20 @@ handed out as they are.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
 import os
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 
-from async_tier.arena import Rows
-from async_tier.memory import cgroups
+from async_tier import machine
 from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.row_stream import RowStream
+from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# How vLLM tells OpenMP to bind a worker's threads: its variable depends on the library.
-_OPENMP_BINDINGS = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 # The queue that is served last.
 _POPULATION = 2
 
@@ -52,8 +47,7 @@ class HostEngine:
     as on a CUDA stream. `kernel` names a copy kernel (`_native.kernels()`); by default the fastest is measured.
 
     The threads inherit the CPUs and the NUMA policy of the thread that constructs the engine: what it was given by
-    taskset, numactl or a cgroup holds for them. `cpus` names other CPUs, for a thread that is bound itself: see
-    `cpus_before_openmp`.
+    taskset, numactl or a cgroup holds for them. `cpus` names other CPUs, for a thread that is bound itself.
 
     Raises ValueError for a number of threads outside 1 to 256, RuntimeError if the system refuses them.
     """
@@ -105,37 +99,5 @@ def default_threads() -> int:
     loads of 0.3 ms take 4 to 8 (seen on two cores). One that the quota does not pay for stops the scheduler as well,
     until the quota's next period.
     """
-    cores = min([len(os.sched_getaffinity(0)), *_cpu_quotas()])
+    cores = min([len(os.sched_getaffinity(0)), *machine.cpu_quotas()])
     return max(1, min(2, cores - 1))
-
-
-def _cpu_quotas() -> Iterator[int]:
-    """The whole cores that each CPU cgroup around this process pays for, where it has a quota."""
-    for group in cgroups("self", "cpu"):
-        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-            try:
-                quota, period = (int(number) for name in names for number in (group / name).read_text().split())
-            except (OSError, ValueError):  # the other version's name, "max", or no permission
-                continue
-            if quota > 0:  # version 1 says -1 for none
-                yield quota // period
-
-
-def cpus_before_openmp() -> set[int]:
-    """Where a worker process of vLLM's CPU backend may run, although OpenMP has bound the calling thread to less.
-
-    vLLM starts its workers so that OpenMP binds their threads (`OMPProcessManager`), the first one before Python runs.
-    What the process was given can only be asked of the process that started it, which vLLM does not bind.
-
-    The calling thread's CPUs alone where vLLM binds nothing, so that whatever does is the user's, and where vLLM put
-    numactl between the two processes (`--numa-bind`), so that the worker was given less.
-    """
-    cpus = os.sched_getaffinity(0)
-    parent = multiprocessing.parent_process()
-    is_bound = any(name in os.environ for name in _OPENMP_BINDINGS)
-    is_asked = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
-    has_numactl = "_VLLM_INTERNAL_NUMACTL_ARGS" in os.environ
-    if parent and parent.pid and is_bound and is_asked and not has_numactl:
-        with contextlib.suppress(OSError):  # it has ended, or may not be asked
-            cpus |= os.sched_getaffinity(parent.pid)
-    return cpus

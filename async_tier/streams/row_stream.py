@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from async_tier.arena import Rows
 from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
+from async_tier.streams.rows import Rows
 
 # For `limit`: no limit.
 _UNLIMITED = -1

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from async_tier.arena import Rows
 from async_tier.streams import _native
 from async_tier.streams.cuda_driver import ALREADY_REGISTERED, CudaError, DeviceContext, Driver
+from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,13 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from async_tier.config import format_size
+from async_tier import machine
+from async_tier.text import format_size
 
 logger = logging.getLogger(__name__)
 
-# Where the system tells of itself, and how names of claims begin. Tests have their own.
-ROOT = Path("/")
+# How names of claims begin. Tests have their own.
 NAME = "async-tier"
 
 # The first line of a mapping in smaps.
@@ -39,7 +38,7 @@ def one_at_a_time() -> Iterator[None]:
 
     What is found to be available in here is so until it is claimed.
     """
-    folder = os.open(ROOT / "proc", os.O_RDONLY)  # a lock on what is there already leaves no file
+    folder = os.open(machine.ROOT / "proc", os.O_RDONLY)  # a lock on what is there already leaves no file
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
@@ -68,8 +67,10 @@ def claim(address: int, size: int) -> int | None:
 def refuse_if_unavailable(size: int) -> None:
     """Raise MemoryError if `size` bytes are more than can be had: an error in words now, not an out-of-memory kill."""
     holders = list(_holders())  # first: what gets its pages in between then counts twice, and not as available
-    for limit, available, group in _available():
-        under = [holder for holder in holders if group is None or group in cgroups(str(holder.process), "memory")]
+    for limit, available, group in machine.available_memory():
+        under = [
+            holder for holder in holders if group is None or group in machine.cgroups(str(holder.process), "memory")
+        ]
         promised = sum(holder.without_pages for holder in under)
         if size > available - promised:
             words = f"the tier asks for {_told(size)}, but {limit} has {_told(available)} available"
@@ -95,17 +96,17 @@ def _holders() -> Iterator[_Holder]:
     pattern = re.compile(rf"@{NAME}/(\d+)/(\d+)/(\d+)/(\d+)/(\d+)$", re.MULTILINE)
     claims: dict[int, list[tuple[int, int]]] = {}
     with contextlib.suppress(OSError):
-        for match in pattern.finditer((ROOT / "proc/net/unix").read_text(errors="replace")):
+        for match in pattern.finditer((machine.ROOT / "proc/net/unix").read_text(errors="replace")):
             process, descriptor, inode, address, size = map(int, match.groups())
             with contextlib.suppress(OSError):  # not there any more, or not to be looked into
                 # A claim that only a forked child still has is none.
-                if os.readlink(ROOT / f"proc/{process}/fd/{descriptor}") == f"socket:[{inode}]":
+                if os.readlink(machine.ROOT / f"proc/{process}/fd/{descriptor}") == f"socket:[{inode}]":
                     claims.setdefault(process, []).append((address, address + size))
     for process, ranges in claims.items():
         with contextlib.suppress(OSError):
             yield _Holder(
                 process=process,
-                name=(ROOT / f"proc/{process}/comm").read_text(errors="replace").strip(),
+                name=(machine.ROOT / f"proc/{process}/comm").read_text(errors="replace").strip(),
                 size=sum(end - start for start, end in ranges),
                 without_pages=_without_pages(process, ranges),
             )
@@ -114,7 +115,7 @@ def _holders() -> Iterator[_Holder]:
 def _without_pages(process: int, ranges: list[tuple[int, int]]) -> int:
     """Bytes of these ranges of addresses (start, end) that are mapped, but not in memory yet."""
     missing = claimed = 0
-    with (ROOT / f"proc/{process}/smaps").open(errors="replace") as lines:
+    with (machine.ROOT / f"proc/{process}/smaps").open(errors="replace") as lines:
         for line in lines:
             if match := _MAPPING.match(line):  # the system makes one of neighbours, so it may hold several ranges
                 first, last = (int(text, 16) for text in match.groups())
@@ -126,45 +127,3 @@ def _without_pages(process: int, ranges: list[tuple[int, int]]) -> int:
 
 def _told(size: int) -> str:
     return f"{format_size(size)} ({size} bytes)"
-
-
-def _available() -> Iterator[tuple[str, int, Path | None]]:
-    """(who sets a limit, bytes that it leaves, its folder), for the machine and for each memory cgroup around this."""
-    for line in (ROOT / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            yield "the machine", int(line.split()[1]) * 1024, None
-    for group in cgroups("self", "memory"):
-        for limit_name, usage_name, inactive_name in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            try:
-                limit = int((group / limit_name).read_text())
-                usage = int((group / usage_name).read_text())
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # the other version's name, "max", or no permission
-                continue
-            # The kernel drops inactive file cache before it kills, so that is not in use.
-            yield "the memory cgroup", max(0, limit - usage + int(stat.get(inactive_name, 0))), group
-
-
-def cgroups(process: str, controller: str) -> Iterator[Path]:
-    """The folders of a process's cgroup for "memory" or "cpu", version 1 or 2, and of all its parents."""
-    try:
-        lines = (ROOT / f"proc/{process}/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount = ROOT / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            mount = ROOT / "sys/fs/cgroup" / controller
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        while True:
-            yield group
-            if group == mount:
-                break
-            group = group.parent

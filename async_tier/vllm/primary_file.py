@@ -26,7 +26,7 @@ from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_s
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-from async_tier.config import shown
+from async_tier.text import shown
 
 logger = init_logger(f"vllm.{__name__}")
 

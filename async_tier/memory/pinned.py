@@ -6,12 +6,12 @@ import logging
 import mmap
 import threading
 
-from async_tier.arena import Arena, Rows
-from async_tier.config import format_size
+from async_tier.memory.host import Arena
+from async_tier.memory.registration import PIN_RANGE_BYTES, Registration
 from async_tier.streams import _native
 from async_tier.streams.cuda import CudaEngine
-from async_tier.streams.cuda_driver import OUT_OF_MEMORY, CudaError
-from async_tier.streams.registration import PIN_RANGE_BYTES, Registration
+from async_tier.streams.cuda_driver import CudaError
+from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -89,27 +89,3 @@ def _move_near(engine: CudaEngine, rows: Rows) -> None:
             _native.prefer_node(rows.address, -(-rows.count * rows.stride // mmap.PAGESIZE) * mmap.PAGESIZE, node)
     except (CudaError, OSError) as error:  # an older driver; a sandbox that refuses it
         logger.info("The tier's memory is taken where the system likes, not next to the GPU: %s", error)
-
-
-class DeviceArena:
-    """Device memory. Raises MemoryError, in words, for more than the device has."""
-
-    def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
-        size = count * row_bytes
-        with engine.context:
-            try:
-                address = engine.allocate(size)
-            except CudaError as error:
-                if error.code != OUT_OF_MEMORY:
-                    raise
-                free, _ = engine.driver.memory()
-                raise MemoryError(
-                    f"the tier asks for {format_size(size)} ({size} bytes) of device memory, but cuda:"
-                    f"{engine.context.ordinal} has {format_size(free)} ({free} bytes) free; set bytes_to_use to less"
-                ) from error
-        self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
-        self.ready = count
-        engine.add_rows(self.rows, None)
-
-    def close(self) -> None:
-        """Nothing to do: the engine's `close` frees the memory, when no copy touches it any more."""

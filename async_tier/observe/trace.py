@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from async_tier.config import format_size, shown
 from async_tier.streams.base import CopyEvent
+from async_tier.text import format_size, shown
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Where rows lie, and who may have how much of it."""

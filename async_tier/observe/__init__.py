@@ -1,0 +1,1 @@
+"""What the tier did, for people: log lines, traces, pictures of them."""

@@ -1,0 +1,73 @@
+"""Sizes, values and keys of a configuration as people write and read them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+# As Kubernetes writes them ("Gi", "M"), and as people do ("GiB", "MB").
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _UNITS |= {_prefix: 1000**_power, f"{_prefix}b": 1000**_power}
+    _UNITS |= {f"{_prefix}i": 1024**_power, f"{_prefix}ib": 1024**_power}
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?(?:[eE][+-]?\d{1,2})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_SIZE_HELP = (
+    "an integer number of bytes or text with a unit, such as 68719476736, '64Gi', '64GiB' or '500 MB', and at least "
+    "1 byte and at most 2^100"
+)
+# More than any machine has; what is larger would overflow where sizes are told to people.
+_MAX_SIZE = 1 << 100
+# Longer values would hide the sentence that they are told in.
+_MAX_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """`value` as messages have it: on one line, printable, and shortened."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:  # Python prints no integer of more than 4300 digits
+        return f"a value of type {type(value).__name__} that is too long to be shown"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def parse_size(key: str, value: object) -> int:
+    """Bytes in `value`: a whole number, or text, with or without a unit.
+
+    Units are B, k to T and KB to TB (powers of 1000), Ki to Ti and KiB to TiB (of 1024), all but "M" also in the other
+    case. Text may have an exponent, for Helm makes "3.4359738368e+10" of a large number. Raises ValueError that names
+    `key`.
+    """
+    size: int | Fraction | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, float) and value.is_integer():
+        size = int(value)
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        number, unit = match.groups()
+        # To Kubernetes "m" is a thousandth. Nobody means one, but who writes it is not to get a million either.
+        scale = None if unit == "m" else _UNITS.get(unit.lower())
+        if scale is not None:
+            size = Fraction(number) * scale
+    if size is None or not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"{key} must be {_SIZE_HELP}, not {shown(value)}")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """`size` bytes for a person: "1.5 GiB"."""
+    if size > _MAX_SIZE:
+        return "more than 2^100 bytes"
+    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def nearest_key(key: object, known: Sequence[str]) -> str | None:
+    """The one of the known keys that `key` is likely a misspelling of."""
+    if not isinstance(key, str):
+        return None
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()  # bytesToUse, BYTES_TO_USE
+    return next(iter(difflib.get_close_matches(words, known, n=1, cutoff=0.7)), None)

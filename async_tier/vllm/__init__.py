@@ -1,0 +1,1 @@
+"""What follows vLLM's interface, which differs by version."""
