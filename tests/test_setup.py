@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,35 @@ def test_what_the_machine_lacks_is_said_before_anything_is_installed(tmp_path):
     assert "libnuma.so.1 for vLLM's CPU build (in libnuma1 or numactl-libs)" in done.stdout
     assert " venv " not in done.stdout
     assert not (tmp_path / "venv").exists()
+
+
+def test_a_wheel_has_the_package_and_nothing_else(tmp_path):
+    """`make test-wheel` serves from it, in an environment of its own."""
+    project = tmp_path / "project"
+    shutil.copytree(
+        ROOT / "async_tier", project / "async_tier", ignore=shutil.ignore_patterns("__pycache__", "*.so", "build")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        project,
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp311-abi3-linux_" in wheel.name, "one wheel for every later Python"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (points,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
+    sources = {str(path.relative_to(project)) for path in project.rglob("*.py") if "build" not in path.parts}
+    extension = {"async_tier/streams/_native.abi3.so", "async_tier/streams/_native.pyi"}
+    assert names == sources | extension | {"async_tier/py.typed"}
+    assert "async_tier = async_tier.plugin:register" in points

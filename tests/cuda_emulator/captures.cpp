@@ -13,9 +13,9 @@ thread_local int thread_mode = CAPTURE_GLOBAL;
 
 // What may be refused while somebody captures: calls that wait for work, ask whether it is done, or change what is
 // mapped for the device.
-const char *const UNSAFE[] = {"device_sync",   "event_query",     "event_sync", "free",         "host_alloc",
-                              "host_free",     "host_register",   "malloc",     "memcpy",       "stream_query",
-                              "stream_sync",   "host_unregister"};
+const char *const UNSAFE[] = {"device_sync", "event_query",  "event_sync",    "free",
+                              "host_alloc",  "host_free",    "host_register", "malloc",
+                              "memcpy",      "stream_query", "stream_sync",   "host_unregister"};
 
 bool is_unsafe(const std::string &api) {
     return std::find(std::begin(UNSAFE), std::end(UNSAFE), api) != std::end(UNSAFE);

@@ -38,8 +38,7 @@ void add_rules(State &to, const char *text) {
         int code;
         if (sscanf(rule.c_str(), " %63[^@]@%ld=%d:%15s", point, &nth, &code, how) >= 3)
             to.rules.push_back({point, nth, code, !strcmp(how, "async")});
-        else
-            fprintf(stderr, "[cuda emulator] CUDAEMU_FAIL: \"%s\" is not point@nth=code[:async]\n", rule.c_str());
+        else fprintf(stderr, "[cuda emulator] CUDAEMU_FAIL: \"%s\" is not point@nth=code[:async]\n", rule.c_str());
     }
 }
 

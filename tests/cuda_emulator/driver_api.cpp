@@ -638,7 +638,7 @@ EXPORT cuGetProcAddress_v2(const char *name, void **function, int version, cuuin
     if (version > DRIVER_VERSION) return CUDA_ERROR_INVALID_VALUE;
     *function = function_of_version(name, version);
     if (status)
-        *status = *function                                      ? CU_GET_PROC_ADDRESS_SUCCESS
+        *status = *function                                   ? CU_GET_PROC_ADDRESS_SUCCESS
                   : function_of_version(name, DRIVER_VERSION) ? CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT
                                                               : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
     return CUDA_SUCCESS;

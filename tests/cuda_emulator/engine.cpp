@@ -48,9 +48,7 @@ Settings settings_from_environment() {
     return settings;
 }
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 StreamHandle new_stream_handle(const Lock &) { return StreamHandle{state.next_handle += HANDLE_STEP}; }
 
@@ -621,8 +619,12 @@ int submit_copies(const std::vector<CopyRequest> &requests, Kind required, Strea
         }
         if (to_pageable || kind == H2H) blocking = true;
         if (to_pageable || from_pageable) pageable++;
-        Copy copy{static_cast<char *>(request.destination), static_cast<const char *>(request.source), request.bytes,
-                  kind, from_pageable || request.order != SourceOrder::STREAM, {}};
+        Copy copy{static_cast<char *>(request.destination),
+                  static_cast<const char *>(request.source),
+                  request.bytes,
+                  kind,
+                  from_pageable || request.order != SourceOrder::STREAM,
+                  {}};
         // The engine of a batch is that of its first entry.
         if (operation.copies.empty()) operation.kind = kind;
         operation.bytes += copy.bytes;

@@ -210,8 +210,8 @@ struct Stream {
     bool running = false;
     bool destroyed = false;
     bool held = false;
-    uint64_t steps = 0;      // operations that may run although the stream is held
-    double delay_us = -1;    // below zero: the kind's delay
+    uint64_t steps = 0;    // operations that may run although the stream is held
+    double delay_us = -1;  // below zero: the kind's delay
     std::shared_ptr<Completion> last;
     std::condition_variable wake;
 };

@@ -502,10 +502,12 @@ Kernel *find_kernel(const void *function) {
 // Bytes of a type as C++ mangles it; 0: not known.
 size_t width_of(const char *mangled) {
     switch (*mangled) {
+        // clang-format off: a line per size
         case 'a': case 'b': case 'h': return 1;
         case 's': case 't': return 2;
         case 'f': case 'i': case 'j': return 4;
         case 'd': case 'l': case 'm': case 'x': case 'y': return 8;
+        // clang-format on
         default: break;
     }
     for (const char *half : {"N3c104Half", "N3c108BFloat16"})
@@ -574,8 +576,9 @@ EXPORT_AS(void) __cudaUnregisterFatBinary(void **) {}
 
 EXPORT_AS(char) __cudaInitModule(void **) { return 0; }
 
-EXPORT_AS(void) __cudaRegisterFunction(void **, const char *function, char *, const char *name, int, uint3 *, uint3 *,
-                                       dim3 *, dim3 *, int *) {
+EXPORT_AS(void)
+__cudaRegisterFunction(void **, const char *function, char *, const char *name, int, uint3 *, uint3 *, dim3 *, dim3 *,
+                       int *) {
     if (is_forked()) return;  // the lock may be held for ever
     std::lock_guard<std::mutex> lock(kernels().mutex);
     kernels().by_function[function] = {name};
