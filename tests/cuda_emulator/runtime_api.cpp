@@ -502,7 +502,7 @@ Kernel *find_kernel(const void *function) {
 // Bytes of a type as C++ mangles it; 0: not known.
 size_t width_of(const char *mangled) {
     switch (*mangled) {
-        // clang-format off: a line per size
+            // clang-format off: a line per size
         case 'a': case 'b': case 'h': return 1;
         case 's': case 't': return 2;
         case 'f': case 'i': case 'j': return 4;
