@@ -7,13 +7,15 @@ Works on a copy of the project. A mutant is (rule, file, line as it is, line as 
 to catch it are the fast ones of the file's subject. With words, only mutants whose rule or file contains one.
 
 What takes longest in a short run of tests is to import torch and vLLM. So this process does that once, and forks for
-each mutant.
+each mutant. And the test that caught a mutant is kept in build/mutants.json: the next time it is the first to run, and
+if it catches the mutant again no other has to.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import select
 import shutil
@@ -25,9 +27,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 # Longer than any of the test files takes, several times over: a mutant that hangs is caught too.
 TIMEOUT_S = 120
+KILLERS = ROOT / "build" / "mutants.json"
 
 TIER = ("test_manager.py", "test_index.py")
 BACKEND = ("test_cpu_backend.py",)
@@ -597,8 +602,19 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def caught(mutant: Mutant, folder: Path) -> bool:
-    """Whether the tests fail with the line broken."""
+class FirstFailure:
+    """A plugin of pytest that notes which test failed, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.path.write_text(report.nodeid)
+
+
+def caught(mutant: Mutant, folder: Path, killers: dict[str, str]) -> bool:
+    """Whether the tests fail with the line broken. Keeps which one did in `killers`, by the mutant's rule."""
     path = folder / "async_tier" / mutant.file
     source = path.read_text()
     changed = source.replace(mutant.before, mutant.after)
@@ -606,16 +622,31 @@ def caught(mutant: Mutant, folder: Path) -> bool:
     try:
         if mutant.file.endswith(".c"):
             build(folder)
-        code = run_tests(folder, mutant.tests)
-        return code == 1 or code < 0  # failed, or killed by a signal
+        if mutant.rule in killers and has_failed(run_tests(folder, [killers[mutant.rule]])):
+            return True
+        noted = folder.parent / "failed"
+        noted.unlink(missing_ok=True)
+        is_caught = has_failed(run_tests(folder, mutant.tests, noted))
+        killers.pop(mutant.rule, None)
+        if is_caught and noted.exists():
+            killers[mutant.rule] = noted.read_text().removeprefix("tests/")
+        return is_caught
     finally:
         path.write_text(source)
         if mutant.file.endswith(".c"):
             build(folder)
 
 
-def run_tests(folder: Path, names: Sequence[str]) -> int:
-    """pytest's exit code for these files, or the negative number of the signal that ended it; ours if it hangs."""
+def has_failed(code: int) -> bool:
+    """Of a run of tests: failed, or killed by a signal. Not: there is no such test, or another error of pytest's."""
+    return code == 1 or code < 0
+
+
+def run_tests(folder: Path, names: Sequence[str], noted: Path | None = None) -> int:
+    """pytest's exit code for these, or the negative number of the signal that ended it; ours if it hangs.
+
+    names: files in tests/, or single tests. noted: a file for the name of the test that failed.
+    """
     child = os.fork()
     if child == 0:
         code = 3
@@ -625,11 +656,9 @@ def run_tests(folder: Path, names: Sequence[str]) -> int:
             nothing = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(nothing, fd)
-            import pytest
 
-            code = pytest.main(
-                ["-x", "-q", "-p", "no:cacheprovider", *(str(folder / "tests" / name) for name in names)]
-            )
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", *(str(folder / "tests" / name) for name in names)]
+            code = pytest.main(arguments, plugins=[FirstFailure(noted)] if noted else [])
         except SystemExit:  # a test that gave up waiting ends pytest
             code = 1
         finally:
@@ -670,6 +699,15 @@ def build(folder: Path) -> None:
     )
 
 
+def save(killers: dict[str, str]) -> None:
+    """Also what another run has found meanwhile: of the host's mutants and of CUDA's there may be one each."""
+    others = json.loads(KILLERS.read_text()) if KILLERS.exists() else {}
+    KILLERS.parent.mkdir(exist_ok=True)
+    unfinished = KILLERS.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(others | killers, indent=1))
+    unfinished.replace(KILLERS)
+
+
 def main(words: list[str]) -> int:
     mutants = MUTANTS
     if "--cuda" in words:
@@ -680,6 +718,7 @@ def main(words: list[str]) -> int:
         os.environ["ASYNC_TIER_CUDA"] = "emulated"
     chosen = [m for m in mutants if not words or any(word.lower() in f"{m.rule} {m.file}".lower() for word in words)]
     survivors = []
+    killers: dict[str, str] = json.loads(KILLERS.read_text()) if KILLERS.exists() else {}
     for mutant in chosen:  # all, before the first takes its time
         source = (ROOT / "async_tier" / mutant.file).read_text()
         assert mutant.before in source, f"the line of {mutant.rule!r} is no longer in {mutant.file}"
@@ -693,10 +732,11 @@ def main(words: list[str]) -> int:
             print(f"the tests fail with nothing broken: pytest says {code}")
             return 1
         for number, mutant in enumerate(chosen, start=1):
-            verdict = caught(mutant, folder)
+            verdict = caught(mutant, folder, killers)
             print(f"{number:3} of {len(chosen)}  {'caught  ' if verdict else 'SURVIVED'}  {mutant.rule}", flush=True)
             if not verdict:
                 survivors.append(mutant.rule)
+            save(killers)
     Path("/dev/shm/async-tier-mutant").unlink(missing_ok=True)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
     return 1 if survivors else 0
