@@ -1,11 +1,6 @@
-"""BlockStore as programs without vLLM use it, and README's programs."""
+"""BlockStore as programs without vLLM use it."""
 
 from __future__ import annotations
-
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +11,7 @@ from tests import helpers
 from tests.helpers import key, keys
 from tests.rows import primary_rows
 
-ROOT = Path(__file__).parents[1]
 ROW_BYTES = 256
-PROGRAMS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -100,17 +93,3 @@ def test_a_sequence_that_is_finished_makes_room_at_its_own_cost(store: BlockStor
     assert moved(store, 4, sequence="request") == 1
     store.close()
     store.finish_sequence("request")
-
-
-def test_readme_has_programs():
-    assert len(PROGRAMS) >= 2
-
-
-@pytest.mark.starts_process
-@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
-def test_readmes_programs_run_as_printed(program: str):
-    run = [sys.executable, "-W", "default::ResourceWarning", "-c", program]
-    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=helpers.PATIENCE_S)
-    assert ended.returncode == 0, ended.stderr
-    assert "ResourceWarning" not in ended.stderr, "it closes what it opens"
-    assert ended.stdout, "it shows what it does"
