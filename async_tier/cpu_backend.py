@@ -14,6 +14,7 @@ order of submission. `wait` is the only fence before a block that is being store
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import deque
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
@@ -41,10 +41,11 @@ from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream
 from async_tier.text import format_size, nearest_key, parse_size, shown
 from async_tier.vllm import compat
+from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.openmp import cpus_before_openmp
 from async_tier.vllm.primary_file import PrimaryFile
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(__name__)
 
 DEFAULT_COPY_THREADS = 1
 
@@ -61,6 +62,7 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
     """
 
     def __init__(self, config: OffloadingConfig) -> None:
+        adopt_vllms_logging()
         _check_keys(config.extra_config)
         primary_bytes = parse_size("cpu_bytes_to_use", config.extra_config.get("cpu_bytes_to_use"))
         self.cpu_copy_threads = parse_threads(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
 
 from async_tier.block_store import BlockStore, Statistics
@@ -14,10 +14,10 @@ from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
 from async_tier.text import format_size, shown
 from async_tier.vllm import compat
+from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.promises import KEEP, REFUSE, WAIT, Promises
 
-# Under vLLM's logger, whose handlers and level it then has.
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(__name__)
 # Asked for once a block: a member of an enum is slow to get at (Python 3.11).
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 # What a promise is to vLLM, for a block that is here.
@@ -58,6 +58,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         Raises ValueError for a bad configuration and for workers on several nodes, MemoryError when the arena cannot
         be had, each in words.
         """
+        adopt_vllms_logging()
         if isinstance(custom_param, bool) or not isinstance(custom_param, int):
             raise ValueError(f"custom_param must be an integer, not {shown(custom_param)}")
         for_base = compat.bases_own(options)

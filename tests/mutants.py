@@ -508,6 +508,8 @@ MUTANTS = [
     Mutant("asyncio: a store that was closed does not warn", "aio.py", "        self._abandoned.detach()\n", "", ASYNCIO),
     Mutant("asyncio: a store that was not closed copies no more", "aio.py", "        store.signal(-1)\n        store.close()\n    finally", "        store.signal(-1)\n    finally", ASYNCIO),
     Mutant("log: a job's line has its request", "block_store.py", "request = \"\" if self.sequence is None else", "request = \"\" if True else"),
+    Mutant("log: lines are as vLLM's", "manager.py", "        adopt_vllms_logging()\n", "", ("test_plugin.py",)),
+    Mutant("log: but not where it was configured", "vllm/logs.py", "if not ours.hasHandlers():", "if True:", ("test_plugin.py",)),
     Mutant("log: a load's line has its request", "manager.py", "compat.row_numbers(job_metadata), request\n", "compat.row_numbers(job_metadata)\n"),
     Mutant("log: a failed job has a line", "block_store.py", "            self._log.report(job.kind,", "            (lambda *_: 0)(job.kind,"),
     Mutant("log: the first time with a traceback", "observe/faults.py", "exc_info=error", "exc_info=None", FAULTS),

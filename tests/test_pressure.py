@@ -168,9 +168,9 @@ def test_under_random_pressure_everybody_ends_and_reads_the_right_kv(groups, asy
 
 
 def log_of(caplog, **sizes) -> list[str]:
-    with caplog.at_level(logging.INFO, "vllm.async_tier"), Engine(**sizes):
+    with caplog.at_level(logging.INFO, "async_tier"), Engine(**sizes):
         pass
-    return [record.getMessage() for record in caplog.records if record.name == "vllm.async_tier.manager"]
+    return [record.getMessage() for record in caplog.records if record.name == "async_tier.manager"]
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import struct
 from pathlib import Path
 from types import TracebackType
 
 from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_space
-from vllm.logger import init_logger
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from async_tier.text import shown
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(__name__)
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: to the end), process
 _DECIDING = 0
