@@ -39,7 +39,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from async_tier.config import SPEC_KEYS, TIER_KEYS, parse_threads
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream
-from async_tier.text import format_size, nearest_key, parse_size, shown
+from async_tier.text import brief, format_size, nearest_key, parse_size
 from async_tier.vllm import compat
 from async_tier.vllm.openmp import cpus_before_openmp
 from async_tier.vllm.primary_file import PrimaryFile
@@ -78,10 +78,10 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
         super().__init__(replace(config, extra_config={**config.extra_config, "cpu_bytes_to_use": primary_bytes}))
         if self.num_chunks < 1:
             raise ValueError(
-                f"cpu_bytes_to_use must be at least {shown(self.kv_bytes_per_chunk)} bytes "
+                f"cpu_bytes_to_use must be at least {brief(self.kv_bytes_per_chunk)} bytes "
                 f"({format_size(self.kv_bytes_per_chunk)}), which is one block of all workers, not {primary_bytes}"
             )
-        wrong = compat.partial_chunks(self)
+        wrong = compat.partial_chunk_problem(self)
         if wrong:
             raise ValueError(wrong)
         self._host_worker: HostOffloadingWorker | None = None
@@ -151,16 +151,16 @@ def _check_keys(extra_config: Mapping[str, Any]) -> None:
         if key in TIER_KEYS:
             near = nearest_key(key, SPEC_KEYS)
             raise ValueError(
-                f"{shown(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
+                f"{brief(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
                 + (f"; or did you mean {near!r}?" if near and near not in extra_config else "")
             )
         near = nearest_key(key, [*SPEC_KEYS, *TIER_KEYS])
         if near:
             place = "" if near in SPEC_KEYS else ", in the dictionary of a tier in secondary_tiers"
-            raise ValueError(f"unknown key {shown(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
+            raise ValueError(f"unknown key {brief(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
         logger.warning(
             "Key %s of kv_connector_extra_config is not known and has no effect; the known keys are %s",
-            shown(key),
+            brief(key),
             ", ".join(SPEC_KEYS),
         )
 
@@ -169,17 +169,17 @@ def _check_tiers(extra_config: Mapping[str, Any]) -> None:
     """Refuse tiers that vLLM, which makes them, would stumble over."""
     tiers = extra_config.get("secondary_tiers", [])
     if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {shown(tiers)}")
+        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {brief(tiers)}")
     for tier in tiers:
         for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
             if key in tier:
                 raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
         for key in ("type", "module_path"):
             if key in tier and not (isinstance(tier[key], str) and tier[key]):
-                raise ValueError(f"{key} of a tier must be a name, not {shown(tier[key])}")
+                raise ValueError(f"{key} of a tier must be a name, not {brief(tier[key])}")
     for settings in (extra_config, *tiers):
         if not isinstance(settings.get("backpressure") or {}, dict):
-            raise ValueError(f"backpressure must be a dictionary, not {shown(settings['backpressure'])}")
+            raise ValueError(f"backpressure must be a dictionary, not {brief(settings['backpressure'])}")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class HostOffloadingWorker(OffloadingWorker):
         self._stores: deque[_Transfer] = deque()
         self._loads: deque[_Transfer] = deque()
         self._events: dict[int, CopyEvent] = {}
-        self._dropped = weakref.finalize(self, _end, self.engine, region)
+        self._finalizer = weakref.finalize(self, _end, self.engine, region)
 
     def _pages(self, tensor: torch.Tensor, page_bytes: int, region: SharedOffloadRegion) -> _Pages:
         if tensor.device.type != "cpu":
@@ -266,7 +266,7 @@ class HostOffloadingWorker(OffloadingWorker):
 
     def shutdown(self) -> None:
         """End the threads, then let go of the primary. Idempotent."""
-        self._dropped.detach()
+        self._finalizer.detach()
         self.engine.close()
         for queue in (self._stores, self._loads):
             queue.clear()

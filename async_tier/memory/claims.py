@@ -33,7 +33,7 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
+def claim_lock() -> Iterator[None]:
     """Others that ask for memory wait, in this process and in all that see the same /proc.
 
     What is found to be available in here is so until it is claimed.
@@ -73,9 +73,9 @@ def refuse_if_unavailable(size: int) -> None:
         ]
         promised = sum(holder.without_pages for holder in under)
         if size > available - promised:
-            words = f"the tier asks for {_told(size)}, but {limit} has {_told(available)} available"
+            words = f"the tier asks for {_size_text(size)}, but {limit} has {_size_text(available)} available"
             if promised:
-                words += f", of which {_told(promised)} are promised to tiers that do not use it yet"
+                words += f", of which {_size_text(promised)} are promised to tiers that do not use it yet"
             for holder in under:
                 words += f"; process {holder.process} ({holder.name}) has {format_size(holder.size)} for its tiers"
             raise MemoryError(f"{words}; set bytes_to_use to less")
@@ -125,5 +125,5 @@ def _without_pages(process: int, ranges: list[tuple[int, int]]) -> int:
     return missing
 
 
-def _told(size: int) -> str:
+def _size_text(size: int) -> str:
     return f"{format_size(size)} ({size} bytes)"

@@ -7,7 +7,7 @@ import mmap
 import os
 import weakref
 
-from async_tier.memory.claims import claim, one_at_a_time, refuse_if_unavailable
+from async_tier.memory.claims import claim, claim_lock, refuse_if_unavailable
 from async_tier.streams.rows import Rows
 from async_tier.text import format_size
 
@@ -43,7 +43,7 @@ class Arena:
         # Room to start on a huge page's boundary.
         length = size + (_HUGE_PAGE if size >= _HUGE_PAGE else 0)
         length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        with one_at_a_time():
+        with claim_lock():
             refuse_if_unavailable(size)
             start = _libc.mmap(
                 None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
@@ -63,7 +63,7 @@ class Arena:
         """Free the memory. Every copy that touches it must have ended. Idempotent."""
         self._release()
 
-    def keep_for_ever(self) -> None:
+    def abandon_memory(self) -> None:
         """Never free the memory, because a copy may touch it at any time; `close` does nothing any more."""
         self._release.detach()
 

@@ -29,7 +29,7 @@ class PinnedArena:
     def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
-        _move_near(engine, self.rows)
+        _prefer_near_node(engine, self.rows)
         self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
@@ -38,12 +38,12 @@ class PinnedArena:
                 self._registration.register_next()
             self._pinner.start()
         except BaseException:
-            if not self._registration.give_up():
-                self._arena.keep_for_ever()
+            if not self._registration.unpin_or_abandon():
+                self._arena.abandon_memory()
             self._arena.close()
             raise
         engine.add_rows(self.rows, self._registration)
-        engine.own(self)
+        engine.add_pinned(self)
 
     @property
     def ready(self) -> int:
@@ -62,11 +62,11 @@ class PinnedArena:
             raise RuntimeError("its memory is still being pinned")
         self._registration.unpin()
 
-    def leave(self) -> None:
+    def abandon_memory(self) -> None:
         """See cuda.Pinned."""
         self._stop.set()
-        self._registration.leave()
-        self._arena.keep_for_ever()
+        self._registration.abandon_memory()
+        self._arena.abandon_memory()
 
     def _pin(self) -> None:
         try:
@@ -81,7 +81,7 @@ class PinnedArena:
             )
 
 
-def _move_near(engine: CudaEngine, rows: Rows) -> None:
+def _prefer_near_node(engine: CudaEngine, rows: Rows) -> None:
     """Have new rows come from the memory next to the GPU: another socket's is reached at half the rate or less."""
     try:
         node = engine.driver.host_node(engine.context.ordinal)

@@ -32,7 +32,7 @@ _users: dict[Range, int] = {}
 _mappings: dict[Range, Mapping] = {}
 # What was not given back. The driver knows pages, not addresses: if others are mapped there by now, it says "already
 # registered", and copies go to the old ones.
-_left: set[Range] = set()
+_abandoned: set[Range] = set()
 # Held over the driver's calls as well: a range that somebody is about to unpin must not look pinned to anybody else.
 _lock = threading.Lock()
 
@@ -44,10 +44,10 @@ class Registration:
     in the process has registered already is as good, and not ours to unpin; but not where the memory `is_new`, which
     nobody can have registered since it was mapped.
 
-    step: ranges begin at its multiples from the page of the first row on, and at the first row; a copy must not go on
-    there. It is halved before the rows are ready that were refused with a larger one, and has more multiples than
-    there are ranges then. range_starts: the addresses of all ranges, as they are planned now. seconds: what the driver
-    took to pin the last range; as long a pause before the next one leaves others half of the time.
+    range_alignment: ranges begin at the first row, and at multiples of this many bytes from the first row's page. No
+    copy may cross these multiples. It is halved before rows become ready whose range was refused; then not every
+    multiple begins a range. range_starts: the addresses of all ranges, as now planned. seconds: how long the driver
+    took to pin the last range. A pause of that length before the next range leaves others half of the time.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Registration:
                 time.sleep(self.seconds)
                 self.register_next()
         except BaseException:
-            self.give_up()
+            self.unpin_or_abandon()
             raise
 
     def register_next(self) -> None:
@@ -116,18 +116,18 @@ class Registration:
             except CudaError:
                 if end - start <= MIN_RANGE_BYTES:
                     raise
-                step = self.step
-                while step >= end - start:
-                    step //= 2
-                self._plan(start, max(MIN_RANGE_BYTES, step))
+                alignment = self.range_alignment
+                while alignment >= end - start:
+                    alignment //= 2
+                self._plan(start, max(MIN_RANGE_BYTES, alignment))
                 start, end = self.next_range
         self._done += 1
 
-    def _plan(self, start: int, step: int) -> None:
+    def _plan(self, start: int, alignment: int) -> None:
         """The ranges from `start` on, the next one to be pinned."""
-        self.step = step
+        self.range_alignment = alignment
         origin = self._rows.address - self._rows.address % mmap.PAGESIZE
-        later = range(start + step - (start - origin) % step, self._end, step)
+        later = range(start + alignment - (start - origin) % alignment, self._end, alignment)
         self.range_starts = [*self.range_starts[: self._done], start, *later]
 
     def _pin(self, start: int, end: int) -> None:
@@ -139,7 +139,7 @@ class Registration:
                 # The code says "part or all": copies to the rest would block, as all copies to pageable memory do.
                 if error.code != ALREADY_REGISTERED or not all(map(self._driver.is_pinned, (start, end - 1))):
                     raise
-                if self._is_new or _overlapping(_left, start, end):
+                if self._is_new or _overlapping(_abandoned, start, end):
                     raise RuntimeError("a tier that ended badly has left memory pinned at these addresses") from error
                 used = [(start, end)] if (start, end) in _users else _overlapping(_users, start, end)
                 if any(_mappings[each] != self._mapping_at(each[0]) for each in used):
@@ -149,7 +149,7 @@ class Registration:
                 if len(used) > 1:  # copies must not go from one to the next: ours are to be as small
                     raise
             else:
-                _left.difference_update(_overlapping(_left, start, end))
+                _abandoned.difference_update(_overlapping(_abandoned, start, end))
                 used = [(start, end)]
                 _mappings[start, end] = self._mapping_at(start)
             self.seconds = time.monotonic() - began
@@ -187,20 +187,20 @@ class Registration:
             return
         self._driver.unregister(each[0])
         del _users[each], _mappings[each]
-        _left.discard(each)  # of an end that was given up, and came late
+        _abandoned.discard(each)  # of an end that was given up, and came late
 
-    def give_up(self) -> bool:
+    def unpin_or_abandon(self) -> bool:
         """Whether all is unpinned; what is not is left."""
         try:
             self.unpin()
         except RuntimeError as error:
             logger.error("CUDA refused to unpin memory, which is left as it is: %s", error)
-            self.leave()
+            self.abandon_memory()
         return not self._used
 
-    def leave(self) -> None:
+    def abandon_memory(self) -> None:
         """It stays pinned for good, because copies may be under way, or the driver has refused to unpin it."""
-        _left.update(self._used)  # without the lock, which a call that hangs may hold
+        _abandoned.update(self._used)  # without the lock, which a call that hangs may hold
 
 
 @contextmanager
@@ -228,5 +228,5 @@ def _mapping(address: int) -> Mapping:
 
 
 def _overlapping(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
-    # A copy, made in one step: `leave` may add to the ranges meanwhile.
+    # A copy, made in one step: `abandon_memory` may add to the ranges meanwhile.
     return [each for each in tuple(ranges) if each[0] < end and start < each[1]]

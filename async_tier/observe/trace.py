@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from async_tier.streams.base import CopyEvent
-from async_tier.text import format_size, shown
+from async_tier.text import brief, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +81,16 @@ class TraceWriter:
         self.path = Path(path.replace("{pid}", str(self._pid)))
         names = [self._name("process_name", "async-tier", 0), self._name("thread_name", "steps", _STEPS_THREAD)]
         try:
-            self._file = _open_alone(self.path)
+            self._file = _open_exclusively(self.path)
             self._written = self._file.write("[\n" + ",\n".join(names))
             self._file.flush()  # a forked child must not have it to write
         except BlockingIOError as error:
             raise ValueError(
-                f"trace_path {shown(path)} is being written by another tier; name another file, "
+                f"trace_path {brief(path)} is being written by another tier; name another file, "
                 "or put {pid} into the name where each process has one tier"
             ) from error
         except OSError as error:
-            raise ValueError(f"trace_path {shown(path)} cannot be written: {error.strerror}") from error
+            raise ValueError(f"trace_path {brief(path)} cannot be written: {error.strerror}") from error
         offset = _clock_offset_ns()
         self._offset_ns = offset - clock_base_ns(time.monotonic_ns() + offset)
         # Given by the tier's thread, taken by the writer.
@@ -98,7 +98,7 @@ class TraceWriter:
         self._is_over = False
         self._slices = 0
         self._stop = threading.Event()
-        self._writer = threading.Thread(target=self._write_often, name="async-tier-trace", daemon=True)
+        self._writer = threading.Thread(target=self._write_until_stopped, name="async-tier-trace", daemon=True)
         self._writer.start()
 
     def step(self, started_ns: int, ended_ns: int) -> None:
@@ -134,7 +134,7 @@ class TraceWriter:
     def _name(self, what: str, name: str, thread: int) -> str:
         return json.dumps({"ph": "M", "name": what, "pid": self._pid, "tid": thread, "args": {"name": name}})
 
-    def _write_often(self) -> None:
+    def _write_until_stopped(self) -> None:
         while not self._stop.wait(_WRITE_INTERVAL_S):
             self._write()
         self._write()
@@ -167,7 +167,7 @@ class TraceWriter:
         logger.warning("The trace %s ends here: %s", self.path, why)
 
 
-def _open_alone(path: Path) -> TextIO:
+def _open_exclusively(path: Path) -> TextIO:
     """The file, empty, for this writer alone. Raises BlockingIOError if another one has it, OSError if it cannot be."""
     file = path.open("a")
     try:

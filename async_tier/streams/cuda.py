@@ -46,7 +46,7 @@ class Pinned(Protocol):
     def unpin(self) -> None:
         """No copy is under way any more. Raises RuntimeError, of which CudaError is one, where something stays."""
 
-    def leave(self) -> None:
+    def abandon_memory(self) -> None:
         """It stays pinned, and mapped as far as that is up to us. Never blocks, and may come after `unpin`."""
 
 
@@ -57,14 +57,14 @@ class Registered(Protocol):
     """
 
     @property
-    def step(self) -> int: ...
+    def range_alignment(self) -> int: ...
 
 
 class CudaStream(RowStream):
     """One direction of a CudaEngine. handles: its CUDA streams, one a leg, for a profiler to name."""
 
-    def __init__(self, engine: _native.CudaEngine, queue: int, steps: Callable[[Rows], int]) -> None:
-        super().__init__(engine, queue, steps)
+    def __init__(self, engine: _native.CudaEngine, queue: int, alignment_of: Callable[[Rows], int]) -> None:
+        super().__init__(engine, queue, alignment_of)
         self.handles = engine.handles(queue)
 
 
@@ -108,11 +108,11 @@ class CudaEngine:
                 (max_inflight_store_bytes, slots, staging and staging + slots * piece_bytes),
             )
         except BaseException:
-            self._give_back(threading.Event(), None)
+            self._free_all(threading.Event(), None)
             raise
         self.has_batch = self._native.has_batch
-        self.load_stream = CudaStream(self._native, 0, self.step_of)
-        self.store_stream = CudaStream(self._native, 1, self.step_of)
+        self.load_stream = CudaStream(self._native, 0, self.range_alignment_of)
+        self.store_stream = CudaStream(self._native, 1, self.range_alignment_of)
 
     @property
     def broken(self) -> str | None:
@@ -130,7 +130,7 @@ class CudaEngine:
         self._memory.append(address)
         return address
 
-    def own(self, pinned: Pinned) -> None:
+    def add_pinned(self, pinned: Pinned) -> None:
         """`close` sees to it, the last given first."""
         self._pinned.append(pinned)
 
@@ -138,10 +138,10 @@ class CudaEngine:
         """Make rows known to the streams. `registration`: None for device memory."""
         self._registrations[rows.address] = registration
 
-    def step_of(self, rows: Rows) -> int:
+    def range_alignment_of(self, rows: Rows) -> int:
         """See RowStream: where registrations begin. 0 for device memory. KeyError for rows that were not added."""
         registration = self._registrations[rows.address]
-        return 0 if registration is None else registration.step
+        return 0 if registration is None else registration.range_alignment
 
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal."""
@@ -160,34 +160,34 @@ class CudaEngine:
             if self.context.is_forked:  # all of it is the parent's, whose copies go on
                 return
             if self.is_quiet:
-                self._give_back_soon()
+                self._free_all_in_thread()
             else:
                 logger.error("The CUDA engine ends with copies that may be under way; its memory is left as it is")
-                self._leave()
+                self._abandon_memory()
         except BaseException:  # Ctrl-C
-            self._leave()
+            self._abandon_memory()
             raise
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _give_back_soon(self) -> None:
-        """`_give_back` in a thread, because unpinning has been seen to hang (pytorch/pytorch#132520)."""
+    def _free_all_in_thread(self) -> None:
+        """`_free_all` in a thread, because unpinning has been seen to hang (pytorch/pytorch#132520)."""
         unpinned = threading.Event()
         arguments = (unpinned, self._native.refusal)
-        thread = threading.Thread(target=self._give_back, args=arguments, name="async-tier-close", daemon=True)
+        thread = threading.Thread(target=self._free_all, args=arguments, name="async-tier-close", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # from Python 3.12 on, when the process is ending, which gives everything back
             logger.warning("The CUDA engine's memory is left as it is until the process ends: %s", error)
-            self._leave()
+            self._abandon_memory()
             return
         if unpinned.wait(CLOSE_TIMEOUT_S):
             thread.join(FREE_TIMEOUT_S)
         else:
             logger.error("CUDA has not unpinned the CUDA engine's memory in time, which is left as it is")
-            self._leave()
+            self._abandon_memory()
 
-    def _give_back(self, unpinned: threading.Event, refusal: str | None) -> None:
+    def _free_all(self, unpinned: threading.Event, refusal: str | None) -> None:
         """Give back all that can be, whatever of it is refused, and say so once. Sets `unpinned` in between."""
         refusals: list[object] = [] if refusal is None else [refusal]
 
@@ -203,18 +203,18 @@ class CudaEngine:
             with self.context:
                 for pinned in reversed(self._pinned):
                     if not attempt(pinned.unpin):
-                        pinned.leave()
+                        pinned.abandon_memory()
                 unpinned.set()
                 for address in self._memory:
                     attempt(self.driver.free, address)
         except CudaError as error:  # the context cannot even be entered
             refusals.append(error)
-            self._leave()
+            self._abandon_memory()
             unpinned.set()
         self.context.release()
         if refusals:
             logger.error("CUDA refused to take back what the engine had, in %d calls: %s", len(refusals), refusals[0])
 
-    def _leave(self) -> None:
+    def _abandon_memory(self) -> None:
         for pinned in self._pinned:
-            pinned.leave()
+            pinned.abandon_memory()

@@ -13,14 +13,17 @@ _UNLIMITED = -1
 
 
 class RowStream:
-    """One queue of a native engine. steps: the `dst_step` or `src_step` of rows, see _native."""
+    """One queue of a native engine. alignment_of: the `dst_alignment` or `src_alignment` of rows, see _native."""
 
     def __init__(
-        self, engine: _native.HostEngine | _native.CudaEngine, queue: int, steps: Callable[[Rows], int] | None = None
+        self,
+        engine: _native.HostEngine | _native.CudaEngine,
+        queue: int,
+        alignment_of: Callable[[Rows], int] | None = None,
     ) -> None:
         self._engine = engine
         self._queue = queue
-        self._steps = steps
+        self._alignment_of = alignment_of
 
     def copy_rows(
         self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
@@ -37,7 +40,7 @@ class RowStream:
             source.count,
             source_rows,
             source.row_bytes,
-            *(map(self._steps, (destination, source)) if self._steps else ()),
+            *(map(self._alignment_of, (destination, source)) if self._alignment_of else ()),
         )
 
     def hold(self) -> None:

@@ -104,7 +104,7 @@ class TierBase(SecondaryTierManager):
         super().__init__(offloading_spec=offloading_spec, primary_kv_view=primary_kv_view, tier_type=tier_type, **more)
 
 
-def bases_own(options: dict[str, Any]) -> dict[str, Any]:
+def base_keywords(options: dict[str, Any]) -> dict[str, Any]:
     """Those of the keywords that vLLM's base class names in its constructor: they are for it, in a later version."""
     return {name: value for name, value in options.items() if name in _base_keywords}
 
@@ -129,7 +129,7 @@ def node_count(offloading_spec: Any) -> int | None:
     some are elsewhere. (Workers on a part of each node's GPUs do not show.) Nothing can be said where the engine's
     process sees no GPU, as Ray has it.
     """
-    config = getattr(offloading_spec, "vllm_config", None) or _vllms(VllmConfig, "vllm_config", offloading_spec)
+    config = getattr(offloading_spec, "vllm_config", None) or _find_config(VllmConfig, "vllm_config", offloading_spec)
     parallel = getattr(config, "parallel_config", None)
     for name in ("nnodes_within_dp", "nnodes"):
         nodes = getattr(parallel, name, None)
@@ -162,7 +162,7 @@ def first_gpu(offloading_spec: Any) -> int | None:
 
     vLLM's GPU workers find theirs in this way. The engine's process sees the GPUs of all of its node's engines.
     """
-    config = getattr(offloading_spec, "vllm_config", None) or _vllms(VllmConfig, "vllm_config", offloading_spec)
+    config = getattr(offloading_spec, "vllm_config", None) or _find_config(VllmConfig, "vllm_config", offloading_spec)
     parallel = getattr(config, "parallel_config", None)
     if parallel is None:  # from 0.27 on, where no caller has it
         parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
@@ -197,11 +197,11 @@ def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
 
 def tokens_per_step(offloading_spec: Any) -> int | None:
     """vLLM's `max_num_batched_tokens`; None if that cannot be known."""
-    config = _vllms(VllmConfig, "vllm_config", offloading_spec)
+    config = _find_config(VllmConfig, "vllm_config", offloading_spec)
     return None if config is None else config.scheduler_config.max_num_batched_tokens
 
 
-def partial_chunks(offloading_spec: Any) -> str | None:
+def partial_chunk_problem(offloading_spec: Any) -> str | None:
     """A sentence if vLLM serves wrong KV, because it takes parts of chunks for wholes; None as far as nothing shows.
 
     It frees blocks of such groups while the request runs, stores a chunk when its last block is there, and loads it
@@ -209,7 +209,7 @@ def partial_chunks(offloading_spec: Any) -> str | None:
     """
     # The latter up to 0.26.
     factor = getattr(offloading_spec, "blocks_per_chunk", getattr(offloading_spec, "block_size_factor", None))
-    config = _vllms(KVCacheConfig, "kv_cache_config", offloading_spec)
+    config = _find_config(KVCacheConfig, "kv_cache_config", offloading_spec)
     if config is None or not isinstance(factor, int) or factor == 1:
         return None
     kinds = set()
@@ -229,7 +229,7 @@ def partial_chunks(offloading_spec: Any) -> str | None:
     )
 
 
-def _vllms(kind: type[Config], name: str, offloading_spec: Any) -> Config | None:
+def _find_config(kind: type[Config], name: str, offloading_spec: Any) -> Config | None:
     """vLLM's configuration called `name`; None if it cannot be had.
 
     Up to 0.26 the spec has it. Later ones hide it from tiers, whose constructors run below that of the connector, which
@@ -307,7 +307,7 @@ class Detector:
         self.__dict__["_on_reset"] = weakref.WeakMethod(on_reset)
         self.__dict__["_seconds"] = deque()
 
-    def reported(self, seconds: Iterable[float]) -> None:
+    def set_store_seconds(self, seconds: Iterable[float]) -> None:
         """What the copies of the stores took that the tier is reporting; vLLM calls `update` for them in this order."""
         self._seconds.clear()
         self._seconds.extend(seconds)

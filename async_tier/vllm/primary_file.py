@@ -26,12 +26,12 @@ from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_s
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-from async_tier.text import shown
+from async_tier.text import brief
 
 logger = init_logger(f"vllm.{__name__}")
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: to the end), process
-_DECIDING = 0
+_DECISION = 0
 
 
 def _lock(fd: int, start: int, *, kind: int = fcntl.F_WRLCK, wait: bool = False) -> None:
@@ -93,7 +93,7 @@ class PrimaryFile:
     def hand_over(self, region: SharedOffloadRegion) -> None:
         """Let the lock go with the mapping of `region`, vLLM's view of the file."""
         assert region.fd is not None
-        _lock(self._fd, _DECIDING, wait=True)  # until the end of the context: nobody sees the file without the lock
+        _lock(self._fd, _DECISION, wait=True)  # until the end of the context: nobody sees the file without the lock
         _lock(self._fd, self._byte, kind=fcntl.F_UNLCK)
         _lock(region.fd, self._byte)
         # The mapping has a descriptor of its own. vLLM closes this one in `cleanup` alone, not where it is dropped.
@@ -110,7 +110,7 @@ class PrimaryFile:
                 return
             fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                _lock(fd, _DECIDING, wait=True)
+                _lock(fd, _DECISION, wait=True)
                 status = os.fstat(fd)
                 if status.st_ino == self._inode and status.st_nlink:
                     os.unlink(self.path)
@@ -124,9 +124,9 @@ class PrimaryFile:
             if fd is None:
                 continue
             try:
-                _lock(fd, _DECIDING, wait=True)
-                if self._take(fd, size):
-                    _lock(fd, _DECIDING, kind=fcntl.F_UNLCK)
+                _lock(fd, _DECISION, wait=True)
+                if self._join(fd, size):
+                    _lock(fd, _DECISION, kind=fcntl.F_UNLCK)
                     return fd
             except BaseException:
                 os.close(fd)
@@ -145,16 +145,16 @@ class PrimaryFile:
         except (OSError, ValueError) as error:  # no file can be named so
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(
-                f"the primary's file {shown(self.path)}, named after engine_id {shown(self._engine_id)}, cannot be "
+                f"the primary's file {brief(self.path)}, named after engine_id {brief(self._engine_id)}, cannot be "
                 f"opened: {reason}"
             ) from error
 
-    def _take(self, fd: int, size: int) -> bool:
+    def _join(self, fd: int, size: int) -> bool:
         """Lock the member's byte of a file, which is given its size if it is new; False if the file is no more."""
         status = os.fstat(fd)
         if not status.st_nlink:
             return False
-        if not _is_locked(fd, _DECIDING + 1, 0):
+        if not _is_locked(fd, _DECISION + 1, 0):
             if status.st_size:
                 self._remove_left_behind(status)
                 return False
@@ -167,9 +167,9 @@ class PrimaryFile:
                 os.unlink(self.path)
                 raise
             return True
-        others = _is_locked(fd, _DECIDING + 1, self._first - _DECIDING - 1) or _is_locked(fd, self._last + 1, 0)
+        others = _is_locked(fd, _DECISION + 1, self._first - _DECISION - 1) or _is_locked(fd, self._last + 1, 0)
         if others or _is_locked(fd, self._byte, 1) or status.st_size != size:
-            raise self._in_use(_users(status))
+            raise self._in_use_error(_users(status))
         _lock(fd, self._byte)
         return True
 
@@ -177,7 +177,7 @@ class PrimaryFile:
         # Without a lock of ours: by a spec of vLLM's own.
         users = _users(status)
         if users:
-            raise self._in_use(users)
+            raise self._in_use_error(users)
         logger.warning(
             "Replaced %s: an engine with engine_id %r has left it behind, and no process uses it any more",
             self.path,
@@ -185,7 +185,7 @@ class PrimaryFile:
         )
         os.unlink(self.path)
 
-    def _in_use(self, users: list[str]) -> ValueError:
+    def _in_use_error(self, users: list[str]) -> ValueError:
         return ValueError(
             f"the primary's file {self.path} is in use by {' and '.join(users) or 'a process not seen from here'}: "
             f"another engine, or another connector of this one, has engine_id {self._engine_id!r}. Give each engine an "

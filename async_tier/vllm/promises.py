@@ -17,8 +17,8 @@ does not say: it shows by what the request stores, or by asking no more.
 - Who asks first in a step has precedence: while it waits, nothing is promised to those behind it.
 - Who waits is told so once a step for each KV group, and that the rest is not here: else vLLM would ask for all of it.
 - Every wait ends: promises that nobody has asked about for STALE_STEPS (after a preemption: RESUMED_STEPS) are void,
-  and who has waited PATIENCE_STEPS in which nobody took up anything, or LONGEST_WAIT_STEPS, is refused.
-- A request that loses what it was promised, because running ones take the rows, is promised it again MOST_RENEWALS
+  and who has waited PATIENCE_STEPS in which nobody took up anything, or MAX_WAIT_STEPS, is refused.
+- A request that loses what it was promised, because running ones take the rows, is promised it again MAX_RENEWALS
   times.
 
 No vLLM. Called by one thread at a time.
@@ -37,17 +37,17 @@ KEEP, WAIT, REFUSE = range(3)
 STALE_STEPS = 128
 RESUMED_STEPS = 16
 PATIENCE_STEPS = 512
-LONGEST_WAIT_STEPS = 1 << 14
+MAX_WAIT_STEPS = 1 << 14
 # What a step counts while promised blocks are on their way, which may take long, but not for ever.
 _LOADING_STEP = 1 / 16
-MOST_RENEWALS = 8
+MAX_RENEWALS = 8
 
 
 class _Promise:
     """What one request was promised. `step`, `answer`, `beyond` and `room` are of the last step that it asked in."""
 
     __slots__ = (
-        *("answer", "beyond", "firsts", "keys", "last", "order", "patience", "renewals", "renewed", "room", "size"),
+        *("answer", "overflow", "firsts", "keys", "last", "order", "patience", "renewals", "renewed", "room", "size"),
         *("step", "take_ups", "waited"),
     )
 
@@ -63,7 +63,7 @@ class _Promise:
         self.answer: int | None = None
         # How many more blocks may be promised, and, of a request with several KV groups, from which one on none.
         self.room = 0
-        self.beyond: bytes | None = None
+        self.overflow: bytes | None = None
         # While it waits: by KV group, what it asked for first in this step; steps in all; what is left of its patience,
         # which is new whenever others have taken up theirs.
         self.firsts: dict[int, bytes] = {}
@@ -103,7 +103,7 @@ class Promises:
 
     def ask(self, request: str, key: bytes, order: SequenceOrder | None) -> int:
         """KEEP, WAIT or REFUSE: may the request be told that `key` is here, which it is?"""
-        self._settle()
+        self._count_granted()
         promise = self._promises.get(request)
         if promise is None or promise.step != self._step:
             promise = self._begin(request, key, order)
@@ -114,17 +114,17 @@ class Promises:
         if promise.answer is not None:
             is_first = promise.firsts.setdefault(self._group_of(key), key) == key
             return promise.answer if is_first else REFUSE
-        if promise.beyond is not None and order is not None and not order.precedes(key, promise.beyond):
+        if promise.overflow is not None and order is not None and not order.precedes(key, promise.overflow):
             return REFUSE
         promise.room -= 1
         self._resize(promise, promise.size + 1)
-        if not promise.keys and promise.beyond is None:
+        if not promise.keys and promise.overflow is None:
             self.asking, self.room = request, promise.room
         return KEEP
 
     def note_load(self, job: int, request: str, keys: Collection[bytes]) -> None:
         """Of what was promised in this step, in the order of asking, only what is loaded stays so when it ends."""
-        self._settle()
+        self._count_granted()
         promise = self._promises.get(request)
         if promise is not None and keys:
             promise.keys.update(keys)
@@ -156,7 +156,7 @@ class Promises:
 
     def release(self, request: str) -> None:
         """The request has what it was promised, or needs it no more."""
-        self._settle()
+        self._count_granted()
         promise = self._promises.pop(request, None)
         if promise is not None:
             promise.keys.clear()  # the end of the step, if it was asked about, counts what it has
@@ -177,7 +177,7 @@ class Promises:
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _settle(self) -> None:
+    def _count_granted(self) -> None:
         """Count what the request that asks was promised without a question."""
         if self.asking is not None:
             promise = self._promises[self.asking]
@@ -190,18 +190,18 @@ class Promises:
         promise = self._promises.get(request)
         if promise is None:
             promise = self._promises[request] = _Promise(order)
-        promise.step, promise.answer, promise.beyond = self._step, None, None
+        promise.step, promise.answer, promise.overflow = self._step, None, None
         promise.firsts.clear()
         self._asked.append(promise)
         others = self._total - promise.size
         promise.room = self._rows - self._total
-        if others and not promise.keys and (self._is_short or self._beyond(promise, key) is not None):
+        if others and not promise.keys and (self._is_short or self._first_overflow(promise, key) is not None):
             promise.answer = self._wait(promise)
         elif order is not None and self._group_of(key) != self._group_of(order.last_noted or key):
-            promise.beyond = self._beyond(promise, key)
+            promise.overflow = self._first_overflow(promise, key)
         return promise
 
-    def _beyond(self, promise: _Promise, key: bytes) -> bytes | None:
+    def _first_overflow(self, promise: _Promise, key: bytes) -> bytes | None:
         """The first block of the request, from `key` on, that is here and for which there is no room; None: all fit.
 
         Up to the first that is not here, of the KV group that is asked about: what comes behind cannot be used.
@@ -231,7 +231,7 @@ class Promises:
             promise.take_ups, promise.patience = self._take_ups, PATIENCE_STEPS
         promise.waited += 1
         promise.patience -= _LOADING_STEP if self._loads else 1
-        if promise.patience < 0 or promise.waited > LONGEST_WAIT_STEPS:
+        if promise.patience < 0 or promise.waited > MAX_WAIT_STEPS:
             return REFUSE
         self._is_short = True
         return WAIT
@@ -241,7 +241,7 @@ class Promises:
         if promise.renewed != self._step:
             promise.renewed = self._step
             promise.renewals += 1
-            if promise.renewals > MOST_RENEWALS:
+            if promise.renewals > MAX_RENEWALS:
                 promise.answer = REFUSE
                 return REFUSE
         return KEEP

@@ -42,7 +42,7 @@ typedef struct {
 /* Where no copy may go on: at `origin` and every `step` bytes after it. A step of 0: nowhere. */
 typedef struct {
     uintptr_t origin;
-    size_t step;
+    size_t alignment;
 } Grid;
 
 enum { JOB_OPEN, JOB_DONE, JOB_FAILED };

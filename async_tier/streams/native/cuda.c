@@ -154,10 +154,10 @@ static int is_lost(int code) {
 }
 
 /* Refused because somebody captures a graph. */
-static int asks_again(int code) { return code >= 900 && code <= 907; }
+static int is_capture_refusal(int code) { return code >= 900 && code <= 907; }
 
 /* "<doing>: <text> (<name>, <code>)"; to be freed. */
-static char *said(const Driver *driver, const char *before, const char *call, int code) {
+static char *error_text(const Driver *driver, const char *before, const char *call, int code) {
     const char *name = NULL, *text = NULL;
     char *line = malloc(TEXT_BYTES);
     driver->cuGetErrorName(code, &name);
@@ -195,7 +195,7 @@ static int flush_batch(Cuda *cuda, void *stream, const char **call) {
 
 /* Bytes from an address to the next line of the grid. */
 static size_t to_line(uint64_t address, const Grid *grid) {
-    return grid->step ? grid->step - (address - grid->origin) % grid->step : SIZE_MAX;
+    return grid->alignment ? grid->alignment - (address - grid->origin) % grid->alignment : SIZE_MAX;
 }
 
 /* Queue one copy, cut where a registration begins: the driver refuses one that spans two ("invalid argument"). */
@@ -274,7 +274,7 @@ static int record(Cuda *cuda, void **event, void *stream, const char **call) {
 }
 
 /* It was seen complete, or its streams were seen empty. */
-static void give_back(Cuda *cuda, void *event) {
+static void recycle_event(Cuda *cuda, void *event) {
     if (event)
         cuda->events[cuda->free_events++].free = event;
 }
@@ -311,7 +311,7 @@ static Times times_of(Cuda *cuda, Direction *direction, Flight *flight, int64_t 
         times.in_ended_ns = times.started_ns + elapsed(cuda, started, flight->joined);
         times.out_started_ns = times.started_ns + elapsed(cuda, started, first_joined);
     }
-    give_back(cuda, direction->known);
+    recycle_event(cuda, direction->known);
     direction->known = ended;
     direction->known_ns = times.ended_ns;
     flight->ended = NULL;
@@ -352,7 +352,7 @@ static int queue_flight(Cuda *cuda, Direction *direction, Flight *flight, int sl
 }
 
 /* lock held. The oldest flight is none any more. */
-static void leave(Direction *direction) {
+static void pop_flight(Direction *direction) {
     direction->first = (direction->first + 1) % direction->limits.pieces;
     direction->count--;
     atomic_store(&direction->oldest_ns, direction->count ? direction->flights[direction->first].begun_ns : 0);
@@ -366,13 +366,13 @@ static void fail_flights(Cuda *cuda) {
             job->failed = 1;
             if (cuda->is_abandoned) /* the thread may be reading it, now or for ever */
                 atomic_fetch_add(&job->refs, 1);
-            leave(&cuda->directions[i]);
+            pop_flight(&cuda->directions[i]);
             core_settle(&cuda->core, job);
         }
 }
 
 /* The context is lost, and with it every job. CUDA is called no more. */
-static void lose(Cuda *cuda, char *why) {
+static void mark_lost(Cuda *cuda, char *why) {
     Core *core = &cuda->core;
     pthread_mutex_lock(&core->lock);
     core->broken = why ? why : strdup("CUDA has refused all calls");
@@ -389,19 +389,19 @@ static int is_idle(Cuda *cuda, Direction *direction) {
     int idle = 1;
     for (int i = 0; i < 2 && !cuda->core.broken; i++) {
         int code = cuda->driver.cuStreamQuery(streams[i]);
-        int is_answer = code == SUCCESS || code == NOT_READY || asks_again(code);
+        int is_answer = code == SUCCESS || code == NOT_READY || is_capture_refusal(code);
         direction->refusals = is_answer ? 0 : direction->refusals + 1;
         if (is_lost(code) || direction->refusals == MAX_REFUSALS)
-            lose(cuda, said(&cuda->driver, "", "cuStreamQuery", code));
+            mark_lost(cuda, error_text(&cuda->driver, "", "cuStreamQuery", code));
         idle &= code == SUCCESS;
     }
     return idle;
 }
 
 /* A call was refused: the job fails, and the streams run empty, unless the context is lost. */
-static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing, const char *call, int code) {
+static void handle_refusal(Cuda *cuda, Direction *direction, Job *job, const char *doing, const char *call, int code) {
     Core *core = &cuda->core;
-    char *reason = said(&cuda->driver, doing, call, code);
+    char *reason = error_text(&cuda->driver, doing, call, code);
     direction->stalled = 1;
     pthread_mutex_lock(&core->lock);
     if (!cuda->is_abandoned)
@@ -439,18 +439,18 @@ static void settle(Cuda *cuda, Direction *direction, Flight *flight) {
             job->in_ended_ns = times.in_ended_ns, job->out_started_ns = times.out_started_ns;
         }
         int is_over = flight->piece.is_last || job->failed;
-        give_back(cuda, flight->ended);
+        recycle_event(cuda, flight->ended);
         if (flight->piece.is_first && !is_over)
             job->marks[FIRST_JOINED] = flight->joined;
         else
-            give_back(cuda, flight->joined);
+            recycle_event(cuda, flight->joined);
         for (int i = 0; i < 2 && is_over; i++) {
-            give_back(cuda, job->marks[i]);
+            recycle_event(cuda, job->marks[i]);
             job->marks[i] = NULL;
         }
         direction->bytes -= flight->piece.bytes;
         direction->entries -= flight->entries;
-        leave(direction);
+        pop_flight(direction);
         core_settle(core, job);
     }
     pthread_mutex_unlock(&core->lock);
@@ -475,8 +475,8 @@ static void collect(Cuda *cuda, Direction *direction) {
         }
         flight->open_ns = asked_ns;
         /* Whether its bytes have arrived cannot be known. */
-        if (code != NOT_READY && !asks_again(code))
-            refuse(cuda, direction, flight->piece.job, "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
+        if (code != NOT_READY && !is_capture_refusal(code))
+            handle_refusal(cuda, direction, flight->piece.job, "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
         return;
     }
 }
@@ -506,7 +506,7 @@ static int start_next(Cuda *cuda) {
         int code = queue_flight(cuda, direction, flight, slot, &call);
         direction->entries += flight->entries;
         if (code)
-            refuse(cuda, direction, flight->piece.job, "CUDA refused to queue a copy: ", call, code);
+            handle_refusal(cuda, direction, flight->piece.job, "CUDA refused to queue a copy: ", call, code);
         pthread_mutex_lock(&core->lock);
         return 1;
     }
@@ -516,7 +516,7 @@ static int start_next(Cuda *cuda) {
 /* ------------------------------------------------------------------------------------------------------- the thread */
 
 /* Make the context current, out of others' captures, and the streams. */
-static int begin(Cuda *cuda, const char **call) {
+static int set_up(Cuda *cuda, const char **call) {
     int mode = RELAXED;
     TRY(cuCtxPushCurrent_v2, cuda->context);
     TRY(cuThreadExchangeStreamCaptureMode, &mode);
@@ -533,19 +533,19 @@ static int begin(Cuda *cuda, const char **call) {
 
 /* Destroy events and streams; of what is refused, the first refusal. Not all events are free: a job that was cancelled
  * between two of its pieces has some. */
-static char *end(Cuda *cuda) {
+static char *tear_down(Cuda *cuda) {
     char *refusal = NULL;
     for (int i = 0; i < cuda->all_events; i++) {
         int code = cuda->driver.cuEventDestroy_v2(cuda->events[i].any);
         if (code && !refusal)
-            refusal = said(&cuda->driver, "", "cuEventDestroy", code);
+            refusal = error_text(&cuda->driver, "", "cuEventDestroy", code);
     }
     for (int i = 0; i < DIRECTIONS; i++) {
         void *streams[] = {cuda->directions[i].in, cuda->directions[i].out};
         for (int leg = 0; leg < (streams[0] == streams[1] ? 1 : 2); leg++) {
             int code = streams[leg] ? cuda->driver.cuStreamDestroy_v2(streams[leg]) : SUCCESS;
             if (code && !refusal)
-                refusal = said(&cuda->driver, "", "cuStreamDestroy", code);
+                refusal = error_text(&cuda->driver, "", "cuStreamDestroy", code);
         }
     }
     return refusal;
@@ -585,19 +585,19 @@ static void *run(void *argument) {
      * of which one was idle. What it does for a submit takes some 10 us a piece. */
     pthread_setname_np(pthread_self(), "async-tier-cuda");
     prctl(PR_SET_TIMERSLACK, 1000UL); /* 1 us: by default a pause is 50 us longer than asked for */
-    int code = begin(cuda, &call);
-    char *refusal = code ? said(&cuda->driver, "", call, code) : NULL;
+    int code = set_up(cuda, &call);
+    char *refusal = code ? error_text(&cuda->driver, "", call, code) : NULL;
     pthread_mutex_lock(&core->lock);
     if (code == SUCCESS) {
         cuda->has_begun = 1;
         pthread_cond_broadcast(&core->ended);
         serve(cuda);
     }
-    int is_left = core->broken || cuda->is_abandoned;
+    int is_lost_or_abandoned = core->broken || cuda->is_abandoned;
     pthread_mutex_unlock(&core->lock);
-    char *left = is_left ? NULL : end(cuda);
+    char *kept = is_lost_or_abandoned ? NULL : tear_down(cuda);
     pthread_mutex_lock(&core->lock);
-    cuda->refusal = refusal ? refusal : left;
+    cuda->refusal = refusal ? refusal : kept;
     cuda->has_ended = 1;
     pthread_cond_broadcast(&core->ended);
     pthread_mutex_unlock(&core->lock);

@@ -214,11 +214,11 @@ static inline uint64_t row_address(PyObject *rows, Py_ssize_t i, unsigned long l
 static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
     Core *core = core_of(self);
     int queue_index, failed = 0;
-    unsigned long long dst, dst_stride, dst_count, src, src_stride, src_count, dst_step = 0, src_step = 0;
+    unsigned long long dst, dst_stride, dst_count, src, src_stride, src_count, dst_alignment = 0, src_alignment = 0;
     PyObject *dst_rows, *src_rows;
     Py_ssize_t size;
     if (!PyArg_ParseTuple(args, "iKKKOKKKOn|KK", &queue_index, &dst, &dst_stride, &dst_count, &dst_rows, &src, &src_stride,
-                          &src_count, &src_rows, &size, &dst_step, &src_step))
+                          &src_count, &src_rows, &size, &dst_alignment, &src_alignment))
         return NULL;
     if (check_generation(core) || check_queue(core, queue_index))
         return NULL;
@@ -243,8 +243,8 @@ static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
         job_unref(job);
         return NULL;
     }
-    job->dst_grid = (Grid){dst - dst % page_bytes(), (size_t)dst_step};
-    job->src_grid = (Grid){src - src % page_bytes(), (size_t)src_step};
+    job->dst_grid = (Grid){dst - dst % page_bytes(), (size_t)dst_alignment};
+    job->src_grid = (Grid){src - src % page_bytes(), (size_t)src_alignment};
     return submit(core, queue_index, job);
 }
 
@@ -276,7 +276,7 @@ static PyObject *engine_signal(PyObject *self, PyObject *args) {
 #define COMMON_METHODS                                                                                                 \
     {"submit_rows", engine_submit_rows, METH_VARARGS,                                                                  \
      "submit_rows(queue, dst, dst_stride, dst_count, dst_rows, src, src_stride, src_count, src_rows, size, "           \
-     "dst_step=0, src_step=0) -> Job\n\n"                                                                              \
+     "dst_alignment=0, src_alignment=0) -> Job\n\n"                                                                              \
      "Queue copies of rows of size bytes: from row src_rows[i] to row dst_rows[i], lists of integers below the\n"      \
      "counts. The memory must stay valid until the job is done. Takes time in the number of rows only. No copy of\n"   \
      "CUDA's goes on at a multiple of a step from the page of that side's first row on, other than 0."},               \
