@@ -171,7 +171,7 @@ class AsyncBlockStore:
     async def drain(self) -> None:
         """Wait until every job that was begun before this call has ended."""
         self._check_usable()
-        await self._drained()
+        await self._drain_future()
 
     async def close(self) -> None:
         """Wait for the jobs in flight, end the engine and free the memory. Idempotent.
@@ -218,7 +218,7 @@ class AsyncBlockStore:
                     end.result()  # raises if polling failed
             submit()
         except BaseException:
-            self._end(job)
+            self._forget_job(job)
             raise
         ended = self._future_of(job)
         if self.block_store.has_results:  # there was nothing to copy
@@ -232,8 +232,8 @@ class AsyncBlockStore:
             self._waiting[job] = self._loop.create_future()
         return self._waiting[job]
 
-    def _end(self, job: int) -> None:
-        """The job is over, or was never submitted."""
+    def _forget_job(self, job: int) -> None:
+        """Forget a job that has ended or was never submitted, and complete the drains that it held up."""
         for key in self._open.pop(job, ()):
             jobs = self._storing[key]
             jobs.remove(job)
@@ -245,7 +245,7 @@ class AsyncBlockStore:
             if not drained.done():  # its await was cancelled
                 drained.set_result(None)
 
-    def _drained(self) -> asyncio.Future[None]:
+    def _drain_future(self) -> asyncio.Future[None]:
         """A future that is done when all jobs begun so far have ended, or has the error if polling fails."""
         drained: asyncio.Future[None] = self._loop.create_future()
         if self._open:
@@ -257,7 +257,7 @@ class AsyncBlockStore:
     # ------------------------------------------------------------------------------------------------------ the end
 
     async def _wait_for_jobs(self) -> None:
-        await self._drained()
+        await self._drain_future()
 
     def _close(self, closing: asyncio.Task[None]) -> None:
         """All jobs have ended, or they cannot be awaited because the task was cancelled or polling failed."""
@@ -303,7 +303,7 @@ class AsyncBlockStore:
             waiting = self._waiting.pop(end.job_id, None)
             if waiting is not None:
                 waiting.set_result(end)
-            self._end(end.job_id)
+            self._forget_job(end.job_id)
 
     def _fail_waiting(self, error: Exception) -> None:
         """Raise the error where jobs or drains are awaited, and poll again later. The jobs go on."""

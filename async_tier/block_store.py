@@ -6,7 +6,7 @@ Ownership, before any code:
   Copy threads see addresses only, and events tell what they have copied.
 - Rows of the arena belong to the index. While copies of a job touch a row, the job holds a pin on it.
 - Memory of the primary belongs to the caller, who keeps it valid until the job is reported or the store is closed.
-- A job is in `_stores` or `_loads` from its first queued copy until its event is done, else in `_finished`.
+- A job is in `_stores` or `_loads` from its first queued copy until its event is done, then in `_finished`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Statistics:
     submitted, whatever their outcome. failed_jobs: jobs reported as failed, including loads that lacked a block.
     blocks_stored, blocks_loaded: blocks copied successfully. blocks_present: offered to a store, but already stored or
     being stored. blocks_refused: offered to a store, but left out for want of a row. evictions: blocks evicted. hits,
-    misses: results of `lookup`. faults: unexpected errors, and jobs refused for their arguments.
+    misses: results of `lookup`. faults: unexpected errors, and jobs refused for bad arguments or after `close`.
     """
 
     engine: str
@@ -129,8 +129,7 @@ class BlockStore:
     rest is left out. Blocks that do not continue each other need no name.
 
     `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration decides
-    (`engines.open_engine`). Raises ValueError for a configuration that cannot be used, MemoryError if the memory
-    cannot be had.
+    (`engines.open_engine`). Raises ValueError for a bad configuration, MemoryError if the memory is not available.
     """
 
     def __init__(
@@ -280,7 +279,7 @@ class BlockStore:
             job.event = self.engine.store_stream.copy_rows(self.arena.rows, arena_rows, self.primary, sources)
         except Exception as error:
             self.index.drop_filling(new, arena_rows)
-            self._fail(job, error)
+            self._fail_job(job, error)
             return
         job.keys, job.rows = new, arena_rows
         self._stores.append(job)
@@ -326,7 +325,7 @@ class BlockStore:
         except Exception as error:
             self.index.unpin(arena_rows)
             self.index.drop(keys)
-            self._fail(job, error)
+            self._fail_job(job, error)
             return
         job.keys, job.rows = keys, arena_rows
         self._loads.append(job)
@@ -388,7 +387,7 @@ class BlockStore:
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
             self.index.drop(key for key in names if isinstance(key, bytes))
-        self._fail(_Job(job_id, kind, sequence, names), reason)
+        self._fail_job(_Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
         """End the engine and free the memory. Unfinished jobs fail, and `poll` still reports them. Idempotent."""
@@ -451,7 +450,7 @@ class BlockStore:
                 end(job)
             except Exception as error:  # `end` reports last, so the job is not reported yet
                 self.index.drop(job.keys)
-                self._fail(job, error)
+                self._fail_job(job, error)
 
     def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
         try:
@@ -465,7 +464,7 @@ class BlockStore:
             if job.traced is not None:
                 trace.ended(job.traced, job.job_id, job.event, self.index.rows_used, reason)
             else:
-                trace.without_copies(job.kind, job.blocks, job.job_id, reason)
+                trace.ended_without_copies(job.kind, job.blocks, job.job_id, reason)
         except Exception as error:  # nor its end
             self._stop_tracing(error)
 
@@ -510,7 +509,7 @@ class BlockStore:
         self._faults += not self._broken
         self._finish(job, str(refusal))
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
+    def _fail_job(self, job: _Job, error: BaseException) -> None:
         """Report the job as failed by an unexpected error. None of its copies is under way."""
         self._faults += 1
         self._finish(job, _error_text(error), error=error)

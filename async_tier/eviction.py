@@ -94,8 +94,7 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def clear(self) -> None:
         count = len(self._pins)
-        self._clock = 0
-        # From here on by row.
+        self._clock = 0  # what follows is by row
         self._key_of: list[bytes] = [b""] * count
         self._used_at = array("q", [0]) * count  # in a list, each number would be an object
         self._stored_at = [0] * count

@@ -10,7 +10,7 @@ ROOT = Path("/")
 
 
 def available_memory() -> Iterator[tuple[str, int, Path | None]]:
-    """For the machine and each memory cgroup around this process: (its name, bytes available, the cgroup's folder)."""
+    """For the machine and each memory cgroup around this process: (name, bytes available, the cgroup's folder)."""
     for line in (ROOT / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             yield "the machine", int(line.split()[1]) * 1024, None

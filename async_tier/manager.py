@@ -79,7 +79,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         self._steps_under_way = self._miss_steps = 0
         wrong = compat.partial_chunk_problem(offloading_spec)
         if wrong:
-            logger.warning("Tier '%s' will be asked for wrong KV: %s", tier_type, wrong)
+            logger.warning("Tier '%s' will serve wrong KV: %s", tier_type, wrong)
         self._log_sizes(compat.tokens_per_block(offloading_spec), compat.tokens_per_step(offloading_spec))
 
     # ------------------------------------------------------------------------------------------ jobs and their ends
@@ -112,7 +112,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """Queue the copy of a job's blocks from the primary tier. The cost depends on the number of keys, not bytes."""
         try:
             context = job_metadata.req_context
-            self._promises.release(context.req_id)  # it runs, so it has what it was promised
+            self._promises.void(context.req_id)  # it runs, so it has what it was promised
             self.block_store.submit_store(
                 job_metadata.job_id,
                 job_metadata.keys,
@@ -121,7 +121,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 self.block_store.orders.get(context.req_id) or compat.order_of(context),
             )
         except Exception as error:
-            self._fail(job_metadata, "store", error)
+            self._fail_job(job_metadata, "store", error)
 
     def submit_load(self, job_metadata: Any) -> None:
         """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest is loaded."""
@@ -132,7 +132,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata), request
             )
         except Exception as error:
-            self._fail(job_metadata, "load", error)
+            self._fail_job(job_metadata, "load", error)
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """The JobResults of the jobs that ended since the last call, each once. Polls events, never blocks."""
@@ -165,7 +165,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
     # ---------------------------------------------------------------------------------------------- requests, steps
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
-        """Note the request, and leave vLLM's policy of what to offload as it is."""
+        """Note the request. Its blocks are offloaded as vLLM does by default."""
         try:
             self._promises.finish(req_context.req_id)  # of an earlier request with this name
             self.block_store.begin_sequence(req_context.req_id, compat.order_of(req_context))
@@ -231,7 +231,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """Counts since construction; see Statistics."""
         return self.block_store.statistics()
 
-    def _fail(self, job_metadata: Any, kind: str, error: Exception) -> None:
+    def _fail_job(self, job_metadata: Any, kind: str, error: Exception) -> None:
         """Report a job that could not be submitted as failed."""
         request = getattr(getattr(job_metadata, "req_context", None), "req_id", None)
         self.block_store.fail(job_metadata.job_id, kind, error, getattr(job_metadata, "keys", ()), request)

@@ -10,8 +10,7 @@ from itertools import islice
 class SequenceOrder:
     """The order of a sequence's blocks: by place, and at the same place (blocks of several KV groups) by key.
 
-    places: by key, its place in the sequence (vLLM: the number of its last token). Kept and not copied: its owner adds
-    to it.
+    places: by key, its place in the sequence (vLLM: of its end token). Kept and not copied: its owner adds to it.
 
     With one KV group, vLLM notes all blocks in order, at evenly spaced places. A dict whose ends look like that is used
     as it is. Then nothing here takes longer for a longer sequence, except some ns per block to walk to its middle.

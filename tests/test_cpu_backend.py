@@ -819,7 +819,7 @@ def test_a_misspelt_key_of_a_tier_is_refused_with_the_nearest_right_one():
     "value", [None, "async", {"type": "async"}, ["async"], [tier_config(), None], [10**5000], ["x" * 10**5]]
 )
 def test_tiers_that_are_no_list_of_dictionaries_are_refused(value):
-    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one a tier, not") as error:
+    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one per tier, not") as error:
         CPUBackendTieringSpec(make_config(new_engine_id(), secondary_tiers=value))
     assert len(str(error.value)) < 300
 

@@ -157,7 +157,7 @@ def test_whoever_is_over_within_a_step_has_nothing_when_that_ends():
     for key in a:
         scheduler.promises.ask("a", key, scheduler.orders["a"])
     scheduler.promises.note_load(1, "a", a)
-    scheduler.promises.release("a")
+    scheduler.promises.void("a")
     scheduler.promises.end_step()
     assert [scheduler.promises.ask("b", key, scheduler.orders["b"]) for key in b] == [KEEP] * 10
 
@@ -211,7 +211,7 @@ def test_whoever_is_over_or_runs_holds_nobody_up(end):
     if end == "scheduled":
         scheduler.promises.end_step(["a"])
     else:
-        scheduler.promises.release("a")
+        scheduler.promises.void("a")
     scheduler.step({"b": waiting["b"]}, take_up=False)
     assert scheduler.moved == 16
 
@@ -278,7 +278,7 @@ def test_a_promise_to_a_request_that_was_preempted_is_void_sooner():
         steps += 1
     assert RESUMED_STEPS <= steps <= 2 * RESUMED_STEPS + 1
     assert scheduler.moved == 16
-    scheduler.promises.release("a")  # a store of it that was under way ends
+    scheduler.promises.void("a")  # a store of it that was under way ends
     assert scheduler.promises._preempted
     scheduler.promises.finish("a")
     assert not scheduler.promises._preempted
@@ -378,7 +378,7 @@ def test_everybody_is_scheduled_whatever_others_do(seed):
             name = draw.choice(list(waiting))
             waiting.pop(name)
             starved.discard(name)
-            scheduler.promises.release(name)
+            scheduler.promises.void(name)
         order = list(waiting)
         if draw.random() < 0.3:  # priorities
             draw.shuffle(order)

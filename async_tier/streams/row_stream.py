@@ -1,4 +1,4 @@
-"""RowStream: a stream of the native core, which both engines have."""
+"""RowStream: a stream of the native core, as both engines have it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNLIMITED = -1
 
 
 class RowStream:
-    """One queue of a native engine. alignment_of: the `dst_alignment` or `src_alignment` of rows, see _native."""
+    """One queue of a native engine. alignment_of: gives `_native`'s `dst_alignment` and `src_alignment` of rows."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class RowStream:
         self._engine.limit(self._queue, 0)
 
     def step(self, pieces: int = 1) -> None:
-        """For tests: of a held queue, let that many pieces go, from now on; what is left of an earlier step is void."""
+        """For tests: let this many more pieces of a held queue start; what is left of an earlier step is void."""
         self._engine.limit(self._queue, pieces)
 
     def release(self) -> None:
