@@ -99,7 +99,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._used_at = array("q", [0]) * count  # in a list, each number would be an object
         self._stored_at = [0] * count
         self._children = [0] * count
-        # Gone if the row is free by now, or has a block that was stored later: see `_parent_of`.
+        # The parent's row or -1. The parent is gone if its row is free by now, or has a block that was stored later.
         self._parent = [-1] * count
         # A linked list of leaves, closed by `_end`, which is no row. `_newer` of rows that are not in it is -1.
         self._end = count

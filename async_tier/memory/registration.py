@@ -41,11 +41,11 @@ class Registration:
     """Pins `rows` in ranges of at most `largest` bytes. All ranges but the first start on a page.
 
     `register_next` pins the next range; `unpin` unpins those that no other registration uses. Memory that other code of
-    this process has registered is used, too, and never unpinned here. With `is_new`, memory just mapped that nobody can
-    have registered yet, that is an error.
+    this process has registered is used as it is, and never unpinned here. For memory that was just mapped (`is_new`)
+    that is an error: it can only be a leftover.
 
     range_alignment: ranges begin at the first row, and at multiples of this many bytes from the first row's page. No
-    copy may cross these multiples. It is halved before rows become ready whose range was refused; then not every
+    copy may cross these multiples. It is halved if a range is refused, before its rows become ready; then not every
     multiple begins a range. range_starts: the addresses of all ranges, as now planned. range_seconds: how long the
     driver took to pin the last range. A pause of that length before the next one leaves others half of the time.
     """
