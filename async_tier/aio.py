@@ -2,13 +2,13 @@
 
 Everything runs on the event loop's thread; there is no lock.
 
-- A job is in `_open` from its beginning until its end was polled, whatever became of whoever awaits it. `drain` and
-  `close` wait for that, not for futures: an error while asking reaches those who wait, and ends no job.
+- A job is in `_open` from its beginning until its end was polled, even if its await was cancelled. `drain` and `close`
+  wait for that and not for futures: an error in polling is raised to those who await, but ends no job.
 - A future in `_waiting` belongs to this class: awaits of it are shielded.
-- A load of a key that is on its way here begins when the stores of it have ended: `_storing`. BlockStore would do as
-  vLLM needs it, which still has the block: fail the key and forget it.
+- A load of a key that is still being stored begins when the stores of that key have ended (`_storing`). BlockStore
+  alone would fail the key and forget it, as suits vLLM, where the block is still in the primary.
 
-The engine's threads write to an eventfd, which the loop watches, whenever a job has ended.
+Whenever a job has ended, the engine's threads write to an eventfd, which the event loop watches.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from async_tier.engines import RowMemory
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.rows import Rows
 
-if TYPE_CHECKING:  # it takes seconds to import, which programs without it need not pay
+if TYPE_CHECKING:  # importing torch takes seconds, which programs without it need not pay
     import torch
 
-# How long after an error of asking it is tried again: what has ended before signals no more.
+# Pause before polling again after an error: jobs that have ended already signal no more.
 RETRY_S = 1e-3
 
 
 class TransferError(RuntimeError):
-    """A store of which not all bytes have arrived, and why; the tier has forgotten its keys."""
+    """A store failed, for the reason in the message; the tier has forgotten its keys."""
 
 
 class AsyncBlockStore:
@@ -55,21 +55,20 @@ class AsyncBlockStore:
             store.finish_sequence("request 7")
 
     primary: an array, torch tensor or memoryview of shape (rows, ...) in host memory, of any type but objects, each row
-    contiguous. Its memory is kept until the store is closed, or it is the Rows of memory that the caller keeps until
-    then. torch does not say whether a tensor's memory may be written to: a load into what may not ends the process.
-    Keys are bytes, rows are row numbers of the primary; both are read when the await begins, and may be changed from
-    then on.
+    contiguous; its memory is kept until the store is closed. Or Rows, whose memory the caller keeps until then. torch
+    does not tell whether a tensor's memory is writable: a load into read-only memory ends the process. Keys are bytes,
+    rows are row numbers of the primary; both are read when the await begins, and may be changed afterwards.
 
-    Sequences are as in BlockStore. Tasks that use one name at once share the sequence, and its end.
+    Sequences are as in BlockStore. Tasks that use the same name at the same time share the sequence, and its end.
 
-    Cancelling an await does not cancel the copy: what is in the rows must stay as it is until `drain` or `close` has
-    returned. Only a load that still waits for a store of its keys is withdrawn.
+    Cancelling an await does not cancel the copy: leave the rows alone until `drain` or `close` has returned. Only a
+    load that still waits for a store of its keys is withdrawn.
 
-    Belongs to the event loop that it was made in: what is awaited, `lookup` and `finish_sequence` raise RuntimeError,
-    in words, in another one, and all but `close` and `finish_sequence` also once it is closing. Making one blocks the
-    loop: the first time for a quarter of a second, in which copy kernels are measured; with CUDA while the primary is
-    pinned. Raises as BlockStore does, and RuntimeError where no loop runs. One that nobody closes lives as long as its
-    loop, then warns (ResourceWarning).
+    A store belongs to the event loop in which it was made. In another loop, awaited methods, `lookup` and
+    `finish_sequence` raise RuntimeError; while it is closing, so do all but `close` and `finish_sequence`. Construction
+    blocks the loop: the first time for a quarter of a second, to measure copy kernels; with CUDA while the primary is
+    pinned. It raises as BlockStore does, and RuntimeError without a running loop. A store that nobody closes lives as
+    long as its loop, and then warns (ResourceWarning).
     """
 
     def __init__(
@@ -81,29 +80,29 @@ class AsyncBlockStore:
         arena: RowMemory | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        # What copies touch until the engine has ended, unless it is the caller's to keep.
+        # Keeps the memory that copies touch until the engine has ended; None if the caller does.
         self._memory: memoryview | None = None
         if not isinstance(primary, Rows):
             self._memory = _view_of(primary)
             primary = Rows.of_view(self._memory)
         self.block_store = BlockStore(primary, config, engine=engine, arena=arena)
         self._jobs = 0
-        # Job -> the keys that it stores, oldest job first.
+        # By job, the keys that it stores; oldest job first.
         self._open: OrderedDict[int, Sequence[bytes]] = OrderedDict()
-        # Key -> the open jobs that store it.
+        # By key, the open jobs that store it.
         self._storing: dict[bytes, list[int]] = {}
         self._waiting: dict[int, asyncio.Future[Finished]] = {}
-        # (the last job that it waits for, what is done when that and all before it have ended), oldest first.
+        # (a job, the future that is done when this and all older jobs have ended), oldest first.
         self._drains: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._closing: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._retry: asyncio.Handle | None = None
-        # Of jobs that do not end nobody wakes the loop.
+        # A timer, because jobs that do not end never wake the loop.
         self._watch: asyncio.Handle | None = None
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._abandoned = weakref.finalize(self, _abandon, self.block_store, self._eventfd, os.getpid())
+        self._finalizer = weakref.finalize(self, _close_unclosed, self.block_store, self._eventfd, os.getpid())
         self.block_store.signal(self._eventfd)
-        self._loop.add_reader(self._eventfd, self._woken)
+        self._loop.add_reader(self._eventfd, self._on_signal)
 
     async def __aenter__(self) -> Self:
         return self
@@ -116,11 +115,11 @@ class AsyncBlockStore:
     async def store(
         self, keys: Collection[bytes], rows: np.ndarray | Sequence[int], sequence: str | None = None
     ) -> int:
-        """Copy primary rows `rows` (shape (n,)) into the tier under `keys` (n of them); the bytes that were moved.
+        """Copy primary rows `rows` (shape (n,)) into the tier under `keys` (n of them). Returns the bytes moved.
 
-        Fewer than offered where keys were here or on their way already, or there was no room: a sequence makes none at
-        the cost of its own blocks, until it is finished. Raises TransferError if it failed; ValueError, in words, and
-        does nothing, for rows that are none or not as many as the keys; TypeError for keys that are no bytes.
+        They are fewer than given if keys were already stored or being stored, or if there was no room: an unfinished
+        sequence evicts none of its own blocks. Raises TransferError if the store failed. Raises ValueError for rows out
+        of range or not as many as the keys, and TypeError for keys that are not bytes; then nothing is stored.
         """
         keys, numbers = self._checked(keys, rows)
         job = self._begin(keys)
@@ -132,11 +131,11 @@ class AsyncBlockStore:
     async def load(
         self, keys: Collection[bytes], rows: np.ndarray | Sequence[int], sequence: str | None = None
     ) -> tuple[bytes, ...]:
-        """Copy the blocks under `keys` into primary rows `rows`; the keys that were loaded, in the order given.
+        """Copy the blocks under `keys` into primary rows `rows`. Returns the keys that were loaded, in the order given.
 
-        Waits first for stores of these keys that have not ended. Those that are missing were not here, or failed, and
-        are gone; their rows are as they were, or worthless. Counts as a use by `sequence`. ValueError and TypeError as
-        in `store`.
+        Waits first for unfinished stores of these keys. Missing keys were not in the tier, or their load failed; the
+        tier has forgotten them, and what is in their rows is undefined. Counts as a use by `sequence`. Raises
+        ValueError and TypeError as `store` does.
         """
         keys, numbers = self._checked(keys, rows)
         job = self._begin()
@@ -144,7 +143,7 @@ class AsyncBlockStore:
 
         def submit() -> None:
             self.block_store.touch(keys, sequence)
-            # That one is missing is an answer here, and no failure for the log.
+            # A missing key is a normal answer here, not a failure to be logged.
             found = [at for at, key in enumerate(keys) if self.block_store.has(key)]
             here.extend(keys[at] for at in found)
             self.block_store.submit_load(job, here, numbers[np.array(found, dtype=np.intp)], sequence)
@@ -153,39 +152,39 @@ class AsyncBlockStore:
         return tuple(here) if end.success else end.loaded_keys or ()
 
     def lookup(self, key: bytes, sequence: str | None = None) -> bool:
-        """Whether `key` could be loaded now. It may be evicted before it is: `load` says what it found.
+        """Whether `key` could be loaded now. It may be evicted before it is loaded: `load` returns what it found.
 
-        Counts as a use by `sequence`. TypeError for a key that is no bytes.
+        Counts as a use by `sequence`. Raises TypeError for a key that is not bytes.
         """
         self._check_usable()
         _check_key(key)
         return self.block_store.lookup(key, sequence)
 
     def finish_sequence(self, sequence: str) -> None:
-        """Nothing more will be stored for the sequence; its name may come again for another.
+        """Nothing more will be stored for the sequence; the name may be used again for another one.
 
-        Its jobs in flight go on, and its blocks stay. Idempotent, also of a store that is closed.
+        Its jobs in flight go on, and its blocks stay. Idempotent, and allowed on a closed store.
         """
         self._check_loop()
         self.block_store.finish_sequence(sequence)
 
     async def drain(self) -> None:
-        """Wait until every job that was begun before has ended."""
+        """Wait until every job that was begun before this call has ended."""
         self._check_usable()
-        await self._drained()
+        await self._drain_future()
 
     async def close(self) -> None:
         """Wait for the jobs in flight, end the engine and free the memory. Idempotent.
 
-        A copy that never ends is waited for; the log says that there is one.
+        A copy that never ends is waited for, and logged. Closing goes on if the await is cancelled.
 
-        Goes on if the await is cancelled. Blocks the loop while memory is given back, the longer the larger the arena,
-        and also until copies have ended where the loop ends before them or their events could not be asked.
+        Blocks the loop while memory is freed, longer for a larger arena. It also blocks until all copies have ended
+        if the loop ends before they do, or if polling raised an error.
         """
         self._check_loop()
         if self._closing is None:
-            self._closing = self._loop.create_task(self._until_ended())
-            # asyncio.run cancels every task before it ends the loop, this one perhaps before its first turn.
+            self._closing = self._loop.create_task(self._wait_for_jobs())
+            # A callback, because asyncio.run may cancel the task before it has run at all.
             self._closing.add_done_callback(self._close)
         await asyncio.shield(self._closed)
 
@@ -201,40 +200,40 @@ class AsyncBlockStore:
     # --------------------------------------------------------------------------------------------------------- jobs
 
     def _begin(self, stored: Sequence[bytes] = ()) -> int:
-        """The number of a new job, which stores `stored`."""
+        """The number of a new job. stored: the keys that it stores."""
         self._jobs += 1
         self._open[self._jobs] = stored
         for key in stored:
             self._storing.setdefault(key, []).append(self._jobs)
         if self._watch is None:
-            self._watch = self._loop.call_later(block_store.LATE_S, _look, weakref.ref(self))
+            self._watch = self._loop.call_later(block_store.LATE_S, _poll_if_late, weakref.ref(self))
         return self._jobs
 
     async def _run(self, job: int, submit: Callable[[], None], after: Sequence[bytes] = ()) -> Finished:
-        """Submit the job, once the stores of the keys `after` have ended, and wait for its end."""
+        """Submit the job once the stores of the keys `after` have ended, and wait for its end."""
         try:
             while stores := {store for key in after for store in self._storing.get(key, ())}:
-                done, _ = await asyncio.wait([self._end_of(store) for store in stores])
+                done, _ = await asyncio.wait([self._future_of(store) for store in stores])
                 for end in done:
-                    end.result()  # raises if they could not be asked
+                    end.result()  # raises if polling failed
             submit()
         except BaseException:
-            self._end(job)
+            self._forget_job(job)
             raise
-        ended = self._end_of(job)
+        ended = self._future_of(job)
         if self.block_store.has_results:  # there was nothing to copy
             self._collect()
-        # Not the future itself: cancelling it would cancel it for loads that wait for this store.
+        # Shielded, because loads that wait for this store share the future.
         return await asyncio.shield(ended)
 
-    def _end_of(self, job: int) -> asyncio.Future[Finished]:
-        """What will be told of the end of an open job."""
+    def _future_of(self, job: int) -> asyncio.Future[Finished]:
+        """The future of an open job's end."""
         if job not in self._waiting:
             self._waiting[job] = self._loop.create_future()
         return self._waiting[job]
 
-    def _end(self, job: int) -> None:
-        """The job is over, or was never submitted."""
+    def _forget_job(self, job: int) -> None:
+        """Forget a job that has ended or was never submitted, and complete the drains that it held up."""
         for key in self._open.pop(job, ()):
             jobs = self._storing[key]
             jobs.remove(job)
@@ -246,8 +245,8 @@ class AsyncBlockStore:
             if not drained.done():  # its await was cancelled
                 drained.set_result(None)
 
-    def _drained(self) -> asyncio.Future[None]:
-        """Done when all jobs begun so far have ended, or with the error if they cannot be asked."""
+    def _drain_future(self) -> asyncio.Future[None]:
+        """A future that is done when all jobs begun so far have ended, or has the error if polling fails."""
         drained: asyncio.Future[None] = self._loop.create_future()
         if self._open:
             self._drains.append((self._jobs, drained))
@@ -257,11 +256,11 @@ class AsyncBlockStore:
 
     # ------------------------------------------------------------------------------------------------------ the end
 
-    async def _until_ended(self) -> None:
-        await self._drained()
+    async def _wait_for_jobs(self) -> None:
+        await self._drain_future()
 
     def _close(self, closing: asyncio.Task[None]) -> None:
-        """Nothing is in flight any more, or it cannot be awaited: the task was cancelled, or jobs not asked."""
+        """All jobs have ended, or they cannot be awaited because the task was cancelled or polling failed."""
         try:
             try:
                 if closing.cancelled() or closing.exception() is not None:
@@ -274,40 +273,40 @@ class AsyncBlockStore:
             self._closed.set_result(None)
 
     def _release(self) -> None:
-        self._abandoned.detach()
+        self._finalizer.detach()
         try:
             self._loop.remove_reader(self._eventfd)
-            self.block_store.signal(-1)  # before its number can be another file's
+            self.block_store.signal(-1)  # before the number can become another file's
             self.block_store.close()
             self._memory = None
-            self._collect()  # the ends of jobs that nobody was told yet
+            self._collect()  # jobs whose end was not reported yet
         finally:
             for timer in (self._retry, self._watch):
                 if timer is not None:
                     timer.cancel()
             os.close(self._eventfd)
 
-    # ------------------------------------------------------------------------------------------------------- asking
+    # -------------------------------------------------------------------------------------------------------- polls
 
-    def _woken(self) -> None:
-        os.eventfd_read(self._eventfd)  # before asking: a job that ends from here on wakes the loop again
+    def _on_signal(self) -> None:
+        os.eventfd_read(self._eventfd)  # before polling: a job that ends from here on wakes the loop again
         self._collect()
 
     def _collect(self) -> None:
-        """Hand the ends of jobs to whoever awaits them."""
+        """Poll, and set the results of jobs that have ended."""
         try:
             ends = self.block_store.poll()
         except Exception as error:
-            self._could_not_ask(error)
+            self._fail_waiting(error)
             return
         for end in ends:
             waiting = self._waiting.pop(end.job_id, None)
             if waiting is not None:
                 waiting.set_result(end)
-            self._end(end.job_id)
+            self._forget_job(end.job_id)
 
-    def _could_not_ask(self, error: Exception) -> None:
-        """Tell whoever waits, who would not be told otherwise. The jobs go on."""
+    def _fail_waiting(self, error: Exception) -> None:
+        """Raise the error where jobs or drains are awaited, and poll again later. The jobs go on."""
         futures: list[asyncio.Future[Any]] = [*self._waiting.values(), *(drained for _, drained in self._drains)]
         self._waiting.clear()
         self._drains.clear()
@@ -321,7 +320,7 @@ class AsyncBlockStore:
     # ------------------------------------------------------------------------------------------------------- checks
 
     def _checked(self, keys: Collection[bytes], rows: np.ndarray | Sequence[int]) -> tuple[list[bytes], np.ndarray]:
-        """Copies of both. What is wrong is refused here: BlockStore would fail the job, and forget a load's keys."""
+        """Checked copies of both. Checked here, because BlockStore would fail the job and forget a load's keys."""
         self._check_usable()
         keys, numbers = list(keys), np.array(rows)
         for key in keys:
@@ -352,14 +351,14 @@ def _check_key(key: object) -> None:
 
 
 def _view_of(primary: Any) -> memoryview:
-    """The primary's rows, and their memory, which it keeps. Raises ValueError or TypeError, in words."""
-    tensor_type: Any = getattr(sys.modules.get("torch"), "Tensor", ())  # whoever has a tensor has imported torch
+    """A view of the primary's rows that keeps their memory. Raises ValueError or TypeError if there can be none."""
+    tensor_type: Any = getattr(sys.modules.get("torch"), "Tensor", ())  # a caller with a tensor has imported torch
     if isinstance(primary, tensor_type):
         primary = _bytes_of(primary)
     if isinstance(primary, np.ndarray):
         if primary.dtype.hasobject:
             raise ValueError("the primary must hold plain values, not Python objects")
-        primary = primary.view(f"V{primary.itemsize}")  # not every type of numpy's is one of memoryview's
+        primary = primary.view(f"V{primary.itemsize}")  # memoryview lacks some of numpy's types
     try:
         return memoryview(primary)
     except TypeError:
@@ -369,9 +368,9 @@ def _view_of(primary: Any) -> memoryview:
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's rows as bytes, shape (rows, bytes per row), on its memory, which torch then refuses to resize.
+    """The tensor's memory as an array of shape (rows, bytes per row). torch then refuses to resize the tensor.
 
-    `Tensor.numpy` would lack bfloat16 and float8.
+    `Tensor.numpy` knows neither bfloat16 nor float8.
     """
     torch = sys.modules["torch"]
     kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
@@ -399,16 +398,16 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return np.ndarray((len(tensor), row.numel() * size), np.uint8, memory, offset, (stride, 1))
 
 
-def _look(reference: weakref.ref[AsyncBlockStore]) -> None:
-    """A copy that does not end is for the log; to ask for jobs looks after that, too."""
+def _poll_if_late(reference: weakref.ref[AsyncBlockStore]) -> None:
+    """Poll while jobs are open, because polling also logs a copy that does not end."""
     if (store := reference()) is not None:
-        store._watch = store._loop.call_later(block_store.LATE_S, _look, reference) if store._open else None
+        store._watch = store._loop.call_later(block_store.LATE_S, _poll_if_late, reference) if store._open else None
         store._collect()
 
 
-def _abandon(store: BlockStore, eventfd: int, owner: int) -> None:
-    """Nobody has closed the store, and nobody can any more."""
-    if os.getpid() != owner:  # a forked child: all of it is the parent's
+def _close_unclosed(store: BlockStore, eventfd: int, owner: int) -> None:
+    """Close a store that was dropped without `close`."""
+    if os.getpid() != owner:  # in a forked child all of it is the parent's
         return
     try:
         store.signal(-1)

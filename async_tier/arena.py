@@ -1,4 +1,4 @@
-"""`Rows`, under the name that programs import it by."""
+"""`Rows`, under the name by which programs import it."""
 
 from async_tier.streams.rows import Rows
 

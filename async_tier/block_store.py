@@ -2,11 +2,11 @@
 
 Ownership, before any code:
 
-- Every field belongs to the thread that calls (vLLM: whoever holds the manager's lock). There is no lock here: copy
-  threads know addresses only, and what they have done is asked of events.
+- Every field belongs to the calling thread (in vLLM: the one that holds the manager's lock), so there is no lock here.
+  Copy threads see addresses only, and events tell what they have copied.
 - Rows of the arena belong to the index. While copies of a job touch a row, the job holds a pin on it.
 - Memory of the primary belongs to the caller, who keeps it valid until the job is reported or the store is closed.
-- A job is in `_stores` or `_loads` from its first queued copy until its event is done, else in `_finished`.
+- A job is in `_stores` or `_loads` from its first queued copy until its event is done, then in `_finished`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from async_tier.observe.trace import Submitted, TierTrace, TraceWriter
 from async_tier.order import SequenceOrder
 from async_tier.streams.base import CopyEngine, CopyEvent
 from async_tier.streams.rows import Rows
-from async_tier.text import format_size, shown
+from async_tier.text import brief, format_size
 
 logger = logging.getLogger(__name__)
 
-# A copy takes milliseconds; one that takes as long has met a fault of the driver or the device.
+# A copy takes milliseconds. One that takes this long has met a fault of the driver or the device.
 LATE_S = 30
 
 
 class Finished(NamedTuple):
     """The end of a job.
 
-    success: whether every block arrived, or did not need to.
-    loaded_keys: of a load that failed in part, the keys that did arrive; else None.
-    bytes: bytes moved. seconds: from the first copy's start to the last one's end.
-    reason: why it failed, in words; None for a success. kind: "store" or "load".
+    success: whether every block arrived or needed no copy.
+    loaded_keys: the keys that did arrive, if a load failed in part; otherwise None.
+    bytes: bytes moved. seconds: from the start of the first copy to the end of the last one.
+    reason: why the job failed; None for a success. kind: "store" or "load".
     """
 
     job_id: int
@@ -57,14 +57,14 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts since construction, and how things stand. Bytes are `row_bytes` a block.
+    """Counts since construction, and the current state. A block has `row_bytes` bytes.
 
-    engine: "cuda" or "host", what copies. capacity, rows_used: rows of the arena, and those not free. blocks: READY.
-    jobs_in_flight: queued and not yet polled to their end. store_jobs, load_jobs: submitted, whatever came of them.
-    failed_jobs: reported as failed; of loads, also those that lacked a block. blocks_stored, blocks_loaded: copied
-    well. blocks_present: offered for storing, but already here or on their way. blocks_refused: offered, but without a
-    row to be had. evictions. hits, misses: of `lookup`. faults: unexpected errors that calls met, and what they could
-    not take.
+    engine: the copy engine, "cuda" or "host". capacity: rows of the arena. rows_used: those that are not free. blocks:
+    those that can be loaded. jobs_in_flight: jobs whose copies were not seen to end. store_jobs, load_jobs: jobs
+    submitted, whatever their outcome. failed_jobs: jobs reported as failed, including loads that lacked a block.
+    blocks_stored, blocks_loaded: blocks copied successfully. blocks_present: offered to a store, but already stored or
+    being stored. blocks_refused: offered to a store, but left out for want of a row. evictions: blocks evicted. hits,
+    misses: results of `lookup`. faults: unexpected errors, and jobs refused for bad arguments or after `close`.
     """
 
     engine: str
@@ -87,7 +87,7 @@ class Statistics:
 
 
 class _RefusedError(Exception):
-    """Why a job is not taken, in words."""
+    """A job is refused; the message says why."""
 
 
 class _Job:
@@ -96,40 +96,40 @@ class _Job:
     event: CopyEvent
 
     def __init__(self, job_id: int, kind: str, sequence: str | None, keys: Collection[bytes]) -> None:
-        """kind: "store" or "load". keys: what was asked for, from which those are left out that need no copy."""
+        """kind: "store" or "load". keys: all that the caller passed; only their number is kept."""
         self.job_id = job_id
         self.kind = kind
         self.sequence = sequence
         self.blocks = len(keys)
-        self.keys: Sequence[bytes] = ()
-        self.rows: Sequence[int] = ()  # of the arena, one a key
-        self.missing = 0  # loads: other keys of the job, which were not here
+        self.keys: Sequence[bytes] = ()  # those that are copied
+        self.rows: Sequence[int] = ()  # of the arena, one per key
+        self.missing = 0  # loads: how many of the caller's keys the tier lacked
         self.traced: Submitted | None = None
 
     def __str__(self) -> str:
-        request = "" if self.sequence is None else f", request {shown(self.sequence)}"
+        request = "" if self.sequence is None else f", request {brief(self.sequence)}"
         return f"job {self.job_id} ({self.kind}{request}, {self.blocks} block{'s' * (self.blocks != 1)})"
 
 
 class BlockStore:
     """Stores rows of a primary tier by key and loads them back, asynchronously.
 
-    Call `submit_store` and `submit_load` to queue jobs and `poll` for their ends; none of them waits for bytes to
-    move. `lookup` says what can be loaded. Keys are bytes; rows are row numbers of the primary.
+    `submit_store` and `submit_load` queue jobs, and `poll` reports those that have ended; none of them waits for bytes
+    to move. `lookup` tells whether a block can be loaded. Keys are bytes; rows are row numbers of the primary.
 
         store = BlockStore(Rows.of_view(memoryview(primary)))
         store.submit_store(1, [b"first", b"second"], [0, 1])
         store.drain()  # or poll() until job 1 is reported
-        if store.lookup(b"first"):  # pins nothing: the load says what it found
+        if store.lookup(b"first"):  # pins nothing: the load reports what it found
             store.submit_load(2, [b"first"], [7])
 
-    A sequence is a name for blocks of which each continues those before it, such as a prompt's. Name it where blocks
-    are stored and looked up, and call `finish_sequence` at its end: a prefix then stays for longer than what continues
-    it, and the sequence makes no room for its later blocks at the cost of its earlier ones. One that is longer than the
-    tier keeps its start, and the rest is left out. Blocks that do not continue each other need no name.
+    A sequence is a name for blocks that continue each other, such as a prompt's. Pass it when blocks are stored and
+    looked up, and call `finish_sequence` at its end. A prefix then stays longer than the blocks that continue it, and
+    later blocks of the sequence never evict its earlier ones: a sequence longer than the tier keeps its start, and the
+    rest is left out. Blocks that do not continue each other need no name.
 
-    `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration says, as
-    in `engines.open_engine`. Raises MemoryError or ValueError, in words, when they cannot be had.
+    `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration decides
+    (`engines.open_engine`). Raises ValueError for a bad configuration, MemoryError if the memory is not available.
     """
 
     def __init__(
@@ -153,26 +153,26 @@ class BlockStore:
                     writer.close()
                 raise
         self.engine, self.arena = engine, arena
-        # Also when nobody calls close().
+        # Runs even if nobody calls close().
         self._log = FaultLog(logger)
         self._release = weakref.finalize(self, _release, self.engine, self.arena, writer, self._log)
         try:
             self.index = BlockIndex(self.arena.rows.count, policy)
-        except Exception as error:  # whatever a policy raises that is made
+        except Exception as error:  # whatever the policy's constructor raises
             self._release()
             if isinstance(error, MemoryError):
                 raise
             raise ValueError(
-                f"eviction_policy must be one that can be made ({type(error).__name__}: {shown(str(error))}), not "
-                f"{shown(config.eviction_policy)}"
+                f"eviction_policy must be one that can be made ({type(error).__name__}: {brief(str(error))}), not "
+                f"{brief(config.eviction_policy)}"
             ) from error
         self.index.usable = arena.ready
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         self._finished: list[Finished] = []
-        # Of the sequences that have begun and are not finished. To be read by anyone, changed here only.
+        # By sequence, from `begin_sequence` to `finish_sequence`. Others may read it; only this class changes it.
         self.orders: dict[str | None, SequenceOrder] = {}
-        # Sequence -> its keys hit this step.
+        # By sequence, its keys that were hit in this step.
         self._step_hits: dict[str | None, list[bytes]] = {}
         self._store_jobs = self._load_jobs = self._failed_jobs = 0
         self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
@@ -187,25 +187,25 @@ class BlockStore:
     # ------------------------------------------------------------------------------------------------- the contract
 
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
-        """What is known of the order of a sequence's blocks, until `finish_sequence`."""
+        """Use this order of the sequence's blocks until `finish_sequence`."""
         self.orders[sequence] = order
 
     def has(self, key: bytes) -> bool:
-        """Whether `key` can be loaded now; nobody asks for it."""
+        """Whether `key` can be loaded now. Unlike `lookup`, this counts neither as a hit nor as a use."""
         return self.index.state(key) == READY
 
     def lookup(self, key: bytes, sequence: str | None = None, pin: bool = False) -> bool:
-        """Whether `key` can be loaded now. Counts as a use by `sequence` (a request's name), which a load does not.
+        """Whether `key` can be loaded now. A hit counts as a use by `sequence` (a request's name); a load does not.
 
-        It may be evicted before it is loaded, and the load then fails for it. Not with `pin`: a hit stays loadable
-        until the next `end_step`, which whoever pins has to call.
+        The block may be evicted before it is loaded, and the load then fails for it. With `pin` a hit stays loadable
+        until the next `end_step`, which the caller then has to call.
         """
         if not self.index.pin_hit(key):
             self._misses += 1
             return False
         self._hits += 1
         if not pin:
-            self.index.withdraw_hit()
+            self.index.undo_last_hit()
             self.touch((key,), sequence)
             return True
         try:
@@ -214,25 +214,25 @@ class BlockStore:
             self._step_hits[sequence] = [key]
         return True
 
-    def withdraw_hit(self, sequence: str | None = None) -> None:
-        """The last lookup, the sequence's, a hit and pinned, is not answered with it: neither a use nor a pin."""
-        self.index.withdraw_hit()
+    def undo_last_hit(self, sequence: str | None = None) -> None:
+        """Undo the last lookup, which was a hit of this sequence with `pin`: no hit is counted, no use, no pin."""
+        self.index.undo_last_hit()
         self._step_hits[sequence].pop()
         self._hits -= 1
 
     def end_step(self) -> None:
-        """The end of a scheduler step: release the pins of its hits."""
-        self._look_after()
+        """End a scheduler step: release the pins of its hits, and count them as uses."""
+        self._check_engine()
         if self._trace is not None:
             self._trace.scheduled()
         if self._step_hits:
             self._note_hits()
         self.index.end_step()
-        if self._log.is_holding:
+        if self._log.has_held_back:
             self._log.flush()
 
     def note_results(self) -> None:
-        """The model's results of the oldest step under way have arrived: for the trace, if there is one."""
+        """Record in the trace, if there is one, that the results of the oldest step under way have arrived."""
         if self._trace is not None:
             self._trace.results()
 
@@ -246,13 +246,13 @@ class BlockStore:
     ) -> None:
         """Queue the copy of primary rows `rows` (shape (n,), any integer type) into the tier, under `keys` (n of them).
 
-        Keys that are here or on their way are not copied again. When no row can be had, keys are left out, the last
-        of the sequence first; that is a success of fewer bytes. Unequal lengths and rows out of range fail the job.
-        `order` is for a sequence that was not begun.
+        Keys that are stored or being stored are not copied again. When rows run out, keys are left out, the last of
+        the sequence first; the job is then a success with fewer bytes. Unequal lengths and rows out of range fail the
+        job. `order` is for a sequence without `begin_sequence`.
         """
         self._store_jobs += 1
-        self._look_after()
-        distinct = isinstance(keys, (set, frozenset))  # as vLLM's are
+        self._check_engine()
+        distinct = isinstance(keys, (set, frozenset))  # vLLM passes a set
         keys = list(keys)
         job = _Job(job_id, "store", sequence, keys)
         try:
@@ -263,14 +263,14 @@ class BlockStore:
         if self._step_hits:
             self._note_hits()
         order = order or self.orders.get(sequence)
-        if order is not None and len(keys) > 1:  # vLLM hands over a set
+        if order is not None and len(keys) > 1:  # a set has no order
             places = order.permutation(keys)
             keys = [keys[at] for at in places]
             sources = [sources[at] for at in places]
         new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new)
-            row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # of a key offered twice, the first
+            row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # the first row of a key given twice
             sources = [row_of[key] for key in new]
         if not new:
             self._finish(job)
@@ -279,7 +279,7 @@ class BlockStore:
             job.event = self.engine.store_stream.copy_rows(self.arena.rows, arena_rows, self.primary, sources)
         except Exception as error:
             self.index.drop_filling(new, arena_rows)
-            self._fault(job, error)
+            self._fail_job(job, error)
             return
         job.keys, job.rows = new, arena_rows
         self._stores.append(job)
@@ -295,12 +295,12 @@ class BlockStore:
     ) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
 
-        Keys that are not here, or only on their way, fail and the rest loads: `Finished.loaded_keys`. A key whose
-        load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range fail
-        the whole job. `sequence` is whom it is for, in the log.
+        Keys that are not here, or still being stored, fail, and the rest is loaded: see `Finished.loaded_keys`. A key
+        whose load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range
+        fail the whole job. `sequence` is named in the log, and is no use of the blocks.
         """
         self._load_jobs += 1
-        self._look_after()
+        self._check_engine()
         keys = list(keys)
         job = _Job(job_id, "load", sequence, keys)
         try:
@@ -325,7 +325,7 @@ class BlockStore:
         except Exception as error:
             self.index.unpin(arena_rows)
             self.index.drop(keys)
-            self._fault(job, error)
+            self._fail_job(job, error)
             return
         job.keys, job.rows = keys, arena_rows
         self._loads.append(job)
@@ -334,23 +334,23 @@ class BlockStore:
 
     def poll(self) -> list[Finished]:
         """The jobs that ended since the last call, each once. Never blocks."""
-        self._look_after()
+        self._check_engine()
         if self._loads:
             self._collect(self._loads, self._end_load)
         if self._stores:
             self._collect(self._stores, self._end_store)
-        if self._log.is_holding:
+        if self._log.has_held_back:
             self._log.flush()
         finished, self._finished = self._finished, []
         return finished
 
     def drain(self) -> None:
-        """Block until every submitted job has ended. Nothing is lost; the next `poll` reports them."""
+        """Block until every submitted job has ended. The next `poll` reports them."""
         for queue, end in ((self._loads, self._end_load), (self._stores, self._end_store)):
             for job in queue:
                 while not job.event.synchronize(LATE_S):
-                    self._look_after()
-            self._look_after()
+                    self._check_engine()
+            self._check_engine()
             self._collect(queue, end)
 
     def clear(self) -> None:
@@ -359,38 +359,38 @@ class BlockStore:
         self.index.clear()
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
-        """The sequence used `keys`, in this order; those not here are passed over."""
+        """Count `keys`, in this order, as used by the sequence; those not here are ignored."""
         self.index.use(list(keys), sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
-        """Nothing more will be stored for the sequence; its name may come again for another. Idempotent.
+        """Nothing more will be stored for the sequence; the name may be used again for another one. Idempotent.
 
-        Until then no store of the sequence evicts its last block. Copies go on, and hits that are pinned stay so
-        until the step ends.
+        Before this call, stores of the sequence do not evict its last block. Copies in flight go on, and pinned hits
+        stay pinned until the step ends.
         """
         order = self.orders.pop(sequence, None)
         hits = self._step_hits.pop(sequence, None)
         if hits and (order is None or any(order.position(key) is None for key in hits)):
-            self.index.use(hits, sequence, None)  # else its end is a use of these as well
+            self.index.use(hits, sequence, None)  # otherwise `finish` counts these as used, too
         self.index.finish(sequence, order)
 
-    def fault(self, doing: str, reason: object) -> None:
-        """Count something that went wrong, and say so in the log; an exception's traceback, too, the first time."""
+    def report_fault(self, doing: str, reason: object) -> None:
+        """Count a fault, and log it as "The tier could not <doing>"; an exception's traceback, too, the first time."""
         self._faults += 1
         error = reason if isinstance(reason, BaseException) else None
-        self._log.report(doing, f"The tier could not {doing}: {_said(reason)}", error, _said(reason))
+        self._log.report(doing, f"The tier could not {doing}: {_error_text(reason)}", error, _error_text(reason))
 
     def fail(
         self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
     ) -> None:
-        """Report a "store" or "load", of which no copy is under way, as failed. A load's keys are forgotten."""
+        """Report as failed a "store" or "load" that has no copies under way. A load's keys are forgotten."""
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
             self.index.drop(key for key in names if isinstance(key, bytes))
-        self._fault(_Job(job_id, kind, sequence, names), reason)
+        self._fail_job(_Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
-        """End the engine and free the memory; jobs not finished have failed, and `poll` still says so. Idempotent."""
+        """End the engine and free the memory. Unfinished jobs fail, and `poll` still reports them. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -411,7 +411,7 @@ class BlockStore:
 
     @property
     def has_results(self) -> bool:
-        """Whether `poll` has something to report without asking an event: jobs that had nothing to copy."""
+        """Whether jobs are waiting for `poll` that had nothing to copy, so that no event tells of them."""
         return bool(self._finished)
 
     def signal(self, fd: int) -> None:
@@ -443,20 +443,20 @@ class BlockStore:
     # ----------------------------------------------------------------------------------------------------- job ends
 
     def _collect(self, queue: deque[_Job], end: Callable[[_Job], None]) -> None:
-        # In order of submission: behind a job that is not done nothing needs to be asked.
+        # Jobs are reported in order of submission, so none behind an unfinished one needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
             try:
                 end(job)
-            except Exception as error:  # not reported yet: that is the last thing that `end` does
+            except Exception as error:  # `end` reports last, so the job is not reported yet
                 self.index.drop(job.keys)
-                self._fault(job, error)
+                self._fail_job(job, error)
 
     def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
         try:
             blocks = len(job.keys)
             job.traced = trace.submitted(job.kind, blocks, blocks * self.primary.row_bytes)
-        except Exception as error:  # a job must not be lost for its picture
+        except Exception as error:  # no job may be lost because of tracing
             self._stop_tracing(error)
 
     def _trace_end(self, trace: TierTrace, job: _Job, reason: str | None) -> None:
@@ -464,20 +464,20 @@ class BlockStore:
             if job.traced is not None:
                 trace.ended(job.traced, job.job_id, job.event, self.index.rows_used, reason)
             else:
-                trace.without_copies(job.kind, job.blocks, job.job_id, reason)
-        except Exception as error:  # nor must its end
+                trace.ended_without_copies(job.kind, job.blocks, job.job_id, reason)
+        except Exception as error:  # nor its end
             self._stop_tracing(error)
 
     def _stop_tracing(self, reason: object) -> None:
         self._trace = None
-        self.fault("trace jobs any more", reason)
+        self.report_fault("trace jobs any more", reason)
 
     def _end_store(self, job: _Job) -> None:
         if job.event.failed:
             self.index.drop_filling(job.keys, job.rows)
             self._finish(job, self._why_failed(job))
             return
-        self.index.fill(job.rows)
+        self.index.mark_ready(job.rows)
         self._blocks_stored += len(job.rows)
         self._finish(job, None, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
 
@@ -505,14 +505,14 @@ class BlockStore:
         return f"the tier lacks {job.missing} of its blocks"
 
     def _refuse(self, job: _Job, refusal: _RefusedError) -> None:
-        """The job is not taken. Where the engine is broken that was counted when it broke."""
+        """Report the job as failed. That a broken engine is the reason was counted when it broke."""
         self._faults += not self._broken
         self._finish(job, str(refusal))
 
-    def _fault(self, job: _Job, error: BaseException) -> None:
-        """The job met an unexpected error, and no copy of it is under way."""
+    def _fail_job(self, job: _Job, error: BaseException) -> None:
+        """Report the job as failed by an unexpected error. None of its copies is under way."""
         self._faults += 1
-        self._finish(job, _said(error), error=error)
+        self._finish(job, _error_text(error), error=error)
 
     def _finish(
         self,
@@ -523,7 +523,7 @@ class BlockStore:
         seconds: float = 0.0,
         error: BaseException | None = None,
     ) -> None:
-        """The last of a job. reason: why it failed; None for a success."""
+        """Trace, log and report the end of a job. reason: why it failed; None for a success."""
         if self._trace is not None:
             self._trace_end(self._trace, job, reason)
         if reason is not None:
@@ -534,12 +534,12 @@ class BlockStore:
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _look_after(self) -> None:
-        """What every call sees to first: that a broken engine empties the tier, and that more rows may be ready."""
+    def _check_engine(self) -> None:
+        """First in every call: empty the tier if the engine broke, log a late copy, use rows that became ready."""
         if self.engine.broken is not None and not self._broken:
             self._broken = True
             self.clear()
-            self.fault("go on copying; it is empty and takes nothing more", self.engine.broken)
+            self.report_fault("go on copying; it is empty and takes nothing more", self.engine.broken)
         if self.engine.seconds_under_way > LATE_S and not self._is_late:
             self._is_late = True
             logger.error("A copy of the tier has been under way for %d s, and has not ended; its jobs wait", LATE_S)
@@ -547,26 +547,26 @@ class BlockStore:
             self.index.usable = self.arena.ready
 
     def _note_hits(self) -> None:
-        """Tell the index of this step's hits as uses. Together, in the order of lookup: cheaper than one by one."""
+        """Pass this step's hits to the index as uses, in the order of lookup; together, which costs less."""
         hits, self._step_hits = self._step_hits, {}
         for sequence, keys in hits.items():
             order = self.orders.get(sequence)
-            if order is not None and len(keys) > 1:  # a sliding window is looked for from its end
+            if order is not None and len(keys) > 1:  # vLLM looks a sliding window up from its end
                 keys = [keys[at] for at in order.permutation(keys)]
             self.index.use(keys, sequence, order)
 
     def _checked(self, keys: list[bytes], rows: np.ndarray | Sequence[int]) -> list[int]:
-        """The row numbers as a list. Raises _RefusedError where they do not fit the keys or the primary."""
+        """The row numbers as a list. Raises _RefusedError if they do not fit the keys or the primary."""
         if self._closed:
             raise _RefusedError("the tier is shut down")
         if self._broken:
             raise _RefusedError(f"the tier can copy no more: {self.engine.broken}")
-        # vLLM's are numpy arrays; as a list they are quicker to check and to hand on, for jobs of up to thousands.
+        # vLLM passes numpy arrays. A list is quicker to check and to pass on, up to thousands of rows.
         numbers: list[int] = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
         if len(numbers) != len(keys):
             raise _RefusedError(f"{len(keys)} keys but {len(numbers)} row numbers")
-        # An array's are all of one type; of more dimensions, its list has lists. A loop, for any() makes a generator,
-        # which takes longer than the one look.
+        # The items of an array have one type, so its first tells: a list, if the array has more dimensions. A loop,
+        # because any() would make a generator, which takes longer.
         for number in numbers[:1] if isinstance(rows, np.ndarray) else numbers:
             if type(number) is not int:
                 raise _RefusedError("row numbers must be integers")
@@ -582,7 +582,7 @@ class BlockStore:
 
 
 def _capacity(primary: Rows, config: TierConfig) -> int:
-    """Rows that the configured size holds; by default twice the primary's."""
+    """The rows that fit in the configured size, by default twice the primary's. Raises ValueError for none."""
     if config.bytes_to_use is None:
         return 2 * primary.count
     count = config.bytes_to_use // primary.row_bytes
@@ -594,8 +594,8 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
     return count
 
 
-def _said(reason: object) -> str:
-    """An error as a log line says it."""
+def _error_text(reason: object) -> str:
+    """The error's type and message, on one line."""
     text = one_line(reason)
     if isinstance(reason, BaseException):
         text = f"{type(reason).__name__}: {text}" if text else type(reason).__name__
@@ -603,7 +603,7 @@ def _said(reason: object) -> str:
 
 
 def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None, log: FaultLog) -> None:
-    """Engine before arena: no copy may touch freed memory. What one cannot do must not keep the others from it."""
+    """Close the engine before the arena: no copy may touch freed memory. Each is closed even if another raises."""
     with contextlib.ExitStack() as ends:
         ends.callback(log.flush, now=True)
         if writer is not None:

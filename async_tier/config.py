@@ -1,6 +1,6 @@
 """TierConfig: a tier's dictionary in `secondary_tiers`, parsed and checked.
 
-Every mistake is a ValueError of one sentence that names the key, the value and what is allowed.
+Every mistake raises a ValueError: one sentence that names the key, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
-from async_tier.text import format_size, nearest_key, parse_size, shown
+from async_tier.text import brief, format_size, nearest_key, parse_size
 
 ENGINES = ("auto", "cuda", "host")
 LOCALITIES = ("LOCAL", "REMOTE")
 MAX_COPY_THREADS = 64
-# Less than this would make pieces so small that queueing them costs more than copying them.
+# With less, pieces would be so small that queueing them costs more than copying them.
 MIN_STAGING_BYTES = 64 << 10
 
 
 def parse_threads(key: str, value: object) -> int:
-    """A number of copy threads, 1 to 64. Raises ValueError that names `key`."""
+    """A number of copy threads, 1 to 64. Raises ValueError, naming `key`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COPY_THREADS:
-        raise ValueError(f"{key} must be an integer from 1 to {MAX_COPY_THREADS}, not {shown(value)}")
+        raise ValueError(f"{key} must be an integer from 1 to {MAX_COPY_THREADS}, not {brief(value)}")
     return value
 
 
 def load_policy(name: str) -> type[EvictionPolicy]:
-    """The policy called `name`: "lru", or "module:Class". Raises ValueError that names `eviction_policy`."""
+    """The policy called `name`: "lru", or "module:Class". Raises ValueError, naming `eviction_policy`."""
     if name == "lru":
         return LeastRecentlyUsed
     module, _, attribute = name.partition(":")
@@ -40,9 +40,9 @@ def load_policy(name: str) -> type[EvictionPolicy]:
         why = "a class over async_tier.eviction.EvictionPolicy with all its methods"
         if isinstance(policy, type) and issubclass(policy, EvictionPolicy) and not inspect.isabstract(policy):
             return policy
-    except (Exception, SystemExit) as error:  # whatever a module raises that is imported
-        why = f"one that can be imported ({type(error).__name__}: {shown(str(error))})"
-    raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {shown(name)}")
+    except (Exception, SystemExit) as error:  # whatever importing a module raises
+        why = f"one that can be imported ({type(error).__name__}: {brief(str(error))})"
+    raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {brief(name)}")
 
 
 def device_number(name: str) -> int:
@@ -54,20 +54,20 @@ def device_number(name: str) -> int:
 class TierConfig:
     """The checked configuration of one tier.
 
-    bytes_to_use: capacity in bytes; None is twice the primary tier.
-    engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" where this process uses a GPU.
+    bytes_to_use: capacity in bytes; None means twice the primary tier.
+    engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" if this process uses a GPU.
     pool: where the tier's rows lie: "host", or "cuda:N" for memory of that device.
-    device: of the cuda engine with pool "host", the GPU whose copy engines are used, "cuda:N"; None is the first one of
-        the vLLM engine's workers, and without vLLM torch's current one.
-    copy_threads: of the host engine, native threads that copy, 1 to 64; None is `streams.host.default_threads`.
-    staging_bytes: of the cuda engine with pool "host", device memory that copies pass through, half a direction.
-    max_inflight_store_bytes: of the cuda engine, bytes of stores on the device's streams, at most; a load waits for
-        that many.
-    batch_copies: of the cuda engine, whether to use the driver's call for many copies at once, where it has one.
+    device: for the cuda engine with pool "host": the GPU whose copy engines are used, "cuda:N". None means the first
+        one of vLLM's workers, or torch's current one without vLLM.
+    copy_threads: for the host engine: native copy threads, 1 to 64; None means `streams.host.default_threads`.
+    staging_bytes: for the cuda engine with pool "host": device memory that copies pass through, half per direction.
+    max_inflight_store_bytes: for the cuda engine: bytes of stores on the device's streams, at most, which a load may
+        have to wait for.
+    batch_copies: for the cuda engine: use the driver's call for many copies at once, if it has one.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     eviction_policy: "lru", or "module:Class" of an eviction.EvictionPolicy.
-    locality: None, "LOCAL" or "REMOTE": what vLLM matches against a request's tier filter.
-    trace_path: a file to write a trace to (see trace.TraceWriter), in which "{pid}" stands for the process; None: none.
+    locality: None, "LOCAL" or "REMOTE", which vLLM matches against a request's tier filter.
+    trace_path: the file for a trace (see trace.TraceWriter), in which "{pid}" stands for the process; None: no trace.
     """
 
     bytes_to_use: int | None = None
@@ -85,7 +85,7 @@ class TierConfig:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> TierConfig:
-        """Check `options`; raises ValueError naming the key, the value and what is allowed."""
+        """The configuration in `options`. Raises ValueError, naming the key, the value and what is allowed."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
@@ -95,7 +95,7 @@ class TierConfig:
                     )
                 near = nearest_key(key, [*known, "custom_param"])
                 raise ValueError(
-                    f"unknown key {shown(key)} in the tier's configuration; "
+                    f"unknown key {brief(key)} in the tier's configuration; "
                     + (f"did you mean {near!r}? " if near else "")
                     + "the known keys are "
                     + ", ".join([*known, "custom_param"])
@@ -112,14 +112,14 @@ class TierConfig:
 
     def _check(self) -> None:
         if self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {shown(self.engine)}")
+            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {brief(self.engine)}")
         if not isinstance(self.pool, str) or not re.fullmatch(r"host|cuda:[0-9]{1,4}", self.pool):
-            raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {shown(self.pool)}")
+            raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {brief(self.pool)}")
         if self.pool != "host" and self.engine == "host":
             raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
         if self.device is not None:
             if not isinstance(self.device, str) or not re.fullmatch(r"cuda:[0-9]{1,4}", self.device):
-                raise ValueError(f"device must be null or 'cuda:N' with a device's number N, not {shown(self.device)}")
+                raise ValueError(f"device must be null or 'cuda:N' with a device's number N, not {brief(self.device)}")
             if self.engine == "host":
                 raise ValueError(f"device {self.device!r} needs engine 'cuda' or 'auto', not 'host'")
             if self.pool != "host" and device_number(self.pool) != device_number(self.device):
@@ -131,24 +131,24 @@ class TierConfig:
             )
         for key in ("batch_copies", "keep_on_reset"):
             if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key} must be true or false, not {shown(getattr(self, key))}")
+                raise ValueError(f"{key} must be true or false, not {brief(getattr(self, key))}")
         if not isinstance(self.eviction_policy, str) or not re.fullmatch(r"lru|[\w.]+:\w+", self.eviction_policy):
-            raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {shown(self.eviction_policy)}")
+            raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {brief(self.eviction_policy)}")
         if self.locality is not None and self.locality not in LOCALITIES:
-            raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {shown(self.locality)}")
+            raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {brief(self.locality)}")
         if self.trace_path is not None and not _is_path(self.trace_path):
-            raise ValueError(f"trace_path must be null or the name of a file, not {shown(self.trace_path)}")
+            raise ValueError(f"trace_path must be null or the name of a file, not {brief(self.trace_path)}")
 
 
 def _is_path(value: object) -> bool:
-    """Whether the system can be asked for a file of that name."""
+    """Whether the value can be the name of a file."""
     try:
         return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
         return False
 
 
-# Keys of a tier's dictionary in `secondary_tiers`, and those of vLLM's and our spec, which lie beside that list.
+# Keys of a tier's dictionary in `secondary_tiers`, and those that vLLM's and our spec read beside that list.
 TIER_KEYS = ("type", "module_path", *(field.name for field in dataclasses.fields(TierConfig)), "custom_param")
 SPEC_KEYS = (
     "spec_name",

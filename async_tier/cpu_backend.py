@@ -1,15 +1,15 @@
-"""CPUBackendTieringSpec: lets vLLM's CPU backend offload, which `TieringOffloadingSpec` refuses on that platform.
+"""CPUBackendTieringSpec: offloading for vLLM's CPU backend, which `TieringOffloadingSpec` refuses.
 
 Configured in `kv_connector_extra_config`:
 
     {"spec_name": "CPUBackendTieringSpec", "spec_module_path": "async_tier.cpu_backend", "cpu_copy_threads": 1, ...}
 
 The scheduler's side is vLLM's own. The worker's side copies between the KV cache and the primary tier on native
-threads, so that transfers overlap with the forward pass. Written for vLLM 0.32, the newest with a CPU build.
+threads, so that transfers overlap with the forward pass. Written for vLLM 0.32, the newest version with a CPU build.
 
-Order, which vLLM gets from CUDA streams and a CPU has to keep itself: the forward pass and the zeroing of blocks are
-synchronous here, so what they wrote is in memory when vLLM submits a transfer. Transfers of one direction run in the
-order of submission. `wait` is the only fence before a block that is being stored is given to somebody else.
+vLLM gets the order of its accesses from CUDA streams; here it follows from the calls. The forward pass and the zeroing
+of blocks are synchronous, so what they wrote is in memory when vLLM submits a transfer. Transfers of one direction run
+in the order of submission. `wait` is the only fence before a block that is being stored is used for something else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 from async_tier.config import SPEC_KEYS, TIER_KEYS, parse_threads
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream
-from async_tier.text import format_size, nearest_key, parse_size, shown
+from async_tier.text import brief, format_size, nearest_key, parse_size
 from async_tier.vllm import compat
 from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.openmp import cpus_before_openmp
@@ -54,11 +54,11 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
     """`TieringOffloadingSpec` with a worker for KV caches in host memory.
 
     Its own key: `cpu_copy_threads`, native copy threads of each worker process, 1 to 64, default 1. `cpu_bytes_to_use`
-    may be text with a unit, as a tier's `bytes_to_use`.
+    may be text with a unit, like a tier's `bytes_to_use`.
 
-    Raises ValueError, in words, for a number out of range, a primary of less than one block, a key that belongs
-    elsewhere or is misspelt, and for what this worker or vLLM would do wrong: `canonical_layout`, pipeline parallelism,
-    and several blocks a chunk where a KV group has a sliding window, local attention or Mamba state.
+    Raises ValueError for a number out of range, a primary of less than one block, and a key that is misspelt or in the
+    wrong place; also for what would be served wrong: `canonical_layout`, pipeline parallelism, and several blocks per
+    chunk with a KV group of sliding-window, local-attention or Mamba layers.
     """
 
     def __init__(self, config: OffloadingConfig) -> None:
@@ -80,26 +80,26 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
         super().__init__(replace(config, extra_config={**config.extra_config, "cpu_bytes_to_use": primary_bytes}))
         if self.num_chunks < 1:
             raise ValueError(
-                f"cpu_bytes_to_use must be at least {shown(self.kv_bytes_per_chunk)} bytes "
+                f"cpu_bytes_to_use must be at least {brief(self.kv_bytes_per_chunk)} bytes "
                 f"({format_size(self.kv_bytes_per_chunk)}), which is one block of all workers, not {primary_bytes}"
             )
-        wrong = compat.partial_chunks(self)
+        wrong = compat.partial_chunk_problem(self)
         if wrong:
             raise ValueError(wrong)
         self._host_worker: HostOffloadingWorker | None = None
 
     def get_manager(self) -> OffloadingManager:
-        """vLLM's manager. Raises ValueError if the primary's file is somebody else's, and as the tiers do."""
+        """vLLM's manager. Raises ValueError if the primary's file belongs to another engine, and as the tiers do."""
         if self._manager is None:
             with self._primary_file(None) as file:
                 super().get_manager()
                 region: Any = self._scheduler_mmap
-                region.__class__ = _MemberRegion  # vLLM has made it, but it ends as a worker's does
+                region.__class__ = _MemberRegion  # vLLM made it; it must end as a worker's region does
                 region.join(file)
         return super().get_manager()
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        """The worker of this process, made at the first call."""
+        """The worker of this process, created at the first call."""
         if self._host_worker is None:
             self._host_worker = self.create_worker(kv_caches)
         return self._host_worker
@@ -107,14 +107,14 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
     def create_worker(self, kv_caches: CanonicalKVCaches) -> HostOffloadingWorker:  # type: ignore[override]
         """A worker over this process's part of the primary tier.
 
-        Raises ValueError for KV caches not on the CPU, and if the primary's file is somebody else's.
+        Raises ValueError for KV caches not on the CPU, and if the primary's file belongs to another engine.
         """
         rank = self.config.parallel.rank
         with self._primary_file(rank) as file:
             region = _MemberRegion(
                 engine_id=self.config.engine_id,
                 num_chunks=self.num_chunks,
-                # A replicated layout keeps one copy for all workers, in the first one's place.
+                # A replicated layout keeps one copy for all workers, in the place of the first one.
                 rank=0 if self.replicated_layout else rank,
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
@@ -132,7 +132,7 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
 
 
 class _MemberRegion(SharedOffloadRegion):
-    """vLLM's view of the primary, with which the file's name goes, be it cleaned up or dropped."""
+    """vLLM's view of the primary. The file's name is removed when the view is cleaned up or dropped."""
 
     def join(self, file: PrimaryFile) -> None:
         file.hand_over(self)
@@ -145,7 +145,7 @@ class _MemberRegion(SharedOffloadRegion):
 
 
 def _check_keys(extra_config: Mapping[str, Any]) -> None:
-    """Refuse keys of `kv_connector_extra_config` that belong into a tier's dictionary or are misspelt; log others."""
+    """Refuse keys of `kv_connector_extra_config` that are a tier's or misspelt; log unknown ones. Raises ValueError."""
     _check_tiers(extra_config)
     for key in extra_config:
         if key in SPEC_KEYS:
@@ -153,40 +153,40 @@ def _check_keys(extra_config: Mapping[str, Any]) -> None:
         if key in TIER_KEYS:
             near = nearest_key(key, SPEC_KEYS)
             raise ValueError(
-                f"{shown(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
+                f"{brief(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
                 + (f"; or did you mean {near!r}?" if near and near not in extra_config else "")
             )
         near = nearest_key(key, [*SPEC_KEYS, *TIER_KEYS])
         if near:
             place = "" if near in SPEC_KEYS else ", in the dictionary of a tier in secondary_tiers"
-            raise ValueError(f"unknown key {shown(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
+            raise ValueError(f"unknown key {brief(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
         logger.warning(
             "Key %s of kv_connector_extra_config is not known and has no effect; the known keys are %s",
-            shown(key),
+            brief(key),
             ", ".join(SPEC_KEYS),
         )
 
 
 def _check_tiers(extra_config: Mapping[str, Any]) -> None:
-    """Refuse tiers that vLLM, which makes them, would stumble over."""
+    """Refuse tiers on which vLLM, which constructs them, would fail unclearly. Raises ValueError."""
     tiers = extra_config.get("secondary_tiers", [])
     if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise ValueError(f"secondary_tiers must be a list of dictionaries, one a tier, not {shown(tiers)}")
+        raise ValueError(f"secondary_tiers must be a list of dictionaries, one per tier, not {brief(tiers)}")
     for tier in tiers:
         for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
             if key in tier:
                 raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
         for key in ("type", "module_path"):
             if key in tier and not (isinstance(tier[key], str) and tier[key]):
-                raise ValueError(f"{key} of a tier must be a name, not {shown(tier[key])}")
+                raise ValueError(f"{key} of a tier must be a name, not {brief(tier[key])}")
     for settings in (extra_config, *tiers):
         if not isinstance(settings.get("backpressure") or {}, dict):
-            raise ValueError(f"backpressure must be a dictionary, not {shown(settings['backpressure'])}")
+            raise ValueError(f"backpressure must be a dictionary, not {brief(settings['backpressure'])}")
 
 
 @dataclass(frozen=True)
 class _Pages:
-    """One KV cache tensor on both sides: where block b and chunk c lie, in bytes."""
+    """One KV cache tensor on both sides: the addresses, strides and size of its pages, in bytes."""
 
     cache_address: int
     cache_stride: int
@@ -206,17 +206,17 @@ class HostOffloadingWorker(OffloadingWorker):
     """Moves blocks between KV caches in host memory and the primary tier, asynchronously.
 
     kv_caches: vLLM's canonical KV caches: tensors of shape (blocks, page bytes) and, by KV group, the tensors that
-    its layers use. blocks_per_chunk: blocks of the KV cache in one block of the primary. region: the primary, of which
-    the worker becomes the owner. threads: copy threads.
+    its layers use. blocks_per_chunk: blocks of the KV cache in one block of the primary. region: the primary, which
+    the worker then owns. threads: the number of copy threads.
 
-    Called by one thread, vLLM's worker. Jobs of a direction run in the order of submission; loads go before stores. A
-    worker that is dropped ends as by `shutdown`.
+    Called by one thread, vLLM's worker. Jobs of one direction run in the order of submission; loads go before stores.
+    A worker that is dropped ends as if by `shutdown`.
     """
 
     def __init__(
         self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion, threads: int
     ) -> None:
-        self._kv_caches = kv_caches  # keeps their memory
+        self._kv_caches = kv_caches  # so that their memory stays
         self._blocks_per_chunk = blocks_per_chunk
         self._tensors = [
             self._pages(kv_cache.tensor, kv_cache.page_size_bytes, region) for kv_cache in kv_caches.tensors
@@ -224,11 +224,11 @@ class HostOffloadingWorker(OffloadingWorker):
         self._groups = kv_caches.group_data_refs
         self._region: SharedOffloadRegion | None = region
         self.engine = HostEngine(threads, ordered=True, cpus=cpus_before_openmp())
-        # By stream, oldest first; together the jobs not yet reported.
+        # The jobs not reported yet, by stream, oldest first.
         self._stores: deque[_Transfer] = deque()
         self._loads: deque[_Transfer] = deque()
         self._events: dict[int, CopyEvent] = {}
-        self._dropped = weakref.finalize(self, _end, self.engine, region)
+        self._finalizer = weakref.finalize(self, _end, self.engine, region)
 
     def _pages(self, tensor: torch.Tensor, page_bytes: int, region: SharedOffloadRegion) -> _Pages:
         if tensor.device.type != "cpu":
@@ -260,15 +260,15 @@ class HostOffloadingWorker(OffloadingWorker):
         return results
 
     def wait(self, job_ids: set[int]) -> None:
-        """Block until these jobs have ended; each is still reported. Unknown and reported ids are passed over."""
+        """Block until these jobs have ended. Each is still reported; unknown and reported ids are ignored."""
         for job_id in job_ids:
             event = self._events.get(job_id)
             if event is not None:
                 event.synchronize()
 
     def shutdown(self) -> None:
-        """End the threads, then let go of the primary. Idempotent."""
-        self._dropped.detach()
+        """End the threads, then unmap the primary. Idempotent."""
+        self._finalizer.detach()
         self.engine.close()
         for queue in (self._stores, self._loads):
             queue.clear()
@@ -293,10 +293,10 @@ class HostOffloadingWorker(OffloadingWorker):
     def _addresses(
         self, cache_spec: GPULoadStoreSpec, primary_spec: LoadStoreSpec
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(addresses in the KV cache, addresses in the primary, sizes), one entry a block and layer.
+        """(addresses in the KV cache, addresses in the primary, sizes in bytes), one entry per block and layer.
 
-        The blocks of a KV group are consecutive in the request, the first being number `block_indices[group]`. Where
-        that, or the group's end, is not on a chunk's boundary, only a part of the first or last chunk is meant.
+        The blocks of a KV group are consecutive in the request; the first is number `block_indices[group]`. If they do
+        not begin or end on a chunk's boundary, only a part of the first or last chunk is copied.
         """
         assert isinstance(primary_spec, BlockIDsLoadStoreSpec)
         factor = self._blocks_per_chunk
@@ -333,6 +333,6 @@ class HostOffloadingWorker(OffloadingWorker):
 
 
 def _end(engine: HostEngine, region: SharedOffloadRegion) -> None:
-    """The end of a worker that was dropped: what its copies touch goes after them."""
+    """End a worker that was dropped: first its copies, then the memory that they touch."""
     engine.close()
     region.cleanup()

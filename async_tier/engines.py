@@ -1,4 +1,4 @@
-"""Which engine copies, and where the tier's rows lie: what the configuration asks for, on this machine, now."""
+"""Opens the copy engine and the memory for the tier's rows, as configured and as this machine allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowMemory(Protocol):
-    """The tier's rows; `ready` of them, from the first on, can be copied to and from now."""
+    """The tier's rows. Copies may touch the first `ready` of them; the others are not prepared yet."""
 
     @property
     def rows(self) -> Rows: ...
@@ -26,20 +26,20 @@ class RowMemory(Protocol):
     def ready(self) -> int: ...
 
     def close(self) -> None:
-        """Free the memory. The engine is closed. Idempotent."""
+        """Free the memory, after the engine was closed. Idempotent."""
 
 
 def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyEngine, RowMemory]:
     """The engine, and memory for `capacity` rows like the primary's.
 
-    Raises ValueError where CUDA was asked for and torch sees no GPU, or not that one, MemoryError where the memory
-    cannot be had, both in words. Where CUDA refuses anything, such as to start, or to pin the primary or the tier's own
-    memory, there is a warning, and copy threads and host memory instead.
+    Raises ValueError if CUDA is configured but torch does not see that GPU, or any, and MemoryError if the memory
+    cannot be had. If CUDA refuses anything, such as to start, or to pin the primary or the tier's memory, a warning is
+    logged, and copy threads and host memory are used instead.
     """
     if uses_cuda(config):
         try:
             return _open_cuda(primary, config, capacity, _ordinal(config))
-        except (RuntimeError, OSError) as error:  # the driver's refusals and torch's; a library that is not there
+        except (RuntimeError, OSError) as error:  # refused by the driver or by torch; no such library
             logger.warning(
                 "CUDA cannot be used for the tier's copies, so copy threads and host memory are used instead: %s", error
             )
@@ -57,18 +57,18 @@ def open_engine(primary: Rows, config: TierConfig, capacity: int) -> tuple[CopyE
 
 
 def uses_cuda(config: TierConfig) -> bool:
-    """Whether the configuration means CUDA in this process.
+    """Whether to use CUDA in this process.
 
-    "auto" does where a CUDA context is here already: making one would cost a server 400 to 800 MB of device memory.
+    "auto" means yes if there is a CUDA context already: creating one would cost 400 to 800 MB of device memory.
     """
     if config.engine == "auto" and config.pool == "host":
-        torch = sys.modules.get("torch")  # a process without torch has no context of torch's
+        torch = sys.modules.get("torch")  # without torch there is no context of torch's
         return torch is not None and torch.cuda.is_initialized()
     return config.engine != "host"
 
 
 def _ordinal(config: TierConfig) -> int:
-    """The device to use; raises ValueError if there is none, or not that one."""
+    """The number of the device to use. Raises ValueError if torch does not see it."""
     import torch
 
     device = config.device if config.pool == "host" else config.pool
@@ -86,7 +86,7 @@ def _ordinal(config: TierConfig) -> int:
 
 
 def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -> tuple[CopyEngine, RowMemory]:
-    # Not at the top: torch takes seconds to import, which programs without CUDA need not pay.
+    # Imported here, because importing torch takes seconds, which programs without CUDA need not pay.
     from async_tier.memory.device import DeviceArena
     from async_tier.memory.pinned import PinnedArena
     from async_tier.streams.cuda import CudaEngine
@@ -101,7 +101,7 @@ def _open_cuda(primary: Rows, config: TierConfig, capacity: int, ordinal: int) -
     try:
         registration = Registration(engine.driver, engine.context, primary)
         registration.register_all()
-        engine.own(registration)
+        engine.add_pinned(registration)
         engine.add_rows(primary, registration)
         return engine, (DeviceArena if on_device else PinnedArena)(engine, capacity, primary.row_bytes)
     except BaseException:

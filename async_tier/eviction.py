@@ -1,6 +1,6 @@
-"""Which block goes when a row is needed: the interface, and the least recently used block that nothing continues.
+"""Eviction policies: which block is evicted when a row is needed. The interface, and the default, LeastRecentlyUsed.
 
-A policy knows keys and rows, no memory and no jobs. The configuration may name another one as "module:Class".
+A policy knows keys and rows, but neither memory nor jobs. The configuration may name another one as "module:Class".
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from async_tier.order import SequenceOrder
 
 
 class EvictionPolicy(ABC):
-    """Told what is stored and used, asked what to evict.
+    """Learns what is stored and used, and decides what to evict.
 
-    `rows` maps the keys held to their rows, `pins` counts by row what forbids to evict it. The index owns both; a
-    policy only takes out of `rows` what it evicts. A `sequence` is a request's name, or None for blocks of none. An
-    `order`, if there is one, is that of all the sequence's blocks.
+    rows: the keys held, and their rows. pins: by row, the number of pins; a pinned row must not be evicted. The index
+    owns both; a policy only removes from `rows` what it evicts. In the methods, `sequence` is a request's name, or None
+    for blocks without one, and `order`, unless None, is the order of all the sequence's blocks.
 
-    Of any policy it is expected that `evict` takes no row with a pin, and nothing that the sequence's order knows.
+    Every policy must evict neither a row with a pin nor a key that the given sequence's order knows.
     """
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
@@ -34,30 +34,30 @@ class EvictionPolicy(ABC):
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        """`keys`, at least one, none held, as they come in the sequence, will be stored into `rows`, often a range."""
+        """`keys` are being stored into `rows`, which is often a range. At least one key, none held, in order."""
 
     @abstractmethod
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """`keys`, all in `rows`, as they come in the sequence, were used by it."""
+        """The sequence has used `keys`, which are all held and in its order."""
 
     @abstractmethod
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
-        """Take at most `count` keys without a pin out of `rows`, worst first, for the sequence; the rows they had."""
+        """Remove up to `count` unpinned keys from `rows`, worst first, to make room for the sequence; their rows."""
 
     @abstractmethod
     def remove(self, row: int) -> None:
-        """The block in `row` is leaving `rows`, not by `evict`."""
+        """The block in `row` is about to be removed from `rows`, but not evicted."""
 
     @abstractmethod
     def finish(self, sequence: str, order: SequenceOrder | None) -> None:
-        """No more will be stored for the sequence; its name may come again for another."""
+        """Nothing more will be stored for the sequence; the name may be used again for another one."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Every key is leaving `rows`."""
+        """Every key is about to be removed from `rows`."""
 
     def unpinned(self, rows: Collection[int]) -> None:  # noqa: B027 - not every policy needs to know
-        """Pins were taken off `rows`, of which some may have none now."""
+        """Each of `rows` has lost a pin; some may have none now."""
 
 
 _NO_ORDER = SequenceOrder({})
@@ -65,27 +65,28 @@ _NEVER = sys.maxsize
 
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Evicts the block used least recently among those that no block held continues.
+    """Evicts the least recently used leaf: a block that no held block continues.
 
-    A prefix is of use only from its start, so a block stays while one stored behind it is held. That takes two numbers
-    a row, its parent and how many children, where radix caches keep a tree.
+    A prefix is useful only from its start, so a block stays while a block stored behind it is held. That takes two
+    numbers per row, the parent and the number of children, where radix caches keep a tree.
 
-        system prompt --- document --- question 1       leaves: question 1, question 2, chat;
-                      |            `-- question 2       the one used least recently goes, then what it leaves bare
-                      `-- chat                          is a leaf as well
+        system prompt --- document --- question 1       leaves: question 1, question 2, chat.
+                      |            `-- question 2       The least recently used one is evicted; if its parent
+                      `-- chat                          has no other child, the parent is then a leaf, too
 
-    - The parent of a block is the nearest before it in its sequence that is held when it is stored; without an order,
-      the last that the sequence has stored or used. It was stored before, so there are no cycles, whatever orders say.
-    - A block is used when a sequence stores it, hits it or, wherever it was served from, ends: all that the sequence's
-      order knows, its start the newest. Nothing else renews a block: not its children, and not a stranger's use.
-    - Leaves are in a list by their last use. What enters it in the middle (a parent that becomes a leaf, a leaf that
-      was pinned or belonged to who asked) waits in a heap beside it.
+    - The parent of a block is the nearest block before it in its sequence that is held when it is stored; without an
+      order, the last block that the sequence has stored or used. Parents were stored earlier, so there are no cycles.
+    - A block is used when a sequence stores or hits it. When a sequence ends, all blocks that its order knows are used,
+      wherever they were served from, and its start is the newest. Nothing else renews a block: neither a use of its
+      children nor a use by a request that does not have this block.
+    - Leaves are in a list by their last use. Those that would enter it in the middle are in a heap beside it: a parent
+      that became a leaf, a leaf that was pinned, or one that belonged to the sequence that needed rows.
     """
 
-    # Blocks looked at for a parent. Not all are held: of a sliding window's group vLLM stores only the last ones.
-    _NEAREST = 128
-    # Far more than run at a time: a caller may never say that one has ended.
-    _MOST_SEQUENCES = 1 << 14
+    # Blocks tried as a parent. Not all are held: of a group with a sliding window vLLM stores only the last ones.
+    _MAX_PARENT_DISTANCE = 128
+    # Far more than run at a time. Bounded, because a caller may never finish its sequences.
+    _MAX_SEQUENCES = 1 << 14
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         super().__init__(rows, pins)
@@ -93,20 +94,20 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def clear(self) -> None:
         count = len(self._pins)
-        self._clock = 0  # by row from here on
+        self._clock = 0  # what follows is by row
         self._key_of: list[bytes] = [b""] * count
-        self._used_at = array("q", [0]) * count  # in a list each would be an object of its own
+        self._used_at = array("q", [0]) * count  # in a list, each number would be an object
         self._stored_at = [0] * count
         self._children = [0] * count
-        # Still there unless its row has another block, which was stored later, or none.
+        # The parent's row or -1. The parent is gone if its row is free by now, or has a block that was stored later.
         self._parent = [-1] * count
-        # The list of leaves, closed by an end that is no row. A row that is not in it has no newer one: -1.
+        # A linked list of leaves, closed by `_end`, which is no row. `_newer` of rows that are not in it is -1.
         self._end = count
         self._older = array("i", [-1]) * count + array("i", [count])
         self._newer = array("i", [-1]) * count + array("i", [count])
-        # Used at, times the number of rows, plus row: counts while that is a leaf outside the list, not used since.
+        # Entries are used_at * number of rows + row. Current while the row is a leaf outside the list, not used since.
         self._heap: list[int] = []
-        # Leaves that `evict` has met with a pin: neither in the list nor in the heap.
+        # Leaves that were pinned when `evict` came to them: neither in the list nor in the heap.
         self._met_pinned: set[int] = set()
         # By sequence, the last block that it has stored or used.
         self._last: OrderedDict[str, bytes] = OrderedDict()
@@ -114,7 +115,7 @@ class LeastRecentlyUsed(EvictionPolicy):
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        above = self._parent_for(keys[0], sequence, order)
+        above = self._find_parent(keys[0], sequence, order)
         before = self._clock
         self._clock = now = before + len(keys)
         if isinstance(rows, range):
@@ -134,23 +135,23 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._children[rows[-1]] = 0
         self._put_newest(rows[-1])
         if above >= 0:
-            self._take_out(above)
+            self._remove_from_list(above)
             self._children[above] += 1
         self._note_last(sequence, keys[-1])
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        self._renew([self._rows[key] for key in keys])
+        self._mark_used([self._rows[key] for key in keys])
         self._note_last(sequence, keys[-1])
 
     def finish(self, sequence: str, order: SequenceOrder | None) -> None:
         last = self._rows.get(self._last.pop(sequence, b""), -1)
         if order is not None:
-            self._renew([row for row in map(self._rows.get, order) if row is not None])
-        elif last >= 0:  # what it was stored behind, from the end on
+            self._mark_used([row for row in map(self._rows.get, order) if row is not None])
+        elif last >= 0:  # the blocks behind which it was stored
             lineage = [last]
             while (parent := self._parent_of(lineage[-1])) >= 0:
                 lineage.append(parent)
-            self._renew(lineage[::-1])
+            self._mark_used(lineage[::-1])
 
     def evict(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int]:
         rows, pins, key_of, used_at, children = self._rows, self._pins, self._key_of, self._used_at, self._children
@@ -158,27 +159,27 @@ class LeastRecentlyUsed(EvictionPolicy):
         known = (order or _NO_ORDER).position
         last = self._last.get(sequence) if sequence is not None else None
         freed: list[int] = []
-        own: list[int] = []
+        spared: list[int] = []
         while len(freed) < count and (entry := self._oldest()) < _NEVER:
             if self._heap and self._heap[0] == entry:
                 heapq.heappop(self._heap)
-            self._take_out(row := entry % self._end)
+            self._remove_from_list(row := entry % self._end)
             others = self._oldest() // self._end
-            # The leaf, and then what it leaves bare as long as that is the oldest leaf.
+            # The leaf, then its parent as long as that is the oldest leaf, and so on.
             while True:
                 key = key_of[row]
                 if pins[row]:
                     self._met_pinned.add(row)
                     break
                 if known(key) is not None or key == last:
-                    own.append(row)
+                    spared.append(row)
                     break
                 if used_at[row] > others or len(freed) == count:
-                    self._put_by_use(row)
+                    self._put_in_heap(row)
                     break
                 del rows[key]
                 if self._heap:
-                    used_at[row] = -1  # what that may have of it does not count any more
+                    used_at[row] = -1  # entries of it are not current any more
                 freed.append(row)
                 parent = parents[row]
                 if parent < 0 or stored_at[parent] > stored_at[row]:
@@ -187,17 +188,17 @@ class LeastRecentlyUsed(EvictionPolicy):
                 if children[parent]:
                     break
                 row = parent
-        for row in own:
-            self._put_by_use(row)
+        for row in spared:
+            self._put_in_heap(row)
         return freed
 
     def remove(self, row: int) -> None:
-        self._take_out(row)
+        self._remove_from_list(row)
         self._met_pinned.discard(row)
         if (parent := self._parent_of(row)) >= 0:
             self._children[parent] -= 1
             if not self._children[parent]:
-                self._put_by_use(parent)
+                self._put_in_heap(parent)
         self._used_at[row], self._stored_at[row] = -1, _NEVER
 
     def unpinned(self, rows: Collection[int]) -> None:
@@ -205,17 +206,17 @@ class LeastRecentlyUsed(EvictionPolicy):
             for row in self._met_pinned.intersection(rows):
                 if not self._pins[row]:
                     self._met_pinned.remove(row)
-                    self._put_by_use(row)
+                    self._put_in_heap(row)
 
-    def _parent_for(self, key: bytes, sequence: str | None, order: SequenceOrder | None) -> int:
-        """The row of what a new block `key` comes behind; -1 if that is not known or not held."""
+    def _find_parent(self, key: bytes, sequence: str | None, order: SequenceOrder | None) -> int:
+        """The row of the parent of a new block `key`; -1 if it is unknown or not held."""
         last = self._last.get(sequence, b"") if sequence is not None else b""
         if order is not None and order.position(key) is not None:
             if order.begins_with(key):
                 return -1
             if last in self._rows and order.is_next(last, key):
                 return self._rows[last]
-            for before in islice(order.preceding(key), self._NEAREST):
+            for before in islice(order.preceding(key), self._MAX_PARENT_DISTANCE):
                 if before in self._rows:
                     return self._rows[before]
             if not order.precedes(last, key):
@@ -223,12 +224,12 @@ class LeastRecentlyUsed(EvictionPolicy):
         return self._rows.get(last, -1)
 
     def _parent_of(self, row: int) -> int:
-        """The row of what the block in `row` was stored behind; -1 if that is not held any more."""
+        """The row of the parent of the block in `row`; -1 if it has none or it is not held any more."""
         parent = self._parent[row]
         return parent if parent >= 0 and self._stored_at[parent] <= self._stored_at[row] else -1
 
-    def _renew(self, rows: Sequence[int]) -> None:
-        """The blocks in `rows` are used now, the first the newest."""
+    def _mark_used(self, rows: Sequence[int]) -> None:
+        """Mark the blocks in `rows` as used now, the first as the newest."""
         used_at, children = self._used_at, self._children
         self._clock = now = self._clock + len(rows)
         leaves = []
@@ -243,40 +244,40 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _note_last(self, sequence: str | None, key: bytes) -> None:
         if sequence is not None:
             self._last[sequence] = key
-            if len(self._last) > self._MOST_SEQUENCES:
+            if len(self._last) > self._MAX_SEQUENCES:
                 self._last.popitem(last=False)
 
     # --------------------------------------------------------------------------------------- leaves, by their last use
 
     def _put_newest(self, row: int) -> None:
-        """A leaf was used, wherever it was before."""
-        self._take_out(row)
+        """Put a leaf that was just used at the new end of the list."""
+        self._remove_from_list(row)
         newest = self._older[self._end]
         self._older[row], self._newer[row] = newest, self._end
         self._newer[newest] = self._older[self._end] = row
         self._met_pinned.discard(row)
 
-    def _take_out(self, row: int) -> None:
+    def _remove_from_list(self, row: int) -> None:
         older, newer = self._older[row], self._newer[row]
         if newer >= 0:
             self._newer[older], self._older[newer] = newer, older
             self._newer[row] = -1
 
-    def _put_by_use(self, row: int) -> None:
-        """A leaf comes back that was not used just now."""
-        if len(self._heap) > self._end:  # most of these do not count any more
-            self._heap = list(filter(self._counts, set(self._heap)))
+    def _put_in_heap(self, row: int) -> None:
+        """Put a leaf that was not used just now into the heap."""
+        if len(self._heap) > self._end:  # most entries are not current any more
+            self._heap = list(filter(self._is_current, set(self._heap)))
             heapq.heapify(self._heap)
         heapq.heappush(self._heap, self._used_at[row] * self._end + row)
 
-    def _counts(self, entry: int) -> bool:
+    def _is_current(self, entry: int) -> bool:
         used_at, row = divmod(entry, self._end)
         is_leaf = not self._children[row] and self._newer[row] < 0 and row not in self._met_pinned
         return is_leaf and self._used_at[row] == used_at
 
     def _oldest(self) -> int:
-        """The leaf used least recently, as the heap has them; _NEVER if there is none."""
-        while self._heap and not self._counts(self._heap[0]):
+        """The entry of the least recently used leaf, as in `_heap`; _NEVER if there is none."""
+        while self._heap and not self._is_current(self._heap[0]):
             heapq.heappop(self._heap)
         row = self._newer[self._end]
         listed = _NEVER if row == self._end else self._used_at[row] * self._end + row

@@ -1,14 +1,14 @@
 """BlockIndex: which row holds which block. Pure Python: no memory, no streams.
 
-    reserve        FILLING   a row is taken and its copy is on the way; not found by `lookup`
-    fill           READY     the bytes are there
-    drop, evict    FREE      the key is gone; the row comes back when nothing pins it (ORPHAN until then)
+    reserve        FILLING   a row is taken and its copy is queued; a lookup does not find it
+    mark_ready     READY     the bytes are there
+    drop, evict    FREE      the key is gone; the row is free once nothing pins it (ORPHAN until then)
 
 A *pin* is a reason not to reuse a row: the store that fills it, a load that reads it, a hit of this step. A row is
-reused only without a pin, whatever becomes of its key.
+never reused while it is pinned, even if its key is gone.
 
-What grows with the number of blocks is one dict of bytes to int and flat lists, no object a block: a full garbage
-collection walks references, and the dict not at all.
+Memory grows with the number of blocks by one dict of bytes to int and by flat lists, without an object per block:
+a full garbage collection then has only the lists to walk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FREE, FILLING, READY, ORPHAN = range(4)
 
 
 class BlockIndex:
-    """Keys (bytes) to rows (0 to `capacity` - 1), with pins and an eviction policy."""
+    """Maps keys (bytes) to rows (0 to `capacity` - 1, ValueError if none), with pins and an eviction policy."""
 
     def __init__(self, capacity: int, policy: Callable[..., EvictionPolicy] = LeastRecentlyUsed) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 row, not {capacity}")
         self.capacity = capacity
-        # Rows from the first on that may be taken. Grows up to the capacity, where memory is made ready bit by bit.
+        # The first `usable` rows may be taken. Grows up to the capacity, where memory becomes ready bit by bit.
         self.usable = capacity
         self.evictions = 0
         self.filling = 0
@@ -36,7 +36,7 @@ class BlockIndex:
         self._row_of: dict[bytes, int] = {}
         self._state = bytearray(capacity)
         self._pins = [0] * capacity
-        # Rows never used yet, from here on; then rows given back.
+        # Rows from `_fresh` on were never used. `_free`: rows that were used and are free again.
         self._fresh = 0
         self._free: list[int] = []
         self._step_pins: list[int] = []
@@ -48,7 +48,7 @@ class BlockIndex:
 
     @property
     def rows_used(self) -> int:
-        """Rows that are not free: READY, FILLING, or orphaned and still being copied."""
+        """Rows that are not free: READY, FILLING, or ORPHAN and still pinned."""
         return self._fresh - len(self._free)
 
     def state(self, key: bytes) -> int:
@@ -57,7 +57,7 @@ class BlockIndex:
         return FREE if row < 0 else self._state[row]
 
     def pin_hit(self, key: bytes) -> bool:
-        """Whether `key` is READY; then it stays loadable until `end_step`."""
+        """Whether `key` is READY. If so, pin its row until `end_step`."""
         row = self._row_of.get(key, -1)
         if row < 0 or self._state[row] != READY:
             return False
@@ -65,8 +65,8 @@ class BlockIndex:
         self._step_pins.append(row)
         return True
 
-    def withdraw_hit(self) -> None:
-        """The last `pin_hit` that answered yes is not to be."""
+    def undo_last_hit(self) -> None:
+        """Release the pin of the last `pin_hit` that returned True."""
         self.unpin([self._step_pins.pop()])
 
     def end_step(self) -> None:
@@ -78,11 +78,11 @@ class BlockIndex:
     def reserve(
         self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None, distinct: bool = False
     ) -> tuple[Sequence[bytes], list[int]]:
-        """(new keys, their rows): those of `keys` that are neither here nor on their way, now FILLING and pinned once.
+        """(new keys, their rows): those of `keys` that are not in the index; they are now FILLING and pinned once.
 
-        `keys` come as in the sequence, as far as that is known. Takes free rows, then evicts. Keys for which there is
-        no row are left out, the last first: a prefix without its end is of use, an end without its prefix is not. The
-        new keys are `keys` itself where all are new. distinct: no key is known to come twice.
+        `keys` are in the order of the sequence, as far as it is known. Takes free rows, then evicts. If rows run out,
+        keys are left out, the last first: a prefix is useful without its end, but not the end without its prefix.
+        Returns `keys` itself if all are new. distinct: the caller knows that no key comes twice.
         """
         row_of = self._row_of
         new = keys
@@ -91,18 +91,18 @@ class BlockIndex:
             new = [key for key in dict.fromkeys(keys) if key not in row_of]
             self.use([key for key in keys if key in row_of], sequence, order)
             present = [row_of[key] for key in keys if key in row_of]
-            for row in present:  # not to go for the rest of their job
+            for row in present:  # so that they are not evicted for the rest of their job
                 self._pins[row] += 1
         rows: list[int] | range = []
-        try:  # the policy may be somebody else's
-            rows = self._take(len(new), sequence, order)
+        try:  # a policy of the user's may raise
+            rows = self._take_rows(len(new), sequence, order)
             if len(rows) < len(new):
                 new = new[: len(rows)]
             if rows:
                 self._policy.store(new, rows, sequence, order)
         except BaseException:
             for row in rows:
-                self._give_back(row)
+                self._free_row(row)
             raise
         finally:
             if present:
@@ -121,8 +121,8 @@ class BlockIndex:
             pins[row] = 1
         return new, rows
 
-    def fill(self, rows: Collection[int]) -> None:
-        """The store that filled `rows` has ended well: READY, unless the key was dropped meanwhile."""
+    def mark_ready(self, rows: Collection[int]) -> None:
+        """The store into `rows` succeeded: they are READY, except those whose key was dropped meanwhile."""
         state = self._state
         filled = rows
         if self._orphans:
@@ -131,7 +131,7 @@ class BlockIndex:
         pins, ready = self._pins, READY
         for row in filled:
             state[row] = ready
-            pins[row] = 0  # only its store pins a row that is FILLING
+            pins[row] = 0  # a FILLING row has no pin but its store's
         self.filling -= len(filled)
         self._policy.unpinned(filled)
 
@@ -155,22 +155,22 @@ class BlockIndex:
             for row in rows:
                 if state[row] == ORPHAN and not pins[row]:
                     self._orphans -= 1
-                    self._give_back(row)
+                    self._free_row(row)
         self._policy.unpinned(rows)
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
-        """Those of `keys` that are here were used by the sequence, in the order given if `order` does not say."""
+        """Count those of `keys` that are here as used by the sequence, in this order."""
         if not all(map(self._row_of.__contains__, keys)):
             keys = [key for key in keys if key in self._row_of]
         if keys:
             self._policy.use(keys, sequence, order)
 
     def finish(self, sequence: str, order: SequenceOrder | None = None) -> None:
-        """The sequence is over; see EvictionPolicy.finish."""
+        """The sequence has ended; see EvictionPolicy.finish."""
         self._policy.finish(sequence, order)
 
     def drop(self, keys: Iterable[bytes]) -> None:
-        """Forget `keys`; those not here are passed over."""
+        """Forget `keys`; those not here are ignored."""
         for key in keys:
             row = self._row_of.get(key)
             if row is not None:
@@ -179,21 +179,21 @@ class BlockIndex:
                 self._orphan(row)
 
     def drop_filling(self, keys: Sequence[bytes], rows: Sequence[int]) -> None:
-        """The store of `keys` into `rows` has ended badly: forget those that are still its, and unpin the rows."""
+        """The store of `keys` into `rows` failed: forget the keys that still have these rows, and unpin the rows."""
         self.drop([key for key, row in zip(keys, rows, strict=True) if self._row_of.get(key) == row])
         self.unpin(rows)
 
     def clear(self) -> None:
-        """Forget every key. Rows with a pin come back when it is taken off."""
+        """Forget every key. Pinned rows become free when they are unpinned."""
         self._policy.clear()
         rows = list(self._row_of.values())
         self._row_of.clear()
         for row in rows:
             self._orphan(row)
 
-    def _take(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int] | range:
-        """At most `count` rows: given back, fresh, evicted. As a range if they adjoin each other, which is written to
-        as a slice: fresh ones do, and most that go, because a sequence is stored from its start and goes from its end.
+    def _take_rows(self, count: int, sequence: str | None, order: SequenceOrder | None) -> list[int] | range:
+        """At most `count` rows: free ones, then fresh ones, then evicted ones. Adjoining rows are returned as a range,
+        which costs less. Most are: sequences are stored from their start and evicted from their end.
         """
         rows: list[int] = []
         if self._free:
@@ -209,7 +209,7 @@ class BlockIndex:
                 evicted = self._policy.evict(count - len(rows), sequence, order)
             except BaseException:
                 for row in rows:
-                    self._give_back(row)
+                    self._free_row(row)
                 raise
             rows.extend(reversed(evicted))
             self.evictions += len(evicted)
@@ -217,15 +217,15 @@ class BlockIndex:
         return adjoining if rows == list(adjoining) else rows
 
     def _orphan(self, row: int) -> None:
-        """The key of `row` has just left."""
+        """The key of `row` was just removed: free the row, or make it an ORPHAN while it is pinned."""
         if self._state[row] == FILLING:
             self.filling -= 1
         if self._pins[row]:
             self._state[row] = ORPHAN
             self._orphans += 1
         else:
-            self._give_back(row)
+            self._free_row(row)
 
-    def _give_back(self, row: int) -> None:
+    def _free_row(self, row: int) -> None:
         self._state[row] = FREE
         self._free.append(row)

@@ -1,16 +1,16 @@
-"""What the machine and the container around this process let it have: memory and processors."""
+"""How much memory and how many processors the machine and the container leave to this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where the system tells of itself. Tests have their own.
+# Where /proc and /sys are found. Tests replace it.
 ROOT = Path("/")
 
 
 def available_memory() -> Iterator[tuple[str, int, Path | None]]:
-    """(who sets a limit, bytes that it leaves, its folder), for the machine and for each memory cgroup around this."""
+    """For the machine and each memory cgroup around this process: (name, bytes available, the cgroup's folder)."""
     for line in (ROOT / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             yield "the machine", int(line.split()[1]) * 1024, None
@@ -25,12 +25,12 @@ def available_memory() -> Iterator[tuple[str, int, Path | None]]:
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # the other version's name, "max", or no permission
                 continue
-            # The kernel drops inactive file cache before it kills, so that is not in use.
+            # The kernel drops inactive file cache before it kills a process, so that memory counts as available.
             yield "the memory cgroup", max(0, limit - usage + int(stat.get(inactive_name, 0))), group
 
 
 def cgroups(process: str, controller: str) -> Iterator[Path]:
-    """The folders of a process's cgroup for "memory" or "cpu", version 1 or 2, and of all its parents."""
+    """The folders of a process's cgroup (version 1 or 2) and of all its parents. controller: "memory" or "cpu"."""
     try:
         lines = (ROOT / f"proc/{process}/cgroup").read_text().splitlines()
     except OSError:
@@ -52,12 +52,12 @@ def cgroups(process: str, controller: str) -> Iterator[Path]:
 
 
 def cpu_quotas() -> Iterator[int]:
-    """The whole cores that each CPU cgroup around this process pays for, where it has a quota."""
+    """For each CPU cgroup around this process that has a quota, the number of whole cores that it pays for."""
     for group in cgroups("self", "cpu"):
         for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
             try:
                 quota, period = (int(number) for name in names for number in (group / name).read_text().split())
             except (OSError, ValueError):  # the other version's name, "max", or no permission
                 continue
-            if quota > 0:  # version 1 says -1 for none
+            if quota > 0:  # version 1 has -1 for no quota
                 yield quota // period

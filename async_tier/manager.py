@@ -1,4 +1,4 @@
-"""AsyncSecondaryTierManager: vLLM's face of the tier. Translates jobs and results; decides nothing about rows."""
+"""AsyncSecondaryTierManager: what vLLM sees of the tier. Translates jobs and results; decides nothing about rows."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
 from async_tier.block_store import BlockStore, Statistics
 from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
-from async_tier.text import format_size, shown
+from async_tier.text import brief, format_size
 from async_tier.vllm import compat
 from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.promises import KEEP, REFUSE, WAIT, Promises
 
 logger = logging.getLogger(__name__)
-# Asked for once a block: a member of an enum is slow to get at (Python 3.11).
+# Needed once per block, and looking up an enum's member is slow (Python 3.11).
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS
-# What a promise is to vLLM, for a block that is here.
+# What vLLM is answered for a block that is here.
 _ANSWERS = {KEEP: _HIT, WAIT: LookupResult.RETRY, REFUSE: _MISS}
 
 
 class AsyncSecondaryTierManager(compat.TierBase):
-    """A secondary tier in memory whose stores and loads are queued on streams and never hold up the scheduler.
+    """A secondary tier in memory. Its stores and loads are queued on streams and never hold up the scheduler.
 
     Configured by a dictionary in `secondary_tiers` (see TierConfig for the keys and README.md for an example):
 
         {"type": "AsyncSecondaryTierManager", "module_path": "async_tier.manager", "bytes_to_use": "64GiB"}
 
-    All methods are called in vLLM's scheduler process, by one thread at a time. None waits for bytes to move but
-    `drain_jobs` and `shutdown`, and none raises after construction: a fault becomes `success=False` in the job's
-    result, a count in `statistics()` and a line in the log (at most one a second of a kind, see `faults`).
+    All methods are called in vLLM's scheduler process, by one thread at a time. Only `drain_jobs` and `shutdown` wait
+    for bytes to move. None raises after construction: a fault becomes `success=False` in the job's result, a count in
+    `statistics()` and a line in the log (at most one line per second and kind, see `observe.faults`).
     """
 
     def __init__(
         self,
-        /,  # a key "self" is one that is not known
+        /,  # so that a key "self" is refused as unknown
         offloading_spec: Any,
         primary_kv_view: memoryview,
         tier_type: str,
@@ -49,19 +49,19 @@ class AsyncSecondaryTierManager(compat.TierBase):
     ) -> None:
         """Args:
         offloading_spec: vLLM's spec, or a mock of it.
-        primary_kv_view: the primary tier, shape (blocks, bytes a block), writable.
+        primary_kv_view: the primary tier, shape (blocks, bytes per block), writable.
         tier_type: the name in the configuration.
         custom_param: an int without effect, as in vLLM's reference tier.
         backpressure_detector: vLLM's detector, if one is configured.
-        options: the keys of TierConfig. What a later vLLM's base class takes besides is handed on to it.
+        options: the keys of TierConfig. Other keywords that a later vLLM's base class takes are passed on to it.
 
-        Raises ValueError for a bad configuration and for workers on several nodes, MemoryError when the arena cannot
-        be had, each in words.
+        Raises ValueError for a bad configuration and for workers on several nodes, MemoryError if the arena cannot
+        be had.
         """
         adopt_vllms_logging()
         if isinstance(custom_param, bool) or not isinstance(custom_param, int):
-            raise ValueError(f"custom_param must be an integer, not {shown(custom_param)}")
-        for_base = compat.bases_own(options)
+            raise ValueError(f"custom_param must be an integer, not {brief(custom_param)}")
+        for_base = compat.base_keywords(options)
         for name in for_base.keys() - TierConfig.__dataclass_fields__.keys():
             del options[name]
         self.config = TierConfig.parse(options)
@@ -71,49 +71,49 @@ class AsyncSecondaryTierManager(compat.TierBase):
         super().__init__(offloading_spec, primary_kv_view, tier_type, self._detector, **for_base)
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
-        self.config = _beside_workers(self.config, offloading_spec)
+        self.config = _resolve_engine(self.config, offloading_spec)
         self.block_store = BlockStore(Rows.of_view(primary_kv_view), self.config)
         self._promises = Promises(self.block_store.primary.count, self.block_store.has, compat.group_of)
-        # Steps that were planned and whose results are not in, and how many of them lookups answer MISS for, after a
-        # reset: up to the end of the first step planned after it, workers may write to rows of the primary that a
-        # promotion would be given.
-        self._steps_under_way = self._held_steps = 0
-        wrong = compat.partial_chunks(offloading_spec)
+        # Steps whose results have not arrived; and, after a reset that keeps blocks, for how many more steps lookups
+        # answer MISS. Until the first step planned after the reset has ended, workers may write to rows of the primary
+        # that a promotion would fill.
+        self._steps_under_way = self._miss_steps = 0
+        wrong = compat.partial_chunk_problem(offloading_spec)
         if wrong:
-            logger.warning("Tier '%s' will be asked for wrong KV: %s", tier_type, wrong)
+            logger.warning("Tier '%s' will serve wrong KV: %s", tier_type, wrong)
         self._log_sizes(compat.tokens_per_block(offloading_spec), compat.tokens_per_step(offloading_spec))
 
     # ------------------------------------------------------------------------------------------ jobs and their ends
 
     def lookup(self, key: bytes, req_context: Any) -> LookupResult:
-        """HIT if the block can be loaded, and stays so until the next `on_schedule_end`; else MISS.
+        """HIT if the block can be loaded, which stays true until the next `on_schedule_end`; otherwise MISS.
 
-        RETRY while the primary has no room for the request's blocks beside those that others were promised, and MISS
-        for what it could not hold at all: see `promises`. A block on its way here is a MISS and not a RETRY, which
-        would defer the whole request: it is still in the primary tier.
+        RETRY while the primary has no room for the request's blocks beside those promised to other requests, and MISS
+        for those that it could never hold: see `vllm.promises`. A block that is still being stored is a MISS, because
+        RETRY would defer the whole request, and the block is still in the primary tier.
         """
-        if self._held_steps:
+        if self._miss_steps:
             return _MISS
         try:
             request, promises = req_context.req_id, self._promises
-            if not self.block_store.lookup(key, request, True):  # pinned
+            if not self.block_store.lookup(key, request, True):  # True: pin
                 return _MISS
             if request == promises.asking and promises.room > 0:
                 promises.room -= 1
                 return _HIT
             answer = promises.ask(request, key, self.block_store.orders.get(request))
             if answer != KEEP:
-                self.block_store.withdraw_hit(request)
+                self.block_store.undo_last_hit(request)
             return _ANSWERS[answer]
         except Exception as error:
-            self.block_store.fault("look up a block", error)
+            self.block_store.report_fault("look up a block", error)
             return _MISS
 
     def submit_store(self, job_metadata: Any) -> None:
-        """Queue the copy of a job's blocks from the primary tier. Costs by the number of keys, not of bytes."""
+        """Queue the copy of a job's blocks from the primary tier. The cost depends on the number of keys, not bytes."""
         try:
             context = job_metadata.req_context
-            self._promises.release(context.req_id)  # it runs
+            self._promises.void(context.req_id)  # it runs, so it has what it was promised
             self.block_store.submit_store(
                 job_metadata.job_id,
                 job_metadata.keys,
@@ -122,10 +122,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 self.block_store.orders.get(context.req_id) or compat.order_of(context),
             )
         except Exception as error:
-            self._fail(job_metadata, "store", error)
+            self._fail_job(job_metadata, "store", error)
 
     def submit_load(self, job_metadata: Any) -> None:
-        """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest loads."""
+        """Queue the copy of a job's blocks to the primary tier. Keys that are not here fail; the rest is loaded."""
         try:
             request = job_metadata.req_context.req_id
             self._promises.note_load(job_metadata.job_id, request, job_metadata.keys)
@@ -133,45 +133,45 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 job_metadata.job_id, job_metadata.keys, compat.row_numbers(job_metadata), request
             )
         except Exception as error:
-            self._fail(job_metadata, "load", error)
+            self._fail_job(job_metadata, "load", error)
 
     def get_finished_jobs(self) -> Iterable[Any]:
-        """The JobResults of jobs that ended since the last call, each once. Polls events, never blocks."""
+        """The JobResults of the jobs that ended since the last call, each once. Polls events, never blocks."""
         try:
             ended = self.block_store.poll()
             for finished in ended:
                 try:
                     self._promises.note_end(finished.job_id, finished.success)
-                except Exception as error:  # none must be lost for its promise
-                    self.block_store.fault("keep account of a promise", error)
-            self._detector.reported(each.seconds for each in ended if each.kind == "store" and each.success)
+                except Exception as error:  # no result may be lost because of this
+                    self.block_store.report_fault("keep account of a promise", error)
+            self._detector.set_store_seconds(each.seconds for each in ended if each.kind == "store" and each.success)
             return [compat.job_result(finished) for finished in ended]
         except Exception as error:
-            self.block_store.fault("poll jobs", error)
+            self.block_store.report_fault("poll jobs", error)
             return []
 
     def has_pending_work(self) -> bool:
-        """Whether vLLM should go on stepping, because a job's end is still to be reported."""
+        """Whether vLLM should go on stepping, because the end of a job is not reported yet."""
         return self.block_store.has_pending_work
 
     def drain_jobs(self) -> None:
-        """Block until every job has ended; their results wait for `get_finished_jobs`."""
+        """Block until every job has ended; `get_finished_jobs` then reports them."""
         try:
             self.block_store.drain()
         except Exception as error:
-            self.block_store.fault("drain jobs", error)
+            self.block_store.report_fault("drain jobs", error)
         if compat.DRAIN_MEANS_RESET:
             self._on_reset()
 
     # ---------------------------------------------------------------------------------------------- requests, steps
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
-        """Takes note of the request; has no wish for how its blocks are offloaded."""
+        """Note the request. Its blocks are offloaded as vLLM does by default."""
         try:
-            self._promises.finish(req_context.req_id)  # who had the name before
+            self._promises.finish(req_context.req_id)  # of an earlier request with this name
             self.block_store.begin_sequence(req_context.req_id, compat.order_of(req_context))
         except Exception as error:
-            self.block_store.fault("take note of a request", error)
+            self.block_store.report_fault("take note of a request", error)
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
@@ -180,10 +180,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
             self._promises.finish(req_context.req_id)
             self.block_store.finish_sequence(req_context.req_id)
         except Exception as error:
-            self.block_store.fault("end a request", error)
+            self.block_store.report_fault("end a request", error)
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
-        """The request uses `keys`, given in prefix order. Called by vLLM up to 0.30."""
+        """Count `keys`, given in prefix order, as used by the request. Called by vLLM up to 0.30."""
         try:
             sequence = req_context.req_id
             order = self.block_store.orders.get(sequence)
@@ -191,31 +191,31 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 order.note(keys)
             self.block_store.touch(keys, sequence)
         except Exception as error:
-            self.block_store.fault("touch blocks", error)
+            self.block_store.report_fault("touch blocks", error)
 
     def on_schedule_end(self, context: Any) -> None:
-        """The end of a scheduler step: hits of this step may be evicted again."""
+        """End a scheduler step: blocks that were hit in it may be evicted again."""
         self._steps_under_way += 1
         try:
             self._promises.end_step(context.new_req_ids, context.preempted_req_ids)
             self.block_store.end_step()
         except Exception as error:
-            self.block_store.fault("end a step", error)
+            self.block_store.report_fault("end a step", error)
 
     def get_stats(self) -> Any:
-        """No statistics of our own. vLLM asks whenever the results of a step have arrived."""
+        """No statistics of ours. vLLM calls this once the results of a step have arrived, which is counted here."""
         self._steps_under_way = max(0, self._steps_under_way - 1)
-        self._held_steps = max(0, self._held_steps - 1)
+        self._miss_steps = max(0, self._miss_steps - 1)
         self.block_store.note_results()
         return super().get_stats()
 
     def shutdown(self) -> None:
-        """End the threads, free the memory and let go of the primary. Idempotent; jobs not finished have failed."""
+        """End the threads, free the memory and drop the view of the primary. Unfinished jobs fail. Idempotent."""
         try:
             self.block_store.close()
         except Exception as error:
-            self.block_store.fault("shut down", error)
-        # Dropped, never released: the memoryview is vLLM's, which closes its mmap after us.
+            self.block_store.report_fault("shut down", error)
+        # Only dropped and not released: the view belongs to vLLM, which closes its mapping after us.
         self._primary_kv_view = memoryview(b"")
 
     # --------------------------------------------------------------------------------------------------- for people
@@ -225,20 +225,20 @@ class AsyncSecondaryTierManager(compat.TierBase):
         return self.block_store.num_blocks
 
     def get_num_chunks(self) -> int:
-        """`get_num_blocks`, by its name from vLLM 0.30 on."""
+        """`get_num_blocks`, as vLLM 0.30 and later call it."""
         return self.get_num_blocks()
 
     def statistics(self) -> Statistics:
         """Counts since construction; see Statistics."""
         return self.block_store.statistics()
 
-    def _fail(self, job_metadata: Any, kind: str, error: Exception) -> None:
-        """A job could not be handed on: it failed."""
+    def _fail_job(self, job_metadata: Any, kind: str, error: Exception) -> None:
+        """Report a job that could not be submitted as failed."""
         request = getattr(getattr(job_metadata, "req_context", None), "req_id", None)
         self.block_store.fail(job_metadata.job_id, kind, error, getattr(job_metadata, "keys", ()), request)
 
     def _log_sizes(self, tokens_per_block: Sequence[int], tokens_per_step: int | None) -> None:
-        """What fits, once at start. tokens_per_block: by KV group, empty if vLLM does not say."""
+        """Log what fits. tokens_per_block: by KV group, empty if unknown. tokens_per_step: None if unknown."""
         statistics = self.block_store.statistics()
         row_bytes, primary = statistics.row_bytes, self.block_store.primary.count
         logger.info(
@@ -264,19 +264,19 @@ class AsyncSecondaryTierManager(compat.TierBase):
             )
 
     def _on_reset(self) -> None:
-        """vLLM has reset its caches: other weights, perhaps, and block hashes do not cover the weights."""
+        """vLLM has reset its caches, perhaps for other weights, which block hashes do not cover."""
         try:
             self._promises.clear()
             if self.config.keep_on_reset:
-                self._held_steps = self._steps_under_way + 1
+                self._miss_steps = self._steps_under_way + 1
             else:
                 self.block_store.clear()
         except Exception as error:
-            self.block_store.fault("forget its blocks", error)
+            self.block_store.report_fault("forget its blocks", error)
 
 
 def _check_nodes(offloading_spec: Any, tier_type: str) -> None:
-    """Raise ValueError where workers are on other nodes, and warn where that cannot be known."""
+    """Raise ValueError if workers are on other nodes, and warn if that cannot be known."""
     nodes = compat.node_count(offloading_spec)
     if nodes is None:
         logger.warning(
@@ -287,16 +287,16 @@ def _check_nodes(offloading_spec: Any, tier_type: str) -> None:
     elif nodes > 1:
         raise ValueError(
             f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees only "
-            "its own node's part of each block; use one node an engine, or a tier on shared storage"
+            "its own node's part of each block; use one node per engine, or a tier on shared storage"
         )
 
 
-def _beside_workers(config: TierConfig, offloading_spec: Any) -> TierConfig:
-    """What the configuration means where vLLM's workers are as this spec says."""
+def _resolve_engine(config: TierConfig, offloading_spec: Any) -> TierConfig:
+    """The configuration with "auto" and the default device settled by where this spec has vLLM's workers."""
     if config.pool != "host":
         return config
     if config.engine == "auto" and not compat.has_one_worker(offloading_spec):
-        # The workers have processes of their own; a CUDA context here would only be for the tier.
+        # The workers have processes of their own, so a CUDA context here would serve the tier alone.
         return dataclasses.replace(config, engine="host")
     if config.engine == "cuda" and config.device is None:
         gpu = compat.first_gpu(offloading_spec)

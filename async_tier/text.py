@@ -1,4 +1,4 @@
-"""Sizes, values and keys of a configuration as people write and read them."""
+"""Reads sizes and keys as people write them in a configuration, and writes values as people read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-# As Kubernetes writes them ("Gi", "M"), and as people do ("GiB", "MB").
+# Units as in Kubernetes ("Gi", "M"), and as people write them ("GiB", "MB").
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {_prefix: 1000**_power, f"{_prefix}b": 1000**_power}
@@ -17,27 +17,27 @@ _SIZE_HELP = (
     "an integer number of bytes or text with a unit, such as 68719476736, '64Gi', '64GiB' or '500 MB', and at least "
     "1 byte and at most 2^100"
 )
-# More than any machine has; what is larger would overflow where sizes are told to people.
+# More than any machine has. Larger numbers would overflow when they are formatted.
 _MAX_SIZE = 1 << 100
-# Longer values would hide the sentence that they are told in.
-_MAX_SHOWN = 100
+# In characters. Longer values would hide the message around them.
+_MAX_BRIEF = 100
 
 
-def shown(value: object) -> str:
-    """`value` as messages have it: on one line, printable, and shortened."""
+def brief(value: object) -> str:
+    """`value` as it appears in messages: on one line, printable, and shortened."""
     try:
         text = repr(value).replace("\n", " ")
-    except Exception:  # Python prints no integer of more than 4300 digits
+    except Exception:  # Python refuses integers of more than 4300 digits
         return f"a value of type {type(value).__name__} that is too long to be shown"
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+    return text if len(text) <= _MAX_BRIEF else f"{text[:_MAX_BRIEF]}... ({len(text)} characters)"
 
 
 def parse_size(key: str, value: object) -> int:
-    """Bytes in `value`: a whole number, or text, with or without a unit.
+    """The number of bytes that `value` means: a whole number, or text with or without a unit.
 
-    Units are B, k to T and KB to TB (powers of 1000), Ki to Ti and KiB to TiB (of 1024), all but "M" also in the other
-    case. Text may have an exponent, for Helm makes "3.4359738368e+10" of a large number. Raises ValueError that names
-    `key`.
+    Units are B, k to T and KB to TB (powers of 1000), and Ki to Ti and KiB to TiB (powers of 1024), in any case except
+    for "m". Text may have an exponent, because Helm turns large numbers into "3.4359738368e+10". Raises ValueError,
+    naming `key`.
     """
     size: int | Fraction | None = None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -46,17 +46,17 @@ def parse_size(key: str, value: object) -> int:
         size = int(value)
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         number, unit = match.groups()
-        # To Kubernetes "m" is a thousandth. Nobody means one, but who writes it is not to get a million either.
+        # In Kubernetes "m" is a thousandth. Nobody wants a thousandth of a byte, so it is refused and not read as "M".
         scale = None if unit == "m" else _UNITS.get(unit.lower())
         if scale is not None:
             size = Fraction(number) * scale
     if size is None or not 1 <= size <= _MAX_SIZE:
-        raise ValueError(f"{key} must be {_SIZE_HELP}, not {shown(value)}")
+        raise ValueError(f"{key} must be {_SIZE_HELP}, not {brief(value)}")
     return int(size)
 
 
 def format_size(size: int) -> str:
-    """`size` bytes for a person: "1.5 GiB"."""
+    """`size` bytes as people read it, such as "1.5 GiB"."""
     if size > _MAX_SIZE:
         return "more than 2^100 bytes"
     for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
@@ -66,7 +66,7 @@ def format_size(size: int) -> str:
 
 
 def nearest_key(key: object, known: Sequence[str]) -> str | None:
-    """The one of the known keys that `key` is likely a misspelling of."""
+    """The known key of which `key` is probably a misspelling; None if there is none."""
     if not isinstance(key, str):
         return None
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()  # bytesToUse, BYTES_TO_USE

@@ -515,7 +515,7 @@ def measure_memory(blocks: int, blocks_a_request: int) -> tuple[float, BlockInde
     index = BlockIndex(blocks)
     for number in range(blocks // blocks_a_request):
         name = f"request {number}"
-        index.fill(index.reserve(tiers.block_keys(blocks_a_request), name, None)[1])
+        index.mark_ready(index.reserve(tiers.block_keys(blocks_a_request), name, None)[1])
         index.finish(name, None)
     gc.collect()
     return (resident() - before) / len(index), index

@@ -97,7 +97,7 @@ def free_primaries() -> None:
 
 
 def _close_again(engine: Any) -> None:
-    engine._give_back(threading.Event(), None)
+    engine._free_all(threading.Event(), None)
     engine.is_quiet = True
 
 

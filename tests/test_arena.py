@@ -303,7 +303,7 @@ def test_memory_that_does_not_start_on_a_page_is_not_populated(engine: HostEngin
 def test_memory_that_is_kept_for_ever_stays_mapped():
     arena = Arena(4, HUGE_PAGE)
     release, address = arena._release, arena.rows.address
-    arena.keep_for_ever()
+    arena.abandon_memory()
     arena.close()
     assert mapping_at(address) is not None
     del arena

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from async_tier.config import MAX_COPY_THREADS, TierConfig, load_policy, parse_threads
 from async_tier.eviction import LeastRecentlyUsed
-from async_tier.text import format_size, parse_size, shown
+from async_tier.text import brief, format_size, parse_size
 
 POWERS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 POWERS |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
@@ -129,13 +129,13 @@ def test_a_wrong_size_is_refused_by_key_and_value(value: object):
 
 
 def test_a_value_is_shown_on_one_line_and_shortened():
-    assert shown("x" * 98) == repr("x" * 98)
-    assert shown("x" * 99) == "'" + "x" * 99 + "... (101 characters)"
-    assert shown(10**400) == "1" + "0" * 99 + "... (401 characters)"
-    assert shown(10**5000) == "a value of type int that is too long to be shown"
-    assert shown([10**5000]) == "a value of type list that is too long to be shown"
-    assert shown("a\0b\ud800\n") == r"'a\x00b\ud800\n'"
-    assert shown(np.zeros((2, 1))) == "array([[0.],        [0.]])"
+    assert brief("x" * 98) == repr("x" * 98)
+    assert brief("x" * 99) == "'" + "x" * 99 + "... (101 characters)"
+    assert brief(10**400) == "1" + "0" * 99 + "... (401 characters)"
+    assert brief(10**5000) == "a value of type int that is too long to be shown"
+    assert brief([10**5000]) == "a value of type list that is too long to be shown"
+    assert brief("a\0b\ud800\n") == r"'a\x00b\ud800\n'"
+    assert brief(np.zeros((2, 1))) == "array([[0.],        [0.]])"
 
 
 def test_a_size_that_is_too_long_is_refused_by_key_and_shortened():
@@ -365,7 +365,7 @@ def test_whatever_a_key_is_called_is_refused_in_a_sentence():
             continue  # cannot be one
         with pytest.raises(ValueError, match=r"^unknown key ") as error:
             TierConfig.parse({key: 1})
-        assert str(error.value).startswith(f"unknown key {shown(key)} in the tier's configuration; the known keys are")
+        assert str(error.value).startswith(f"unknown key {brief(key)} in the tier's configuration; the known keys are")
         assert str(error.value).isprintable()
         assert len(str(error.value)) < 500
 

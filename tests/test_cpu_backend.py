@@ -57,7 +57,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier.config import SPEC_KEYS, TIER_KEYS
 from async_tier.cpu_backend import CPUBackendTieringSpec, HostOffloadingWorker
-from async_tier.text import shown
+from async_tier.text import brief
 from async_tier.vllm.primary_file import PrimaryFile
 from tests.engine import Engine
 from tests.helpers import PATIENCE_S, returns
@@ -819,7 +819,7 @@ def test_a_misspelt_key_of_a_tier_is_refused_with_the_nearest_right_one():
     "value", [None, "async", {"type": "async"}, ["async"], [tier_config(), None], [10**5000], ["x" * 10**5]]
 )
 def test_tiers_that_are_no_list_of_dictionaries_are_refused(value):
-    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one a tier, not") as error:
+    with pytest.raises(ValueError, match="secondary_tiers must be a list of dictionaries, one per tier, not") as error:
         CPUBackendTieringSpec(make_config(new_engine_id(), secondary_tiers=value))
     assert len(str(error.value)) < 300
 
@@ -1160,7 +1160,7 @@ def test_a_forked_child_that_ends_leaves_its_parent_the_file(engine_id):
 
 @pytest.mark.parametrize("engine_id", ["no/such/folder", "x" * 300, "a\0b", "\ud800"])
 def test_an_engine_id_that_names_no_file_is_refused(engine_id):
-    words = f"named after engine_id {re.escape(shown(engine_id))}, cannot be opened: "
+    words = f"named after engine_id {re.escape(brief(engine_id))}, cannot be opened: "
     with pytest.raises(ValueError, match=words) as error:
         CPUBackendTieringSpec(make_config(engine_id)).get_worker(make_kv_caches())
     assert len(str(error.value)) < 500

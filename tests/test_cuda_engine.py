@@ -663,7 +663,7 @@ def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, 
     again = make_store(primary)
     assert again.statistics().engine == "cuda"
     assert_round_trip(again, primary)
-    assert not registration._left & set(registration._users)
+    assert not registration._abandoned & set(registration._users)
 
 
 @each_pool
@@ -710,7 +710,7 @@ def test_what_is_unpinned_late_may_be_used_again(primary, monkeypatch):
 @emulated
 def test_what_the_driver_pins_is_what_is_there(primary):
     # Whatever was left at these addresses, somebody has unpinned it since.
-    registration._left.add((primary.ctypes.data, primary.ctypes.data + primary.nbytes))
+    registration._abandoned.add((primary.ctypes.data, primary.ctypes.data + primary.nbytes))
     make_store(primary)
     assert make_store(primary).statistics().engine == "cuda"
 
@@ -747,7 +747,7 @@ def test_a_tier_does_not_wait_for_ever_for_anothers_pinning(primary, monkeypatch
     with registration._lock:
         store = returns(lambda: make_store(primary))
     assert store.statistics().engine == "host"
-    assert "does not get done with pinning" in caplog.text
+    assert "takes too long to pin" in caplog.text
 
 
 def test_rows_that_are_pinned_are_counted_while_another_thread_pins_them():
@@ -915,7 +915,7 @@ def test_a_range_that_is_refused_is_halved_and_tried_again(primary, pool, monkey
     # Of the primary the first 16 rows, of the rest the first 8, then 4 at a time.
     of_primary = store.engine._registrations[primary.ctypes.data]
     assert of_primary.range_starts == [primary.ctypes.data + row * ROW_BYTES for row in (0, 16, *range(24, 128, 4))]
-    assert store.engine.step_of(store.primary) == 4 * ROW_BYTES
+    assert store.engine.range_alignment_of(store.primary) == 4 * ROW_BYTES
     before = primary.copy()
     store.submit_store(1, names(3, 900), range(3))
     store.submit_store(2, names(40), range(5, 45))
@@ -1887,7 +1887,7 @@ def test_memory_under_copies_stays_where_it_is_when_all_objects_are_gone(primary
         for address in (rows.address, primary.ctypes.data):
             driver.unregister(address)
     registration._users.clear()
-    registration._left.clear()
+    registration._abandoned.clear()
 
 
 @emulated
@@ -1933,7 +1933,7 @@ def test_what_close_is_refused_keeps_nothing_else_from_being_given_back(primary,
         for address in store.engine._memory if held else ():
             driver.free(address)
     registration._users.clear()
-    registration._left.clear()
+    registration._abandoned.clear()
 
 
 @emulated
@@ -1942,9 +1942,9 @@ def test_what_another_tier_has_kept_from_being_unpinned_can_be_later(primary, mo
     pinned = store.arena._registration
     monkeypatch.setattr(registration, "LOCK_TIMEOUT_S", 0.05)
     with registration._lock:
-        assert not pinned.give_up()
-    assert pinned.give_up()
-    assert pinned.give_up()
+        assert not pinned.unpin_or_abandon()
+    assert pinned.unpin_or_abandon()
+    assert pinned.unpin_or_abandon()
 
 
 @emulated
@@ -1959,7 +1959,7 @@ def test_a_range_that_cannot_be_unpinned_keeps_no_other_pinned(primary, monkeypa
     with context:
         assert [driver.is_pinned(address) for address in starts] == [at == 2 for at in range(8)]
         assert not driver.is_pinned(primary.ctypes.data)
-    assert of_arena.give_up()
+    assert of_arena.unpin_or_abandon()
 
 
 @emulated
@@ -2053,7 +2053,7 @@ def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monk
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert registration._left
+    assert registration._abandoned
     stream.release()
     assert store.engine._native.close(helpers.PATIENCE_S), "the copies ended"
     assert emulator.sticky() == 0, "they found their memory gone"
@@ -2101,7 +2101,7 @@ def test_where_no_thread_can_be_started_the_process_is_ending_and_all_is_left_to
     assert "left as it is until the process ends" in caplog.text
     assert store.engine.driver.is_pinned(primary.ctypes.data)
     assert ctypes.string_at(store.arena.rows.address, 1), "what is pinned stays mapped"
-    store.engine._give_back(threading.Event(), None)
+    store.engine._free_all(threading.Event(), None)
 
 
 @emulated
@@ -2216,7 +2216,7 @@ def test_the_engine_says_what_it_is(primary):
     assert isinstance(store.engine, CudaEngine)
     assert engines.uses_cuda(TierConfig(engine="cuda"))
     with pytest.raises(KeyError):
-        store.engine.step_of(Rows(0, 1, 1, 1))
+        store.engine.range_alignment_of(Rows(0, 1, 1, 1))
     with pytest.raises(ValueError, match="must be of one length"):
         store.engine.store_stream.copy_rows(store.arena.rows, [0, 1], store.primary, [0])
     with pytest.raises(ValueError, match="row 64 is not below 64"):

@@ -48,7 +48,7 @@ class Tier:
         if order is not None:  # as BlockStore does
             keys = [keys[at] for at in order.permutation(keys)]
         new, rows = self.index.reserve(keys, request, order)
-        self.index.fill(rows)
+        self.index.mark_ready(rows)
         return len(new)
 
     def hit(self, keys: Sequence[bytes], request: str) -> int:
@@ -218,13 +218,13 @@ def test_a_policy_that_fails_loses_no_row_and_no_pin(monkeypatch, method):
 
 
 def test_what_is_kept_of_requests_that_never_end_is_bounded(policy, monkeypatch):
-    monkeypatch.setattr(LeastRecentlyUsed, "_MOST_SEQUENCES", 8)
+    monkeypatch.setattr(LeastRecentlyUsed, "_MAX_SEQUENCES", 8)
     tier = Tier(4, policy)
     for number in range(100):
         tier.store(blocks("r", number, number + 1), f"request {number}")
         tier.hit(blocks("r", number, number + 1), f"request {number}")
     if policy is LeastRecentlyUsed:
-        assert len(tier.index._policy._last) <= LeastRecentlyUsed._MOST_SEQUENCES
+        assert len(tier.index._policy._last) <= LeastRecentlyUsed._MAX_SEQUENCES
 
 
 def test_what_is_kept_of_a_block_that_is_left_bare_again_and_again_is_bounded():
@@ -700,7 +700,7 @@ class History:
         keys = [keys[at] for at in self.orders[name].permutation(keys)]
         new, rows = self.index.reserve(keys, name, self.orders[name], True)
         assert sorted(new) == sorted(expected)
-        self.index.fill(rows)
+        self.index.mark_ready(rows)
         gone = before - set(self.model.held)
         assert not gone & set(order), "R13: a request lost what its own order knows to its own store"
         self.evictions += len(gone)

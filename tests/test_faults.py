@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from async_tier.observe.faults import INTERVAL_S, MOST_KINDS, FaultLog
+from async_tier.observe.faults import INTERVAL_S, MAX_KINDS, FaultLog
 
 
 class Clock:
@@ -74,18 +74,18 @@ def test_kinds_are_what_was_done_and_the_error(log, caplog):
 
 def test_what_was_held_back_is_said_once_it_may_be(log, clock, caplog):
     log.flush()
-    assert not log.is_holding
+    assert not log.has_held_back
     for number in range(3):
         log.report("load", f"load {number}", raised("x"))
     assert lines(caplog) == ["load 0"]
-    assert log.is_holding
+    assert log.has_held_back
     log.flush()
     assert lines(caplog) == []
-    assert log.is_holding
+    assert log.has_held_back
     clock.now += INTERVAL_S
     log.flush()
     assert lines(caplog) == ["load 2 (and 1 more like it since the last such line)"]
-    assert not log.is_holding
+    assert not log.has_held_back
     log.report("load", "load 3", raised("x"))
     log.flush(now=True)
     assert lines(caplog) == ["load 3"]
@@ -105,6 +105,6 @@ def test_reasons_that_never_repeat_do_not_fill_the_log(log, caplog):
         log.report("load", f"load {number}", reason=f"no {str(number).translate(letters)} today")
     log.report("load", "load a known one", reason="no a today")
     said = lines(caplog)
-    assert len(said) == MOST_KINDS + 1
+    assert len(said) == MAX_KINDS + 1
     log.flush(now=True)
     assert "load a known one" in lines(caplog)

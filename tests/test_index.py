@@ -29,7 +29,7 @@ def put(index: BlockIndex, text: str, sequence: str | None = None, order: Order 
     if order is not None:  # as BlockStore does
         keys = [keys[at] for at in order.permutation(keys)]
     new, rows = index.reserve(keys, sequence, order)
-    index.fill(rows)
+    index.mark_ready(rows)
     return dict(zip(new, rows, strict=True))
 
 
@@ -109,7 +109,7 @@ class IndexMachine(RuleBasedStateMachine):
     def end_store(self, data, well):
         taken = self.stores.pop(data.draw(st.integers(0, len(self.stores) - 1)))
         if well:
-            self.index.fill(taken.values())
+            self.index.mark_ready(taken.values())
         else:
             self.index.drop_filling(list(taken), list(taken.values()))
             assert all(self.index._row_of.get(key) != row for key, row in taken.items())
@@ -176,7 +176,7 @@ class IndexMachine(RuleBasedStateMachine):
         for rows in self.loads:
             self.index.unpin(rows)
         for taken in self.stores:
-            self.index.fill(taken.values())
+            self.index.mark_ready(taken.values())
         assert len(self.index.reserve([b"new %d" % at for at in range(self.CAPACITY)], None, None)[1]) == self.CAPACITY
 
 

@@ -207,7 +207,7 @@ def test_r2_a_failed_job_is_reported_once(tier):
 @pytest.mark.parametrize("is_load", [False, True])
 def test_r2_a_job_whose_end_meets_an_error_is_reported_as_failed(tier, is_load):
     store(tier, 1, keys(0), [0])
-    name = "unpin" if is_load else "fill"
+    name = "unpin" if is_load else "mark_ready"
     setattr(tier.block_store.index, name, MagicMock(side_effect=OSError("out of luck")))
     (tier.submit_load if is_load else tier.submit_store)(job(2, keys(0) if is_load else keys(1), [1], load=is_load))
     tier.submit_store(job(3, [], []))
@@ -655,7 +655,7 @@ class TestDetector:
         detector = MagicMock()
         detector.update = lambda submitted, size: told.append(time.monotonic() - submitted)
         tier = make_tier(primary, blocks=8, backpressure_detector=detector)
-        tier._detector.reported([100.0])  # of a poll after which nobody told the detector
+        tier._detector.set_store_seconds([100.0])  # of a poll after which nobody told the detector
         store(tier, 1, keys(0), [0])
         tier.bp_detector.update(time.monotonic() - 500, 1)
         assert told.pop() < 100

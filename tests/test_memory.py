@@ -387,7 +387,7 @@ def test_an_arena_nobody_closes_ends_its_claim(room: Path):
 def test_memory_that_is_kept_for_ever_stays_claimed(room: Path):
     arena = Arena(600, MIB)
     claim, address = arena._release.peek()[2][2], arena.rows.address
-    arena.keep_for_ever()
+    arena.abandon_memory()
     arena.close()
     del arena
     gc.collect()

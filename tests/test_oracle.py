@@ -419,7 +419,7 @@ def test_the_pipeline_sees_a_promotion_into_a_row_that_a_worker_still_uses():
                 tier: Any = tier, manager: Any = pipeline.manager, reset: Callable[[], None] = reset
             ) -> None:
                 reset()
-                tier._held_steps = 0
+                tier._miss_steps = 0
                 if hasattr(manager, "_promotions_held"):
                     manager._promotions_held = False
 

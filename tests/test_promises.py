@@ -10,7 +10,7 @@ from async_tier.order import SequenceOrder
 from async_tier.vllm import promises
 from async_tier.vllm.promises import (
     KEEP,
-    MOST_RENEWALS,
+    MAX_RENEWALS,
     PATIENCE_STEPS,
     REFUSE,
     RESUMED_STEPS,
@@ -157,7 +157,7 @@ def test_whoever_is_over_within_a_step_has_nothing_when_that_ends():
     for key in a:
         scheduler.promises.ask("a", key, scheduler.orders["a"])
     scheduler.promises.note_load(1, "a", a)
-    scheduler.promises.release("a")
+    scheduler.promises.void("a")
     scheduler.promises.end_step()
     assert [scheduler.promises.ask("b", key, scheduler.orders["b"]) for key in b] == [KEEP] * 10
 
@@ -211,7 +211,7 @@ def test_whoever_is_over_or_runs_holds_nobody_up(end):
     if end == "scheduled":
         scheduler.promises.end_step(["a"])
     else:
-        scheduler.promises.release("a")
+        scheduler.promises.void("a")
     scheduler.step({"b": waiting["b"]}, take_up=False)
     assert scheduler.moved == 16
 
@@ -226,7 +226,7 @@ def test_the_last_of_a_long_queue_loses_nothing_for_its_patience():
 
 def test_no_wait_is_longer_than_the_longest(monkeypatch):
     """Whoever is always asked before may be scheduled all the time."""
-    monkeypatch.setattr(promises, "LONGEST_WAIT_STEPS", 100)
+    monkeypatch.setattr(promises, "MAX_WAIT_STEPS", 100)
     scheduler = Scheduler(10)
     low = scheduler.add("low", blocks("low", 8))
     steps = 0
@@ -278,7 +278,7 @@ def test_a_promise_to_a_request_that_was_preempted_is_void_sooner():
         steps += 1
     assert RESUMED_STEPS <= steps <= 2 * RESUMED_STEPS + 1
     assert scheduler.moved == 16
-    scheduler.promises.release("a")  # a store of it that was under way ends
+    scheduler.promises.void("a")  # a store of it that was under way ends
     assert scheduler.promises._preempted
     scheduler.promises.finish("a")
     assert not scheduler.promises._preempted
@@ -292,8 +292,8 @@ def test_who_has_waited_too_long_is_refused():
         scheduler.primary.clear()  # so that a keeps asking
         scheduler.step(waiting, take_up=False)
         steps += 1
-    assert PATIENCE_STEPS <= steps <= PATIENCE_STEPS + 2 * MOST_RENEWALS
-    assert scheduler.moved == 8 * (1 + MOST_RENEWALS), "b was promised what a has not taken up"
+    assert PATIENCE_STEPS <= steps <= PATIENCE_STEPS + 2 * MAX_RENEWALS
+    assert scheduler.moved == 8 * (1 + MAX_RENEWALS), "b was promised what a has not taken up"
 
 
 def test_while_promised_blocks_are_on_their_way_patience_lasts_longer_but_not_for_ever(monkeypatch):
@@ -314,13 +314,13 @@ def test_while_promised_blocks_are_on_their_way_patience_lasts_longer_but_not_fo
 def test_what_the_primary_gave_away_is_promised_again_but_not_for_ever():
     scheduler = Scheduler(10)
     keys = scheduler.add("a", blocks("a", 8))
-    for _ in range(1 + MOST_RENEWALS):
+    for _ in range(1 + MAX_RENEWALS):
         found, again = scheduler.step({"a": keys}, take_up=False), True
         scheduler.primary.clear()
-    assert scheduler.moved == 8 * (1 + MOST_RENEWALS)
+    assert scheduler.moved == 8 * (1 + MAX_RENEWALS)
     found, again = scheduler.ask("a", keys)
     assert (found, again) == (0, False)
-    assert scheduler.moved == 8 * (1 + MOST_RENEWALS)
+    assert scheduler.moved == 8 * (1 + MAX_RENEWALS)
 
 
 def test_blocks_whose_load_failed_are_not_promised_any_more():
@@ -378,7 +378,7 @@ def test_everybody_is_scheduled_whatever_others_do(seed):
             name = draw.choice(list(waiting))
             waiting.pop(name)
             starved.discard(name)
-            scheduler.promises.release(name)
+            scheduler.promises.void(name)
         order = list(waiting)
         if draw.random() < 0.3:  # priorities
             draw.shuffle(order)

@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_made_is_refused_in_words(tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_start_is_refused_in_words(path, monkeypatch):
-    monkeypatch.setattr(trace, "_open_alone", lambda path: open("/dev/full", "w"))  # noqa: SIM115 - the writer has it
+    monkeypatch.setattr(trace, "_open_exclusively", lambda path: open("/dev/full", "w"))  # noqa: SIM115 - the writer has it
     with pytest.raises(ValueError, match=r"^trace_path '.*' cannot be written: No space left"):
         TraceWriter(str(path))
 

@@ -1,1 +1,1 @@
-"""Where rows lie, and who may have how much of it."""
+"""The memory that rows lie in, and how much of it a tier may have."""

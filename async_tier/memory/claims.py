@@ -1,12 +1,12 @@
-"""How much host memory a tier can have: what the machine and the container have left, less what other tiers were given.
+"""How much host memory a tier can have: what the machine and the container have left, less what other tiers claimed.
 
-A tier's memory is mapped at once and gets its pages later, so for a while the system counts as available what somebody
-has already. A tier therefore claims its addresses where others see it: by a socket bound to an abstract name.
-/proc/net/unix lists these names, and the system drops one with its process, however that ends. For how much of them
-there are pages by now is in the process's smaps.
+A tier maps its memory at once, but the memory gets its pages later. Until then the system counts it as available. So
+each tier claims its addresses where other tiers can see it: in the abstract name of a socket. /proc/net/unix lists
+these names, and a name disappears with its process, however that ends. How many pages the claimed memory has by now is
+in the smaps of the process.
 
-Seen are tiers of processes in this PID and network namespace that this user may look into: not those of other users,
-nor of other containers.
+Only tiers in the same PID and network namespace are seen, in processes that this user may inspect: not those of other
+users or of other containers.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from async_tier.text import format_size
 
 logger = logging.getLogger(__name__)
 
-# How names of claims begin. Tests have their own.
+# The prefix of the names of claims. Tests replace it.
 NAME = "async-tier"
 
-# The first line of a mapping in smaps.
+# The start of a mapping's first line in smaps: its first address, and the address after its last one.
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Others that ask for memory wait, in this process and in all that see the same /proc.
+def claim_lock() -> Iterator[None]:
+    """A lock for all tiers that allocate memory, in this process and in all others that see the same /proc.
 
-    What is found to be available in here is so until it is claimed.
+    Memory that is found available under the lock stays available until it is claimed.
     """
-    folder = os.open(machine.ROOT / "proc", os.O_RDONLY)  # a lock on what is there already leaves no file
+    folder = os.open(machine.ROOT / "proc", os.O_RDONLY)  # locking an existing folder leaves no file behind
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
-        fcntl.flock(folder, fcntl.LOCK_UN)  # a child forked meanwhile has the descriptor as well
+        fcntl.flock(folder, fcntl.LOCK_UN)  # explicitly, because a child forked meanwhile keeps the descriptor open
         os.close(folder)
 
 
 def claim(address: int, size: int) -> int | None:
-    """Claim `size` bytes of memory at `address`, until the descriptor that is returned is closed.
+    """Claim `size` bytes of memory at `address`, until the returned descriptor is closed.
 
-    None, with a warning, where no socket can be had: then others see only what of the memory has pages.
+    None, with a warning, if there can be no socket: then other tiers count only the pages that the memory has.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claimed:
             descriptor = claimed.fileno()
-            # The inode makes the name one of its own also where a forked child still has an older one.
+            # The inode makes the name unique even if a forked child still has an older one open.
             inode = os.fstat(descriptor).st_ino
             claimed.bind(f"\0{NAME}/{os.getpid()}/{descriptor}/{inode}/{address}/{size}")
             return claimed.detach()
@@ -65,17 +65,17 @@ def claim(address: int, size: int) -> int | None:
 
 
 def refuse_if_unavailable(size: int) -> None:
-    """Raise MemoryError if `size` bytes are more than can be had: an error in words now, not an out-of-memory kill."""
-    holders = list(_holders())  # first: what gets its pages in between then counts twice, and not as available
+    """Raise MemoryError if `size` bytes are more than is available: better now than an out-of-memory kill later."""
+    holders = list(_holders())  # read first, so that pages that come in between count twice and never as available
     for limit, available, group in machine.available_memory():
         under = [
             holder for holder in holders if group is None or group in machine.cgroups(str(holder.process), "memory")
         ]
         promised = sum(holder.without_pages for holder in under)
         if size > available - promised:
-            words = f"the tier asks for {_told(size)}, but {limit} has {_told(available)} available"
+            words = f"the tier asks for {_size_text(size)}, but {limit} has {_size_text(available)} available"
             if promised:
-                words += f", of which {_told(promised)} are promised to tiers that do not use it yet"
+                words += f", of which {_size_text(promised)} are promised to tiers that do not use it yet"
             for holder in under:
                 words += f"; process {holder.process} ({holder.name}) has {format_size(holder.size)} for its tiers"
             raise MemoryError(f"{words}; set bytes_to_use to less")
@@ -83,7 +83,7 @@ def refuse_if_unavailable(size: int) -> None:
 
 @dataclass(frozen=True)
 class _Holder:
-    """A process with tiers: bytes that they were given, and for how many of those there are no pages yet."""
+    """A process with tiers. size: bytes that they claimed. without_pages: those of them that have no pages yet."""
 
     process: int
     name: str
@@ -92,14 +92,14 @@ class _Holder:
 
 
 def _holders() -> Iterator[_Holder]:
-    """The processes that have claims, as far as they can be seen."""
+    """The processes with claims, as far as they can be seen."""
     pattern = re.compile(rf"@{NAME}/(\d+)/(\d+)/(\d+)/(\d+)/(\d+)$", re.MULTILINE)
     claims: dict[int, list[tuple[int, int]]] = {}
     with contextlib.suppress(OSError):
         for match in pattern.finditer((machine.ROOT / "proc/net/unix").read_text(errors="replace")):
             process, descriptor, inode, address, size = map(int, match.groups())
-            with contextlib.suppress(OSError):  # not there any more, or not to be looked into
-                # A claim that only a forked child still has is none.
+            with contextlib.suppress(OSError):  # it has ended, or must not be inspected
+                # A claim that only a forked child still has open is void.
                 if os.readlink(machine.ROOT / f"proc/{process}/fd/{descriptor}") == f"socket:[{inode}]":
                     claims.setdefault(process, []).append((address, address + size))
     for process, ranges in claims.items():
@@ -113,11 +113,11 @@ def _holders() -> Iterator[_Holder]:
 
 
 def _without_pages(process: int, ranges: list[tuple[int, int]]) -> int:
-    """Bytes of these ranges of addresses (start, end) that are mapped, but not in memory yet."""
+    """Bytes of these ranges of addresses (start, end) that are mapped, but have no pages yet."""
     missing = claimed = 0
     with (machine.ROOT / f"proc/{process}/smaps").open(errors="replace") as lines:
         for line in lines:
-            if match := _MAPPING.match(line):  # the system makes one of neighbours, so it may hold several ranges
+            if match := _MAPPING.match(line):  # may hold several ranges: the system merges neighbours
                 first, last = (int(text, 16) for text in match.groups())
                 claimed = sum(max(0, min(end, last) - max(start, first)) for start, end in ranges)
             elif claimed and line.startswith("Rss:"):
@@ -125,5 +125,5 @@ def _without_pages(process: int, ranges: list[tuple[int, int]]) -> int:
     return missing
 
 
-def _told(size: int) -> str:
+def _size_text(size: int) -> str:
     return f"{format_size(size)} ({size} bytes)"

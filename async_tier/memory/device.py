@@ -9,7 +9,7 @@ from async_tier.text import format_size
 
 
 class DeviceArena:
-    """Device memory. Raises MemoryError, in words, for more than the device has."""
+    """Memory of a GPU. Raises MemoryError for more than it has free, CudaError if the driver refuses otherwise."""
 
     def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
         size = count * row_bytes
@@ -29,4 +29,4 @@ class DeviceArena:
         engine.add_rows(self.rows, None)
 
     def close(self) -> None:
-        """Nothing to do: the engine's `close` frees the memory, when no copy touches it any more."""
+        """Nothing to do: the engine's `close` frees the memory when no copy touches it any more."""

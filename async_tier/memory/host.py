@@ -7,12 +7,12 @@ import mmap
 import os
 import weakref
 
-from async_tier.memory.claims import claim, one_at_a_time, refuse_if_unavailable
+from async_tier.memory.claims import claim, claim_lock, refuse_if_unavailable
 from async_tier.streams.rows import Rows
 from async_tier.text import format_size
 
 _HUGE_PAGE = 2 << 20
-# Raw calls, because a mapping that a Python object owns is also unmapped by the copy of that object in a forked child.
+# Raw calls and not Python's mmap, because the copy of a mmap object in a forked child would unmap the memory, too.
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -29,26 +29,26 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Arena:
-    """Anonymous host memory for `count` rows of `row_bytes` bytes.
+    """Anonymous host memory for `count` rows of `row_bytes` bytes, with huge pages if the system has them.
 
-    Reserved only, huge pages advised: whoever copies populates it (HostEngine.populate, cuda_arena.PinnedArena). It
-    holds users' conversations: kept out of core dumps and of forked children, and without a name that could outlive the
-    process.
+    The memory is only mapped here; the engine populates it (HostEngine.populate, memory.pinned.PinnedArena). It will
+    hold users' conversations. So it is kept out of core dumps and forked children, and has no name that could outlive
+    the process.
 
-    Raises MemoryError, in words, for more than the machine or the container has left, see `memory`.
+    Raises MemoryError for more than the machine or the container has left, see `memory.claims`.
     """
 
     def __init__(self, count: int, row_bytes: int) -> None:
         size = count * row_bytes
-        # Room to start on a huge page's boundary.
+        # Room to start on the boundary of a huge page.
         length = size + (_HUGE_PAGE if size >= _HUGE_PAGE else 0)
         length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-        with one_at_a_time():
+        with claim_lock():
             refuse_if_unavailable(size)
             start = _libc.mmap(
                 None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
             )
-            if start == _MAP_FAILED:  # an address-space limit, or no overcommitment
+            if start == _MAP_FAILED:  # a limit on address space, or no overcommitment
                 reason = os.strerror(ctypes.get_errno())
                 raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {reason}")
             for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
@@ -56,20 +56,20 @@ class Arena:
             address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
             self._release = weakref.finalize(self, _release, start, length, claim(address, size), os.getpid())
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
-        # Rows from the first on that copies may touch: all, here.
+        # See RowMemory: copies may touch all rows at once.
         self.ready = count
 
     def close(self) -> None:
-        """Free the memory. Every copy that touches it must have ended. Idempotent."""
+        """Free the memory. All copies that touch it must have ended. Idempotent."""
         self._release()
 
-    def keep_for_ever(self) -> None:
-        """Never free the memory, because a copy may touch it at any time; `close` does nothing any more."""
+    def abandon_memory(self) -> None:
+        """Never free the memory, because a copy may still touch it; `close` then does nothing."""
         self._release.detach()
 
 
 def _release(start: int, length: int, claimed: int | None, owner: int) -> None:
-    """Give the mapping back, in the process that made it: a forked child may have something else at its addresses."""
+    """Unmap the memory, but only in the process that mapped it: a forked child may have other memory there."""
     if os.getpid() == owner:
         _libc.munmap(start, length)
         if claimed is not None:

@@ -1,4 +1,4 @@
-"""The tier's rows where copies are CUDA's: pinned host memory, or device memory. Both are an `engines.RowMemory`."""
+"""PinnedArena: the tier's rows in host memory that is pinned for CUDA."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# How long the end of a tier waits for the range that is being pinned.
+# How long `unpin` waits for the range that is just being pinned.
 PINNER_TIMEOUT_S = 5.0
 
 
 class PinnedArena:
-    """Host memory, pinned range by range by a background thread; `ready` rows are pinned so far.
+    """Host memory that a background thread pins range by range. `ready` rows are pinned so far.
 
-    An `Arena`, and not torch's pinned memory: freeing that after an error that the context does not survive can abort
-    the process. Raises MemoryError as Arena does, and as `Registration.register_next` if the first range is refused.
+    The memory is an `Arena` and not torch's pinned memory, because freeing that can abort the process if the CUDA
+    context is lost. Raises as Arena does, and as `Registration.register_next` if the first ranges are refused.
     """
 
     def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
-        _move_near(engine, self.rows)
+        _prefer_near_node(engine, self.rows)
         self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
@@ -38,39 +38,39 @@ class PinnedArena:
                 self._registration.register_next()
             self._pinner.start()
         except BaseException:
-            if not self._registration.give_up():
-                self._arena.keep_for_ever()
+            if not self._registration.unpin_or_abandon():
+                self._arena.abandon_memory()
             self._arena.close()
             raise
         engine.add_rows(self.rows, self._registration)
-        engine.own(self)
+        engine.add_pinned(self)
 
     @property
     def ready(self) -> int:
         return self._registration.rows_ready
 
     def close(self) -> None:
-        """Free the memory, unless it had to be left. The engine is closed. Idempotent."""
+        """Free the memory, after the engine was closed, unless it was abandoned. Idempotent."""
         self._arena.close()
 
     def unpin(self) -> None:
         """See cuda.Pinned."""
         self._stop.set()
-        # Bounded, because the garbage collector may run the end of a tier on this very thread, which then waits for it.
+        # Bounded, because the garbage collector may end the tier on the pinning thread, which then waits for this call.
         self._pinner.join(PINNER_TIMEOUT_S)
         if self._pinner.is_alive():
             raise RuntimeError("its memory is still being pinned")
         self._registration.unpin()
 
-    def leave(self) -> None:
+    def abandon_memory(self) -> None:
         """See cuda.Pinned."""
         self._stop.set()
-        self._registration.leave()
-        self._arena.keep_for_ever()
+        self._registration.abandon_memory()
+        self._arena.abandon_memory()
 
     def _pin(self) -> None:
         try:
-            while not self._registration.is_complete and not self._stop.wait(self._registration.seconds):
+            while not self._registration.is_complete and not self._stop.wait(self._registration.range_seconds):
                 self._registration.register_next()
         except RuntimeError as error:
             logger.warning(
@@ -81,11 +81,11 @@ class PinnedArena:
             )
 
 
-def _move_near(engine: CudaEngine, rows: Rows) -> None:
-    """Have new rows come from the memory next to the GPU: another socket's is reached at half the rate or less."""
+def _prefer_near_node(engine: CudaEngine, rows: Rows) -> None:
+    """Have new rows take memory from the GPU's NUMA node: copies to another node's run at half the rate or less."""
     try:
         node = engine.driver.host_node(engine.context.ordinal)
         if node >= 0:
             _native.prefer_node(rows.address, -(-rows.count * rows.stride // mmap.PAGESIZE) * mmap.PAGESIZE, node)
     except (CudaError, OSError) as error:  # an older driver; a sandbox that refuses it
-        logger.info("The tier's memory is taken where the system likes, not next to the GPU: %s", error)
+        logger.info("The tier's memory may come from any NUMA node, not from the one next to the GPU: %s", error)

@@ -15,39 +15,39 @@ from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# What is pinned at a time, under locks that calls of other threads and processes into CUDA wait for: on an H100 0.7 ms,
-# where 256 MiB are 9. (And 512 GiB at once were seen to fail, vLLM #51080.)
+# Bytes pinned by one call. Meanwhile CUDA calls of other threads and processes wait: on an H100 for 0.7 ms, with
+# 256 MiB for 9 ms. (A call for 512 GiB was seen to fail, vLLM #51080.)
 PIN_RANGE_BYTES = 16 << 20
-# A range that is refused is halved and tried again, but not below this.
+# A range that is refused is halved and tried again, down to this size.
 MIN_RANGE_BYTES = 1 << 20
-# How long one tier waits for another that pins or unpins, which has been seen to hang (pytorch/pytorch#132520).
+# How long a tier waits while another one pins or unpins, which was seen to hang (pytorch/pytorch#132520).
 LOCK_TIMEOUT_S = 60.0
 
 Range = tuple[int, int]  # address of the first byte, address after the last one
 Mapping = tuple[str, str, int]  # device, inode, offset
 
-# What registrations of this process have pinned, with the number of them that use it: two tiers may be on one primary.
+# The ranges that this process has pinned, each with the number of its users: two tiers may share a primary.
 _users: dict[Range, int] = {}
-# What was mapped there then.
+# By range, the memory that was mapped there when it was pinned.
 _mappings: dict[Range, Mapping] = {}
-# What was not given back. The driver knows pages, not addresses: if others are mapped there by now, it says "already
-# registered", and copies go to the old ones.
-_left: set[Range] = set()
-# Held over the driver's calls as well: a range that somebody is about to unpin must not look pinned to anybody else.
+# Ranges that were never unpinned. The driver holds pages, not addresses: if other memory is mapped there by now, it
+# still reports "already registered", and copies go to the old pages.
+_abandoned: set[Range] = set()
+# Held during the driver's calls, too: nobody may rely on a range that another thread is about to unpin.
 _lock = threading.Lock()
 
 
 class Registration:
-    """The pinning of `rows`, in ranges of at most `largest` bytes; all but the first start on pages.
+    """Pins `rows` in ranges of at most `largest` bytes. All ranges but the first start on a page.
 
-    `register_next` pins one range after the other; `unpin` unpins those that nobody else here uses. What somebody else
-    in the process has registered already is as good, and not ours to unpin; but not where the memory `is_new`, which
-    nobody can have registered since it was mapped.
+    `register_next` pins the next range; `unpin` unpins those that no other registration uses. Memory that other code of
+    this process has registered is used as it is, and never unpinned here. For memory that was just mapped (`is_new`)
+    that is an error: it can only be a leftover.
 
-    step: ranges begin at its multiples from the page of the first row on, and at the first row; a copy must not go on
-    there. It is halved before the rows are ready that were refused with a larger one, and has more multiples than
-    there are ranges then. range_starts: the addresses of all ranges, as they are planned now. seconds: what the driver
-    took to pin the last range; as long a pause before the next one leaves others half of the time.
+    range_alignment: ranges begin at the first row, and at multiples of this many bytes from the first row's page. No
+    copy may cross these multiples. It is halved if a range is refused, before its rows become ready; then not every
+    multiple begins a range. range_starts: the addresses of all ranges, as now planned. range_seconds: how long the
+    driver took to pin the last range. A pause of that length before the next one leaves others half of the time.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Registration:
         self._done = 0
         self._used: list[Range] = []
         self.range_starts: list[int] = []
-        self.seconds = 0.0
+        self.range_seconds = 0.0
         self._plan(rows.address, largest)
 
     @property
@@ -77,38 +77,38 @@ class Registration:
 
     @property
     def next_range(self) -> Range:
-        """What `register_next` will pin. Not when all is."""
+        """The range that `register_next` will pin; only while not `is_complete`."""
         start, *later = self.range_starts[self._done : self._done + 2]
         return start, later[0] if later else self._end
 
     @property
     def rows_ready(self) -> int:
-        """Rows from the first on that are pinned. For any thread."""
-        done = self._done  # once: another thread counts it up
+        """How many rows, counted from the first, are pinned. May be read by any thread."""
+        done = self._done  # read once: another thread increases it
         if done == len(self.range_starts):
             return self._rows.count
         rows = self._rows
         return (self.range_starts[done] - rows.address + rows.stride - rows.row_bytes) // rows.stride
 
     def register_all(self) -> None:
-        """Pin all ranges, or none: raises as `register_next` does."""
+        """Pin all ranges, or none if one is refused. Raises as `register_next` does."""
         try:
             while not self.is_complete:
-                time.sleep(self.seconds)
+                time.sleep(self.range_seconds)
                 self.register_next()
         except BaseException:
-            self.give_up()
+            self.unpin_or_abandon()
             raise
 
     def register_next(self) -> None:
-        """Pin the next range. If the driver refuses, it is halved, and so are those after it, down to 1 MiB.
+        """Pin the next range. If the driver refuses, halve it and those after it, down to 1 MiB.
 
-        Raises CudaError if the driver still refuses, RuntimeError where it goes by what was pinned and never given
-        back, or where another tier does not get done with pinning.
+        Raises CudaError if the driver still refuses. Raises RuntimeError if the range is already registered only
+        because an earlier tier never unpinned it, and if another tier takes too long to pin or unpin.
         """
         start, end = self.next_range
         page = start - start % mmap.PAGESIZE
-        _native.populate(page, end - page)  # or pinning does, and takes eight times as long under its locks
+        _native.populate(page, end - page)  # otherwise the driver does, and holds its locks eight times as long
         while True:
             try:
                 self._pin(start, end)
@@ -116,18 +116,18 @@ class Registration:
             except CudaError:
                 if end - start <= MIN_RANGE_BYTES:
                     raise
-                step = self.step
-                while step >= end - start:
-                    step //= 2
-                self._plan(start, max(MIN_RANGE_BYTES, step))
+                alignment = self.range_alignment
+                while alignment >= end - start:
+                    alignment //= 2
+                self._plan(start, max(MIN_RANGE_BYTES, alignment))
                 start, end = self.next_range
         self._done += 1
 
-    def _plan(self, start: int, step: int) -> None:
-        """The ranges from `start` on, the next one to be pinned."""
-        self.step = step
+    def _plan(self, start: int, alignment: int) -> None:
+        """Plan the ranges from `start` on, where the next one begins."""
+        self.range_alignment = alignment
         origin = self._rows.address - self._rows.address % mmap.PAGESIZE
-        later = range(start + step - (start - origin) % step, self._end, step)
+        later = range(start + alignment - (start - origin) % alignment, self._end, alignment)
         self.range_starts = [*self.range_starts[: self._done], start, *later]
 
     def _pin(self, start: int, end: int) -> None:
@@ -136,36 +136,36 @@ class Registration:
             try:
                 self._driver.register(start, end - start)
             except CudaError as error:
-                # The code says "part or all": copies to the rest would block, as all copies to pageable memory do.
+                # The code means part or all of the range. If only part is pinned, copies to the rest would block.
                 if error.code != ALREADY_REGISTERED or not all(map(self._driver.is_pinned, (start, end - 1))):
                     raise
-                if self._is_new or _overlapping(_left, start, end):
+                if self._is_new or _overlapping(_abandoned, start, end):
                     raise RuntimeError("a tier that ended badly has left memory pinned at these addresses") from error
                 used = [(start, end)] if (start, end) in _users else _overlapping(_users, start, end)
                 if any(_mappings[each] != self._mapping_at(each[0]) for each in used):
                     raise RuntimeError(
                         "a tier that was not shut down has pinned other memory that was at these addresses"
                     ) from error
-                if len(used) > 1:  # copies must not go from one to the next: ours are to be as small
+                if len(used) > 1:  # no copy may cross from one to the next, so our ranges must be as small
                     raise
             else:
-                _left.difference_update(_overlapping(_left, start, end))
+                _abandoned.difference_update(_overlapping(_abandoned, start, end))
                 used = [(start, end)]
                 _mappings[start, end] = self._mapping_at(start)
-            self.seconds = time.monotonic() - began
+            self.range_seconds = time.monotonic() - began
             for each in used:
                 _users[each] = _users.get(each, 0) + 1
             self._used.extend(used)
 
     def _mapping_at(self, address: int) -> Mapping:
-        """Which memory is at an address of these rows, which are in one mapping."""
+        """The memory at an address of these rows, all of which are in one mapping."""
         device, inode, offset = self._mapping
         return device, inode, offset + address - self._rows.address if inode != "0" else 0
 
     def unpin(self) -> None:
-        """Unpin what only this one uses. No copy may be under way. Idempotent.
+        """Unpin the ranges that no other registration uses. No copy may be under way. Idempotent.
 
-        Raises RuntimeError, of which CudaError is one, if some of it stays: all the rest is unpinned.
+        Raises RuntimeError (CudaError is one) if some ranges could not be unpinned; all others are.
         """
         refusal: RuntimeError | None = None
         kept = []
@@ -187,26 +187,26 @@ class Registration:
             return
         self._driver.unregister(each[0])
         del _users[each], _mappings[each]
-        _left.discard(each)  # of an end that was given up, and came late
+        _abandoned.discard(each)  # if it was abandoned while this call took too long
 
-    def give_up(self) -> bool:
-        """Whether all is unpinned; what is not is left."""
+    def unpin_or_abandon(self) -> bool:
+        """Unpin, and abandon the ranges that cannot be unpinned. Whether all were unpinned."""
         try:
             self.unpin()
         except RuntimeError as error:
             logger.error("CUDA refused to unpin memory, which is left as it is: %s", error)
-            self.leave()
+            self.abandon_memory()
         return not self._used
 
-    def leave(self) -> None:
-        """It stays pinned for good, because copies may be under way, or the driver has refused to unpin it."""
-        _left.update(self._used)  # without the lock, which a call that hangs may hold
+    def abandon_memory(self) -> None:
+        """Leave the memory pinned for good: copies may be under way, or the driver refused to unpin it."""
+        _abandoned.update(self._used)  # without the lock, which a hanging call may hold
 
 
 @contextmanager
 def _locked() -> Iterator[None]:
     if not _lock.acquire(timeout=LOCK_TIMEOUT_S):
-        raise RuntimeError("another tier of this process does not get done with pinning or unpinning its memory")
+        raise RuntimeError("another tier of this process takes too long to pin or unpin its memory")
     try:
         yield
     finally:
@@ -214,9 +214,9 @@ def _locked() -> Iterator[None]:
 
 
 def _mapping(address: int) -> Mapping:
-    """Which memory is at an address: the file or shared memory behind it, and the place in that.
+    """The memory at an address: the file or shared memory that is mapped there, and the offset in it.
 
-    A primary is shared memory, of which each has a number of its own. The process's own memory all looks alike.
+    A primary is shared memory, which has an inode of its own. Private memory of the process always looks the same.
     """
     with open("/proc/self/maps") as lines:
         for line in lines:
@@ -228,5 +228,5 @@ def _mapping(address: int) -> Mapping:
 
 
 def _overlapping(ranges: Iterable[Range], start: int, end: int) -> list[Range]:
-    # A copy, made in one step: `leave` may add to the ranges meanwhile.
+    # From a copy, which is made at once, because `abandon_memory` may add to the ranges meanwhile.
     return [each for each in tuple(ranges) if each[0] < end and start < each[1]]

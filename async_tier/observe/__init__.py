@@ -1,1 +1,1 @@
-"""What the tier did, for people: log lines, traces, pictures of them."""
+"""Shows people what the tier did: log lines, traces, and pictures of traces."""

@@ -2,9 +2,9 @@
 
     python -m async_tier.timeline TRACE.json -o overlap.png
 
-The trace is what `trace_path` in the tier's configuration writes. A scheduler that waits for transfers steps without
-anything to compute, and the trace cannot say which steps those were but by their length: set --shortest-step between
-that of an empty step, some ms on a busy machine, and that of a token. Drawing needs matplotlib (the extra "timeline").
+The trace is what `trace_path` in the tier's configuration writes. A scheduler that waits for transfers makes steps with
+nothing to compute, and in the trace only their length tells them apart: set --shortest-step between the length of an
+empty step, some ms on a busy machine, and that of a token. Drawing needs matplotlib (the extra "timeline").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 Span = tuple[float, float]
 _STEPS = "steps"
 _EMPTY_STEPS = "empty steps"
-# More than empty steps take, of which 1 to 5 ms were seen on a busy machine; less than most models take for a token.
+# Longer than an empty step (1 to 5 ms were seen on a busy machine), and shorter than a token takes in most models.
 SHORTEST_STEP_S = 0.005
 _QUEUED = "queued"
 _COLORS = {_STEPS: "#4c72b0", "load": "#dd8452", "store": "#55a868"}
@@ -30,7 +30,7 @@ _OTHER_COLOR = "#8c8c8c"
 
 @dataclass
 class Timeline:
-    """The slices and counters of a trace. Times in seconds from the first of them.
+    """The slices and counters of a trace. Times are in seconds from the start of the first slice.
 
     lanes: (start, end) by lane, sorted; "steps" are those with something to compute, "empty steps" the others.
     counters: (time, value) by "name: series".
@@ -45,12 +45,12 @@ class Timeline:
         return max((end for spans in self.lanes.values() for _, end in spans), default=0.0)
 
     def copying(self, kind: str = "") -> list[Span]:
-        """When anything was copied, or anything of a kind ("load", "store"): spans that do not touch."""
+        """When anything was copied, or anything of the kind ("load", "store"), as spans that do not touch."""
         lanes = (lane for lane in self.lanes if lane not in (_STEPS, _EMPTY_STEPS) and not lane.endswith(_QUEUED))
         return union(span for lane in lanes if lane.startswith(kind) for span in self.lanes[lane])
 
     def hidden_share(self, kind: str = "") -> float | None:
-        """The share of the time of `copying` that was under compute; None without copies."""
+        """The share of the time of `copying` during which steps computed; None without copies."""
         copying = self.copying(kind)
         computing = union(self.lanes.get(_STEPS, []))
         total = length(copying)
@@ -65,7 +65,7 @@ class Timeline:
         return Timeline(
             {lane: spans for lane, spans in parts.items() if spans},
             {
-                # What it had come to before counts from the start on.
+                # The last value before the start holds from the start on.
                 name: [(start, value) for at, value in points if at < start][-1:]
                 + [(at, value) for at, value in points if start <= at <= end]
                 for name, points in self.counters.items()
@@ -74,15 +74,15 @@ class Timeline:
 
 
 def read(path: Path, shortest_step_s: float = SHORTEST_STEP_S) -> Timeline:
-    """The timeline of a trace; one that was cut off counts as far as it goes. Shorter steps than that are empty ones.
+    """The timeline of a trace, also of a truncated one. Steps shorter than `shortest_step_s` (seconds) are empty.
 
-    Raises OSError for a file that cannot be read, ValueError, in words, for one that is no trace of the tier or has
-    neither steps nor jobs.
+    Raises OSError for a file that cannot be read, ValueError for one that is no trace of the tier or has neither steps
+    nor jobs.
     """
     text = path.read_text()
     try:
         events: list[dict[str, Any]] = json.loads(text)
-    except json.JSONDecodeError:  # the process was killed: whole lines, and no end
+    except json.JSONDecodeError:  # the process was killed, so the list has no end
         events = []
         for line in text.splitlines()[1:]:
             try:
@@ -107,7 +107,7 @@ def read(path: Path, shortest_step_s: float = SHORTEST_STEP_S) -> Timeline:
             elif kind == "C":
                 for series, value in event["args"].items():
                     counters[f"{event['name']}: {series}"].append((at, value))
-        except (AttributeError, KeyError, TypeError) as error:  # a slice that ends and never began, among others
+        except (AttributeError, KeyError, TypeError) as error:  # such as a slice that ends but never began
             raise ValueError(f"{path} is not a trace of the tier: it holds {json.dumps(event)}") from error
     if not lanes:
         raise ValueError(f"{path} holds no steps and no jobs that have ended")
@@ -119,7 +119,7 @@ def read(path: Path, shortest_step_s: float = SHORTEST_STEP_S) -> Timeline:
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """The same times, as spans that do not touch."""
+    """The times in any of the spans, as sorted spans that do not touch."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -130,7 +130,7 @@ def union(spans: Iterable[Span]) -> list[Span]:
 
 
 def intersection(some: Sequence[Span], others: Sequence[Span]) -> list[Span]:
-    """The times in both; each is a `union`."""
+    """The times in both; each argument is a `union`."""
     common: list[Span] = []
     at = 0
     for start, end in some:
@@ -144,12 +144,12 @@ def intersection(some: Sequence[Span], others: Sequence[Span]) -> list[Span]:
 
 
 def length(spans: Iterable[Span]) -> float:
-    """Their seconds together; they do not overlap."""
+    """The sum of the spans' seconds; they must not overlap."""
     return sum(end - start for start, end in spans)
 
 
 def hidden(timeline: Timeline) -> str:
-    """How much of the transfers was hidden under compute, in a sentence."""
+    """One line: how much of the transfer time was hidden under compute."""
     total = timeline.hidden_share()
     if total is None:
         return "no transfers"
@@ -159,7 +159,7 @@ def hidden(timeline: Timeline) -> str:
 
 
 def summary(timeline: Timeline) -> str:
-    """What there is, in a few lines."""
+    """The lanes and `hidden`, in a few lines."""
     lines = [
         f"  {lane:14} {len(spans):6} slices, busy for {length(union(spans)):8.3f} s"
         for lane, spans in timeline.lanes.items()
@@ -168,9 +168,9 @@ def summary(timeline: Timeline) -> str:
 
 
 def draw(timeline: Timeline, output: Path, title: str) -> None:
-    """Draw the timeline into a picture of matplotlib's formats, by the name's suffix.
+    """Draw the timeline to a file in one of matplotlib's formats, by its suffix.
 
-    Raises OSError where the picture cannot be written, ValueError, in words, for another suffix.
+    Raises OSError if the file cannot be written, ValueError for an unknown suffix.
     """
     import matplotlib
 
@@ -196,7 +196,7 @@ def draw(timeline: Timeline, output: Path, title: str) -> None:
             (row - 0.4, 0.8),
             facecolors=color,
             alpha=0.35 if lane.endswith(_QUEUED) else 1.0,
-            # So that what is shorter than a pixel shows.
+            # So that spans shorter than a pixel are visible.
             edgecolor=color,
             linewidth=0.0 if lane == _STEPS else 0.6,
         )

@@ -1,4 +1,4 @@
-"""TraceWriter: what the tier did and when, as a trace that Perfetto and chrome://tracing load.
+"""TraceWriter: records what the tier did and when, as a trace for Perfetto and chrome://tracing.
 
     lane            what a slice is
     steps           from the end of vLLM's scheduling to the model's results
@@ -8,9 +8,9 @@
 
 A job's slices have its number, blocks, bytes, and `outcome`: "success", or why it failed.
 
-The format is the JSON array of the Trace Event Format (Google's document of that name); a file that was cut off loads
-as well. Times are on the clock of torch's profiler, and processes have their real numbers. So a trace of torch's and
-this one are seen together when their events are in one list:
+The format is the JSON array of the Trace Event Format (Google's document of that name); a truncated file can be loaded,
+too. Times are on the clock of torch's profiler, and processes have their real numbers. So a trace of torch's profiler
+and this one can be seen together, by putting their events into one list:
 
     python -c 'import json, sys
     both, tier = (json.load(open(name)) for name in sys.argv[1:])
@@ -33,37 +33,37 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from async_tier.streams.base import CopyEvent
-from async_tier.text import format_size, shown
+from async_tier.text import brief, format_size
 
 logger = logging.getLogger(__name__)
 
-# torch's profiler (kineto) counts from the last full three months, a month being 1/4800 of 400 Gregorian years, so that
-# microseconds since then fit a double to the nanosecond.
+# torch's profiler (kineto) counts time from the last multiple of three months, a month being 1/4800 of 400 Gregorian
+# years, so that a double of microseconds is precise to the nanosecond.
 _TRIMESTER_S = 3 * 2_629_746
-# Of the file. A job takes some 900 bytes with one leg and 1,150 with two: that is 60 to 75 thousand of them.
+# The size of the file, at most: 60 to 75 thousand jobs, of some 900 bytes with one leg and 1,150 with two.
 MAX_BYTES = 64 << 20
-# How often the file is brought up to date.
+# How often events are written to the file.
 _WRITE_INTERVAL_S = 1.0
-# How far apart the clocks may have been read, and how often that is tried for.
+# Two clocks are compared: how far apart they may be read, and how often that is tried.
 _CLOCK_ERROR_NS = 10_000
 _CLOCK_TRIES = 5
 
-# No thread has this number: Linux ends before it (PID_MAX_LIMIT).
+# No thread has this number: it is Linux's PID_MAX_LIMIT.
 _STEPS_THREAD = 4 << 20
 
 
 def clock_base_ns(now_ns: int) -> int:
-    """The time, in ns since the epoch, that a trace made at `now_ns` counts from."""
+    """The time, in ns since the epoch, from which a trace made at `now_ns` counts."""
     return now_ns // (_TRIMESTER_S * 10**9) * _TRIMESTER_S * 10**9
 
 
 def _clock_offset_ns() -> int:
-    """What the time since the epoch is ahead of CLOCK_MONOTONIC by, in ns."""
+    """By how many ns the time since the epoch is ahead of CLOCK_MONOTONIC."""
     for _ in range(_CLOCK_TRIES):
         before = time.monotonic_ns()
         now = time.time_ns()
         after = time.monotonic_ns()
-        if after - before < _CLOCK_ERROR_NS:  # else this thread was not running in between
+        if after - before < _CLOCK_ERROR_NS:  # otherwise this thread was interrupted
             break
     return now - (before + after) // 2
 
@@ -71,9 +71,9 @@ def _clock_offset_ns() -> int:
 class TraceWriter:
     """Writes a trace to `path`, in which "{pid}" stands for the number of this process.
 
-    Times are given in ns of CLOCK_MONOTONIC (time.monotonic_ns). Slices may be given in any order. A thread formats and
-    writes them; what is given costs the caller an append. Raises ValueError, in words, where the file cannot be made,
-    and where somebody is writing a trace to it.
+    Times are in ns of CLOCK_MONOTONIC (time.monotonic_ns), and slices may come in any order. A thread formats and
+    writes the events, so that the caller only pays for an append. Raises ValueError if the file cannot be opened, or if
+    another tier is writing a trace to it.
     """
 
     def __init__(self, path: str) -> None:
@@ -81,45 +81,45 @@ class TraceWriter:
         self.path = Path(path.replace("{pid}", str(self._pid)))
         names = [self._name("process_name", "async-tier", 0), self._name("thread_name", "steps", _STEPS_THREAD)]
         try:
-            self._file = _open_alone(self.path)
+            self._file = _open_exclusively(self.path)
             self._written = self._file.write("[\n" + ",\n".join(names))
-            self._file.flush()  # a forked child must not have it to write
+            self._file.flush()  # so that no forked child has it in a buffer
         except BlockingIOError as error:
             raise ValueError(
-                f"trace_path {shown(path)} is being written by another tier; name another file, "
+                f"trace_path {brief(path)} is being written by another tier; name another file, "
                 "or put {pid} into the name where each process has one tier"
             ) from error
         except OSError as error:
-            raise ValueError(f"trace_path {shown(path)} cannot be written: {error.strerror}") from error
+            raise ValueError(f"trace_path {brief(path)} cannot be written: {error.strerror}") from error
         offset = _clock_offset_ns()
         self._offset_ns = offset - clock_base_ns(time.monotonic_ns() + offset)
-        # Given by the tier's thread, taken by the writer.
+        # Appended to by the tier's thread, taken from by the writer.
         self._events: deque[dict[str, Any]] = deque()
         self._is_over = False
         self._slices = 0
         self._stop = threading.Event()
-        self._writer = threading.Thread(target=self._write_often, name="async-tier-trace", daemon=True)
+        self._writer = threading.Thread(target=self._write_until_stopped, name="async-tier-trace", daemon=True)
         self._writer.start()
 
     def step(self, started_ns: int, ended_ns: int) -> None:
-        """A step of the scheduler."""
+        """Record a step of the scheduler."""
         self._add("X", "step", started_ns, tid=_STEPS_THREAD, dur=(ended_ns - started_ns) / 1000)
 
     def slice(self, lane: str, started_ns: int, ended_ns: int, **arguments: int | str) -> None:
-        """Something that took its time in `lane`. Slices of a lane may overlap."""
+        """Record a slice of `lane`, with arguments to be shown. Slices of a lane may overlap."""
         self._slices += 1
         self._add("b", lane, started_ns, cat=lane, id=self._slices, args=arguments)
         self._add("e", lane, max(started_ns, ended_ns), cat=lane, id=self._slices)
 
     def counter(self, name: str, at_ns: int, **values: int) -> None:
-        """What `name` has come to."""
+        """Record the values of the counter `name`, by series."""
         self._add("C", name, at_ns, args=values)
 
     def close(self) -> None:
-        """Write what is left. Idempotent. Does nothing in a forked child: the file is the parent's."""
-        if os.getpid() == self._pid:  # else the thread is not here, and may have held a lock
+        """Write the remaining events. Idempotent. Does nothing in a forked child: the file is the parent's."""
+        if os.getpid() == self._pid:  # a child lacks the thread, whose locks may still be held
             self._stop.set()
-            # The garbage collector runs wherever it likes, also in the middle of a write; that thread then ends it.
+            # The garbage collector may call this on the writer's thread, amid a write; the thread then ends.
             if self._writer is not threading.current_thread():
                 self._writer.join()
 
@@ -134,7 +134,7 @@ class TraceWriter:
     def _name(self, what: str, name: str, thread: int) -> str:
         return json.dumps({"ph": "M", "name": what, "pid": self._pid, "tid": thread, "args": {"name": name}})
 
-    def _write_often(self) -> None:
+    def _write_until_stopped(self) -> None:
         while not self._stop.wait(_WRITE_INTERVAL_S):
             self._write()
         self._write()
@@ -142,7 +142,7 @@ class TraceWriter:
         with contextlib.suppress(OSError):
             self._file.write("\n]\n")
             self._file.flush()
-        with contextlib.suppress(OSError):  # by hand, because children that were forked have the file open too
+        with contextlib.suppress(OSError):  # explicitly, because forked children have the file open, too
             fcntl.flock(self._file, fcntl.LOCK_UN)
         with contextlib.suppress(OSError):
             self._file.close()
@@ -152,7 +152,7 @@ class TraceWriter:
             return
         try:
             while self._events and not self._is_over:
-                # `default`: numpy's integers are none to json.
+                # `default`: json does not accept numpy's integers.
                 self._written += self._file.write(",\n" + json.dumps(self._events.popleft(), default=int))
                 if self._written > MAX_BYTES:
                     self._end_early(f"it has its {format_size(MAX_BYTES)}")
@@ -161,14 +161,14 @@ class TraceWriter:
             self._end_early(error)
 
     def _end_early(self, why: object) -> None:
-        """Keep nothing more, which nobody would write."""
+        """Drop all events from now on, because they cannot be written."""
         self._is_over = True
         self._events.clear()
         logger.warning("The trace %s ends here: %s", self.path, why)
 
 
-def _open_alone(path: Path) -> TextIO:
-    """The file, empty, for this writer alone. Raises BlockingIOError if another one has it, OSError if it cannot be."""
+def _open_exclusively(path: Path) -> TextIO:
+    """The file, empty and locked. Raises BlockingIOError if another writer has it, OSError if it cannot be opened."""
     file = path.open("a")
     try:
         try:
@@ -195,9 +195,9 @@ class Submitted:
 
 
 class TierTrace:
-    """What a tier's jobs and steps are in a trace."""
+    """Records a tier's jobs and steps in a trace."""
 
-    # Steps that were scheduled and have no results yet: with asynchronous scheduling two. More are lost track of.
+    # Steps that are scheduled and have no results yet, at most. Asynchronous scheduling has two. The oldest is dropped.
     _MAX_STEPS = 8
 
     def __init__(self, writer: TraceWriter) -> None:
@@ -207,14 +207,14 @@ class TierTrace:
         self._last_results_ns = 0
 
     def submitted(self, kind: str, blocks: int, size: int) -> Submitted:
-        """A job was queued."""
+        """Record that a job was queued."""
         now = time.monotonic_ns()
         self._in_flight[kind] += size
         self._writer.counter("bytes in flight", now, **self._in_flight)
         return Submitted(kind, blocks, size, now)
 
     def ended(self, job: Submitted, job_id: int, event: CopyEvent, rows_used: int, reason: str | None) -> None:
-        """The job's event was seen done. reason: why it failed; None for a success."""
+        """Record that the job's event was seen done. reason: why it failed; None for a success."""
         now = time.monotonic_ns()
         self._in_flight[job.kind] -= job.bytes
         self._writer.counter("bytes in flight", now, **self._in_flight)
@@ -231,19 +231,19 @@ class TierTrace:
         for leg, start, end in spans:
             self._writer.slice(f"{job.kind} {leg}", start, end, **about)
 
-    def without_copies(self, kind: str, blocks: int, job_id: int, reason: str | None) -> None:
-        """A job was over at once: it failed for that reason, or there was nothing to copy."""
+    def ended_without_copies(self, kind: str, blocks: int, job_id: int, reason: str | None) -> None:
+        """Record a job without copies: it failed for this reason or, with None, had nothing to copy."""
         now = time.monotonic_ns()
         self._writer.slice(f"{kind} queued", now, now, job=job_id, blocks=blocks, bytes=0, outcome=reason or "success")
 
     def scheduled(self) -> None:
-        """A step was planned, and the model is about to run it."""
+        """Record that a step was planned, which the model is about to run."""
         self._scheduled.append(time.monotonic_ns())
 
     def results(self) -> None:
-        """The results of the oldest step under way have arrived."""
+        """Record that the results of the oldest step under way have arrived."""
         if self._scheduled:
             now = time.monotonic_ns()
-            # Where the next step is planned before the results of the last, its computation begins after them.
+            # If a step is planned before the results of the last one, its computation begins after these.
             self._writer.step(max(self._scheduled.popleft(), self._last_results_ns), now)
             self._last_results_ns = now

@@ -34,8 +34,8 @@ class _Engine:  # what both have
         src_count: int,
         src_rows: list[int],
         size: int,
-        dst_step: int = 0,
-        src_step: int = 0,
+        dst_alignment: int = 0,
+        src_alignment: int = 0,
     ) -> Job: ...
     def signal(self, fd: int) -> None: ...
     def limit(self, queue: int, pieces: int) -> None: ...

@@ -1,12 +1,12 @@
-"""CopyStream and CopyEvent: what the tier asks of an engine.
+"""CopyEngine, CopyStream and CopyEvent: the interface of copy engines.
 
 The contract, for every engine:
 
-- Queueing returns at once. What it costs depends on the number of copies, never on the number of bytes.
-- What is queued goes on by itself: no call of anybody's moves it, and no thread of the engine needs the GIL.
-- The copies of a stream may run in any order, also at the same time. Only an event says that they have ended, and
-  whoever reuses memory waits for the events of all copies that touch it.
-- Asking an event never blocks and never needs a lock that a copy holds.
+- Queueing returns at once. Its cost depends on the number of copies, never on the number of bytes.
+- Queued copies run without further calls, and no thread of the engine needs the GIL.
+- The copies of a stream may run in any order, and at the same time. Only an event tells that they have ended. Memory
+  must not be reused before the events of all copies that touch it.
+- Querying an event never blocks, and never needs a lock that is held during a copy.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class CopyEvent(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """Whether all of them have ended, well or not. Raises RuntimeError in a forked child, where they never do."""
+        """Whether all of them have ended or failed. Raises RuntimeError in a forked child, where they never end."""
 
     @property
     def failed(self) -> bool:
-        """Whether the bytes did not all arrive. Only meaningful once `is_done`."""
+        """Whether some bytes did not arrive. Only meaningful once `is_done`."""
 
     @property
     def reason(self) -> str | None:
-        """Why it failed, in words, where the engine knows."""
+        """Why it failed; None if it did not, or if the engine does not know."""
 
     @property
     def seconds(self) -> float:
@@ -37,13 +37,13 @@ class CopyEvent(Protocol):
 
     @property
     def spans(self) -> list[tuple[str, int, int]]:
-        """When the copies were made: (leg, start, end) of each leg, "in" and "out", or of the one, "copy".
+        """When the copies were made: (leg, start, end), for the legs "in" and "out", or the only one, "copy".
 
-        Times in ns of CLOCK_MONOTONIC. Empty before they have ended, and where they failed.
+        Times are in ns of CLOCK_MONOTONIC. Empty until they have ended, and if they failed.
         """
 
     def synchronize(self, seconds: float = ...) -> bool:
-        """Block, without the GIL, until `is_done`, or for so many seconds; whether it is."""
+        """Block, without the GIL, until `is_done`, but at most for these seconds. Returns `is_done`."""
 
 
 class CopyStream(Protocol):
@@ -54,16 +54,16 @@ class CopyStream(Protocol):
     ) -> CopyEvent:
         """Queue copies of row `source_rows[i]` of `source` to row `destination_rows[i]` of `destination`.
 
-        The lists are of one length and free to be changed when the call returns. Raises, and queues nothing, where
-        the engine cannot take the job (RuntimeError) or a row is not one (ValueError, OverflowError, TypeError).
+        The lists must have the same length, and may be changed once the call returns. Raises RuntimeError if the
+        engine cannot take the job, and ValueError, OverflowError or TypeError for a bad row; then nothing is queued.
         """
 
 
 class CopyEngine(Protocol):
-    """The owner of a tier's streams. Loads go before stores, which wait while more are queued: see each engine for how.
+    """The owner of a tier's streams. Loads go before queued stores; each engine documents how.
 
-    name: "host" or "cuda". broken: why the engine can copy no more, in words; else None. All its jobs have failed then.
-    seconds_under_way: how long the oldest copy has been under way where that is known; else 0.0.
+    name: "host" or "cuda". broken: why the engine can copy no more; then all its jobs have failed. None while it can.
+    seconds_under_way: how long the oldest copy has been under way; 0.0 if there is none, or if that is unknown.
     """
 
     name: str
@@ -81,10 +81,9 @@ class CopyEngine(Protocol):
     def store_stream(self) -> CopyStream: ...
 
     def signal(self, fd: int) -> None:
-        """Write to this non-blocking eventfd whenever a job has ended; -1: no more. It stays the caller's."""
+        """Write to this non-blocking eventfd whenever a job has ended; -1 to stop. The caller still owns it."""
 
     def close(self) -> None:
-        """End the engine. When it returns no copy touches memory any more; those not finished have failed. Where copies
-        do not end, the engine says so in the log and keeps its own memory for good.
-
-        Idempotent."""
+        """End the engine. Unfinished jobs fail, and no copy touches memory any more when this returns. If copies do not
+        end, the engine logs that and never frees its own memory. Idempotent.
+        """

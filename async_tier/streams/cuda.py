@@ -1,10 +1,10 @@
 """CudaEngine: CUDA streams and events, for a process that lives with its GPU.
 
-`_native.CudaEngine` has the streams, the events and the thread that queues on them: native/cuda.c says how. Here live
-what it is given (a context, staging memory, bounds), and the end of all that.
+`_native.CudaEngine` has the streams, the events and the thread that queues on them; see native/cuda.c. This file gives
+it a context, staging memory and limits, and frees them at the end.
 
-Ownership: every field belongs to the thread that calls. Memory that is pinned or on the device is given back when it is
-known that no copy touches it any more, and else left for good.
+Ownership: every field belongs to the calling thread. Pinned memory and device memory are released once it is known
+that no copy touches them any more; otherwise they are left as they are for good.
 """
 
 from __future__ import annotations
@@ -23,60 +23,60 @@ from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# What two legs overlap by, and what a load may find ahead of it per slot: at 50 GB/s 80 us. (An H100 moves 53.4 GB/s in
-# pieces of 4 MiB, and 54.8 in one.)
+# Bytes of a piece, at most. Two legs overlap piece by piece, and a load may wait for the pieces ahead of it: at 50 GB/s
+# 80 us each. (An H100 moves 53.4 GB/s in pieces of 4 MiB, and 54.8 in a single one.)
 MAX_PIECE_BYTES = 4 << 20
-# Pieces under way in a direction, at most: some three calls a stream each, of the thousand that a launch queue takes.
+# Pieces under way per direction, at most. Each takes some three calls per stream; a launch queue takes some thousand.
 MAX_PIECES = 64
-# Slots of staging in a direction, at least. Two keep both legs busy; four even out pieces of different sizes.
+# Staging slots per direction, at least. Two keep both legs busy; four even out pieces of different sizes.
 MIN_SLOTS = 4
-# Device addresses of slots: what cuMemAlloc aligns to, at least.
+# In bytes, for the device addresses of slots: cuMemAlloc aligns to at least that.
 _SLOT_ALIGNMENT = 256
-# Loads under way: at 50 GB/s 1.3 ms. The thread looks after them every 0.1.
+# Bytes of loads under way, at most: 1.3 ms at 50 GB/s. The thread polls them every 0.1 ms.
 MAX_INFLIGHT_LOAD_BYTES = 64 << 20
-# How long `close` waits for copies under way, which take milliseconds, and then as long for the driver to unpin memory.
+# How long `close` waits for copies under way, which take milliseconds, and then again for the driver to unpin memory.
 CLOSE_TIMEOUT_S = 10.0
-# How long it waits for the driver to free device memory, which waits for the work of everybody on the device.
+# How long it waits for the driver to free device memory, which waits for all work on the device.
 FREE_TIMEOUT_S = 1.0
 
 
 class Pinned(Protocol):
-    """Host memory that an engine's copies go to and come from."""
+    """Pinned host memory that an engine's copies read and write."""
 
     def unpin(self) -> None:
-        """No copy is under way any more. Raises RuntimeError, of which CudaError is one, where something stays."""
+        """Unpin it; no copy is under way any more. Raises RuntimeError (CudaError is one) if some stays pinned."""
 
-    def leave(self) -> None:
-        """It stays pinned, and mapped as far as that is up to us. Never blocks, and may come after `unpin`."""
+    def abandon_memory(self) -> None:
+        """Leave it pinned, and mapped if the memory is ours. Never blocks, and may be called after `unpin`."""
 
 
 class Registered(Protocol):
     """How host memory was pinned.
 
-    step: registrations begin at its multiples from the page of the first row on, and a copy must not span two.
+    range_alignment: ranges begin at multiples of these bytes from the first row's page; no copy may cross them.
     """
 
     @property
-    def step(self) -> int: ...
+    def range_alignment(self) -> int: ...
 
 
 class CudaStream(RowStream):
-    """One direction of a CudaEngine. handles: its CUDA streams, one a leg, for a profiler to name."""
+    """One direction of a CudaEngine. handles: its CUDA streams, one per leg, to name them for a profiler."""
 
-    def __init__(self, engine: _native.CudaEngine, queue: int, steps: Callable[[Rows], int]) -> None:
-        super().__init__(engine, queue, steps)
+    def __init__(self, engine: _native.CudaEngine, queue: int, alignment_of: Callable[[Rows], int]) -> None:
+        super().__init__(engine, queue, alignment_of)
         self.handles = engine.handles(queue)
 
 
 class CudaEngine:
-    """A store stream and a load stream of CUDA on one device, which go on by themselves.
+    """A store stream and a load stream of CUDA on one device. A native thread keeps them busy.
 
-    Rows are to be made known first (`add_rows`).
+    Call `add_rows` for all rows before they are copied.
 
-    staging_bytes: device memory for staging, half of it a direction; 0 where the arena is on the device.
-    max_inflight_store_bytes: stores on the device's streams, at most. A load waits for as much, whatever is queued:
-    copy engines serve in order of submission. batch_copies: whether to use the driver's batch call, where it is safe.
-    Raises RuntimeError, of which CudaError is one, or OSError where there is no usable device.
+    ordinal: the device's number. staging_bytes: device memory for staging, half per direction; 0 if the arena is on the
+    device. max_inflight_store_bytes: bytes of stores on the device's streams, at most. A load waits for at most that
+    many, because copy engines serve in order of submission. batch_copies: use the driver's batch call if it is safe.
+    Raises RuntimeError (CudaError is one) or OSError if there is no usable device.
     """
 
     name = "cuda"
@@ -87,11 +87,11 @@ class CudaEngine:
         torch.cuda.init()
         self.driver = Driver()
         self.context = DeviceContext(self.driver, ordinal)
-        # Whether it is known that no copy is under way any more; without that, memory must stay where it is.
+        # Whether no copy is known to be under way after the end; if not, memory must stay as it is.
         self.is_quiet = True
         self._closed = False
         self._registrations: dict[int, Registered | None] = {}
-        # What `close` gives back.
+        # What `close` unpins and frees.
         self._pinned: list[Pinned] = []
         self._memory: list[int] = []
         try:
@@ -108,11 +108,11 @@ class CudaEngine:
                 (max_inflight_store_bytes, slots, staging and staging + slots * piece_bytes),
             )
         except BaseException:
-            self._give_back(threading.Event(), None)
+            self._free_all(threading.Event(), None)
             raise
         self.has_batch = self._native.has_batch
-        self.load_stream = CudaStream(self._native, 0, self.step_of)
-        self.store_stream = CudaStream(self._native, 1, self.step_of)
+        self.load_stream = CudaStream(self._native, 0, self.range_alignment_of)
+        self.store_stream = CudaStream(self._native, 1, self.range_alignment_of)
 
     @property
     def broken(self) -> str | None:
@@ -125,32 +125,32 @@ class CudaEngine:
         return self._native.seconds_under_way
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes of device memory, which `close` frees. Raises CudaError. In the context."""
+        """The address of `size` bytes of device memory, which `close` frees. Needs the context. Raises CudaError."""
         address = self.driver.allocate(size)
         self._memory.append(address)
         return address
 
-    def own(self, pinned: Pinned) -> None:
-        """`close` sees to it, the last given first."""
+    def add_pinned(self, pinned: Pinned) -> None:
+        """Have `close` unpin it, the last added first."""
         self._pinned.append(pinned)
 
     def add_rows(self, rows: Rows, registration: Registered | None) -> None:
-        """Make rows known to the streams. `registration`: None for device memory."""
+        """Make rows known to the streams. registration: how they were pinned; None for device memory."""
         self._registrations[rows.address] = registration
 
-    def step_of(self, rows: Rows) -> int:
-        """See RowStream: where registrations begin. 0 for device memory. KeyError for rows that were not added."""
+    def range_alignment_of(self, rows: Rows) -> int:
+        """See Registered.range_alignment; 0 for device memory. Raises KeyError for rows that were not added."""
         registration = self._registrations[rows.address]
-        return 0 if registration is None else registration.step
+        return 0 if registration is None else registration.range_alignment
 
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal."""
         self._native.signal(fd)
 
     def close(self) -> None:
-        """See CopyEngine.close. Every wait in it is bounded: for copies, for unpinning, for freeing.
+        """See CopyEngine.close. Every wait is bounded: for copies, for unpinning, for freeing.
 
-        If copies do not end, or the context is lost, memory that they may touch stays as it is: `is_quiet`.
+        If copies do not end, or the context is lost, `is_quiet` is False, and memory that they may touch stays.
         """
         if self._closed:
             return
@@ -160,35 +160,35 @@ class CudaEngine:
             if self.context.is_forked:  # all of it is the parent's, whose copies go on
                 return
             if self.is_quiet:
-                self._give_back_soon()
+                self._free_all_in_thread()
             else:
                 logger.error("The CUDA engine ends with copies that may be under way; its memory is left as it is")
-                self._leave()
+                self._abandon_memory()
         except BaseException:  # Ctrl-C
-            self._leave()
+            self._abandon_memory()
             raise
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _give_back_soon(self) -> None:
-        """`_give_back` in a thread, because unpinning has been seen to hang (pytorch/pytorch#132520)."""
+    def _free_all_in_thread(self) -> None:
+        """`_free_all` in a thread, because unpinning was seen to hang (pytorch/pytorch#132520)."""
         unpinned = threading.Event()
         arguments = (unpinned, self._native.refusal)
-        thread = threading.Thread(target=self._give_back, args=arguments, name="async-tier-close", daemon=True)
+        thread = threading.Thread(target=self._free_all, args=arguments, name="async-tier-close", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # from Python 3.12 on, when the process is ending, which gives everything back
+        except RuntimeError as error:  # from Python 3.12 on, if the process is ending, which frees everything
             logger.warning("The CUDA engine's memory is left as it is until the process ends: %s", error)
-            self._leave()
+            self._abandon_memory()
             return
         if unpinned.wait(CLOSE_TIMEOUT_S):
             thread.join(FREE_TIMEOUT_S)
         else:
             logger.error("CUDA has not unpinned the CUDA engine's memory in time, which is left as it is")
-            self._leave()
+            self._abandon_memory()
 
-    def _give_back(self, unpinned: threading.Event, refusal: str | None) -> None:
-        """Give back all that can be, whatever of it is refused, and say so once. Sets `unpinned` in between."""
+    def _free_all(self, unpinned: threading.Event, refusal: str | None) -> None:
+        """Unpin, set `unpinned`, then free. Goes on after a refusal, and logs the first. refusal: an earlier one."""
         refusals: list[object] = [] if refusal is None else [refusal]
 
         def attempt(action: Callable[..., None], *arguments: int) -> bool:
@@ -203,18 +203,18 @@ class CudaEngine:
             with self.context:
                 for pinned in reversed(self._pinned):
                     if not attempt(pinned.unpin):
-                        pinned.leave()
+                        pinned.abandon_memory()
                 unpinned.set()
                 for address in self._memory:
                     attempt(self.driver.free, address)
-        except CudaError as error:  # the context cannot even be entered
+        except CudaError as error:  # even entering the context was refused
             refusals.append(error)
-            self._leave()
+            self._abandon_memory()
             unpinned.set()
         self.context.release()
         if refusals:
             logger.error("CUDA refused to take back what the engine had, in %d calls: %s", len(refusals), refusals[0])
 
-    def _leave(self) -> None:
+    def _abandon_memory(self) -> None:
         for pinned in self._pinned:
-            pinned.leave()
+            pinned.abandon_memory()

@@ -1,11 +1,11 @@
-"""The CUDA driver, as far as Python calls it, by ctypes: registration, memory, contexts. Copies are native/cuda.c's.
+"""The part of the CUDA driver that Python calls, by ctypes: registration, memory, contexts. native/cuda.c copies.
 
-By the driver and not by torch or the runtime, because
-- an error of a driver call leaves nothing pending: the runtime keeps a "last error" that the next kernel of somebody
-  else would be blamed for (vLLM #51080);
-- freeing memory fails with a code after an error that the context does not survive; torch's tensors abort the process.
+The driver and not torch or the runtime, because
+- a driver call that fails leaves no state behind, whereas the runtime keeps a "last error" for which the next kernel
+  launch of other code would be blamed (vLLM #51080);
+- freeing memory after the context is lost only returns an error, whereas torch's tensors abort the process.
 
-Every call releases the GIL. Nothing here is called at import.
+Every call releases the GIL. Importing this calls nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 
 
 class CudaError(RuntimeError):
-    """A driver call that was refused. code: CUresult."""
+    """A driver call failed. code: the CUresult."""
 
     def __init__(self, call: str, code: int, name: str, text: str) -> None:
         super().__init__(f"{call}: {text} ({name}, {code})")
@@ -56,7 +56,7 @@ class CudaError(RuntimeError):
 
 
 class Driver:
-    """libcuda. Raises OSError where there is none; its methods raise CudaError."""
+    """libcuda. Raises OSError if it cannot be loaded; the methods raise CudaError."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
@@ -67,20 +67,20 @@ class Driver:
         self._check("cuInit", self._library.cuInit(0))
 
     def takes_host_pointers(self, ordinal: int) -> bool:
-        """Whether the device has registered memory at the host's address.
+        """Whether registered memory has the same address on the device as on the host.
 
-        On WSL2 it has not, and a batch call with such memory loses the context; other copies are translated.
+        Not on WSL2. There a batch call with such memory loses the context; for other copies the driver translates.
         """
         return self._attribute(ordinal, _HOST_POINTERS) != 0
 
     def host_node(self, ordinal: int) -> int:
-        """The NUMA node of the host that is closest to the device; -1 where there is none. From CUDA 12.2 on."""
+        """The host's NUMA node that is closest to the device; -1 if there is none. CUDA 12.2 and later."""
         return self._attribute(ordinal, _HOST_NUMA_ID)
 
     # ----------------------------------------------------------------------------------------------------- contexts
 
     def retain_context(self, ordinal: int) -> tuple[int, int]:
-        """(device, its primary context), the one that torch uses."""
+        """(the device, its primary context), which is the context that torch uses."""
         device = _int()
         self._check("cuDeviceGet", self._library.cuDeviceGet(ctypes.byref(device), ordinal))
         context = _handle()
@@ -100,7 +100,7 @@ class Driver:
         self._library.cuCtxPopCurrent_v2(ctypes.byref(_handle()))
 
     def exchange_capture_mode(self, mode: int) -> int:
-        """Set the calling thread's mode towards captures; the one it had."""
+        """Set the calling thread's stream-capture mode. Returns the previous one."""
         value = _int(mode)
         self._library.cuThreadExchangeStreamCaptureMode(ctypes.byref(value))
         return value.value
@@ -108,7 +108,7 @@ class Driver:
     # ------------------------------------------------------------------------------------------------------- memory
 
     def register(self, address: int, size: int) -> None:
-        """Pin a range of host memory."""
+        """Pin `size` bytes of host memory."""
         self._check("cuMemHostRegister", self._library.cuMemHostRegister_v2(address, size, _PORTABLE))
 
     def unregister(self, address: int) -> None:
@@ -123,7 +123,7 @@ class Driver:
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of device memory."""
         address = _handle()
-        fits = _size(size).value == size  # else ctypes would ask for the part that does
+        fits = _size(size).value == size  # otherwise ctypes would truncate it
         code = self._library.cuMemAlloc_v2(ctypes.byref(address), size) if fits else OUT_OF_MEMORY
         self._check("cuMemAlloc", code)
         return address.value or 0
@@ -156,13 +156,13 @@ class Driver:
 
 
 class DeviceContext:
-    """`with` it, the device's primary context (`handle`) is current on the calling thread, whatever thread that is.
+    """The device's primary context (`handle`). Within `with`, it is current on the calling thread.
 
-    A thread has none until something sets it, and driver calls then fail with 201; `torch.cuda.device` does not set
-    one where the device is 0 already. Entered more than once at a time, by any threads.
+    A thread has no current context until one is set, and driver calls then fail with 201; `torch.cuda.device` does not
+    set one if the device is 0 already. May be entered several times at once, by any threads.
 
-    The thread is out of others' captures of graphs meanwhile: else to ask for an event, to wait, to pin and to allocate
-    would be refused while some thread captures in mode GLOBAL, torch's default, and would end its capture.
+    Within `with`, the thread's stream-capture mode is RELAXED. Otherwise, while any thread captures a graph in mode
+    GLOBAL, torch's default, calls that query, wait, pin or allocate would be refused, and would end that capture.
     """
 
     def __init__(self, driver: Driver, ordinal: int) -> None:
@@ -183,9 +183,9 @@ class DeviceContext:
 
     @property
     def is_forked(self) -> bool:
-        """Whether this is a child of the process that made it: there, CUDA must not be called."""
+        """Whether this is a forked child of the process that made it; CUDA must not be called there."""
         return os.getpid() != self._owner
 
     def release(self) -> None:
-        """Give the context back. To be called once."""
+        """Release the context. Must be called once only."""
         self._driver.release_context(self._device)

@@ -1,8 +1,7 @@
 """HostEngine: streams and events made of native copy threads, for processes without a CUDA context.
 
-Ownership: `_native.HostEngine` owns the threads and the queues; native/core.h names the owner of every field. Here live
-only the choice of queues, where the threads may run, and the life of the engine. Events are `_native.Job` objects,
-handed out as they are.
+Ownership: `_native.HostEngine` owns the threads and the queues; native/core.h names the owner of every field. This file
+has only the choice of queues, the CPUs of the threads, and the engine's lifetime. Events are `_native.Job` objects.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# The queue that is served last.
+# The number of the queue that is served last.
 _POPULATION = 2
 
 
@@ -33,8 +32,8 @@ class HostStream(RowStream):
     def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
         """Queue copies from address `sources[i]` to address `destinations[i]`, arrays of shape (n,) and dtype uint64.
 
-        `size` is the bytes of each copy: one number, or an array (n,) of uint64. The arrays are free to be changed
-        when the call returns. Raises as `copy_rows` does.
+        `size` is the bytes of each copy: one number, or an array (n,) of uint64. The arrays may be changed once the
+        call returns. Raises as `copy_rows` does.
         """
         return self._engine.submit(self._queue, destinations, sources, size)
 
@@ -42,12 +41,12 @@ class HostStream(RowStream):
 class HostEngine:
     """`threads` native threads that serve three queues: loads before stores before population.
 
-    A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one, so a load waits
-    for at most one piece a thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
-    as on a CUDA stream. `kernel` names a copy kernel (`_native.kernels()`); by default the fastest is measured.
+    A thread that becomes free takes the next piece (at most 2 MiB) of the first queue that has one. So a load waits
+    for at most one piece per thread, whatever is queued. With `ordered`, the jobs of a stream run one after the other,
+    as on a CUDA stream. `kernel` names a copy kernel (`_native.kernels()`); by default the fastest one is measured.
 
-    The threads inherit the CPUs and the NUMA policy of the thread that constructs the engine: what it was given by
-    taskset, numactl or a cgroup holds for them. `cpus` names other CPUs, for a thread that is bound itself.
+    The threads inherit the CPUs and the NUMA policy of the thread that constructs the engine, as set by taskset,
+    numactl or a cgroup. `cpus` gives them other CPUs, for a constructing thread that is bound itself.
 
     Raises ValueError for a number of threads outside 1 to 256, RuntimeError if the system refuses them.
     """
@@ -69,15 +68,15 @@ class HostEngine:
             if cpus is not None:
                 for thread in self.thread_ids:
                     os.sched_setaffinity(thread, cpus)
-        except OSError as error:  # a sandbox; copies are right all the same
-            logger.warning("Copy threads run where the thread that made them does: %s", error)
-        # Also at the interpreter's exit, before the memory under the copies goes.
+        except OSError as error:  # in a sandbox; copies are still correct
+            logger.warning("Copy threads keep the CPUs of the thread that started them: %s", error)
+        # Runs at the interpreter's exit, too, before the memory that copies touch is freed.
         self._close = weakref.finalize(self, engine.close)
 
     def populate(self, rows: Rows) -> CopyEvent:
-        """Back new memory of adjoining rows that starts on a page, when there is nothing to copy.
+        """Populate new memory, adjoining rows that start on a page, whenever there is nothing to copy.
 
-        By the copy threads and not one more: that would share a core with the scheduler's thread when these are busy,
+        The copy threads do it: a thread of its own would share a core with the scheduler's thread while they are busy,
         for some milliseconds at a time.
         """
         return self._engine.populate(_POPULATION, rows.address, rows.count * rows.stride)
@@ -92,11 +91,11 @@ class HostEngine:
 
 
 def default_threads() -> int:
-    """Two copy threads, but one core is left to the scheduler.
+    """The default number of copy threads: two, or one if there are fewer than three cores, one being the scheduler's.
 
-    Cores are those that the calling thread may run on, or fewer where a CPU quota of the container pays for fewer whole
-    ones. A copy thread of class SCHED_BATCH that has to share a core with a busy one waits for a slice of the system's:
-    loads of 0.3 ms take 4 to 8 (seen on two cores). One that the quota does not pay for stops the scheduler as well,
+    Cores are those that the calling thread may run on, or the whole ones that the container's CPU quota pays for, if
+    these are fewer. A copy thread (class SCHED_BATCH) that shares a core with a busy thread waits for its time slice:
+    loads of 0.3 ms then take 4 to 8 ms (seen on two cores). A copy thread beyond the quota stops the scheduler, too,
     until the quota's next period.
     """
     cores = min([len(os.sched_getaffinity(0)), *machine.cpu_quotas()])

@@ -1,4 +1,4 @@
-"""RowStream: a stream of the native core, which both engines have."""
+"""RowStream: a stream of the native core, as both engines have it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ _UNLIMITED = -1
 
 
 class RowStream:
-    """One queue of a native engine. steps: the `dst_step` or `src_step` of rows, see _native."""
+    """One queue of a native engine. alignment_of: gives `_native`'s `dst_alignment` and `src_alignment` of rows."""
 
     def __init__(
-        self, engine: _native.HostEngine | _native.CudaEngine, queue: int, steps: Callable[[Rows], int] | None = None
+        self,
+        engine: _native.HostEngine | _native.CudaEngine,
+        queue: int,
+        alignment_of: Callable[[Rows], int] | None = None,
     ) -> None:
         self._engine = engine
         self._queue = queue
-        self._steps = steps
+        self._alignment_of = alignment_of
 
     def copy_rows(
         self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
@@ -37,7 +40,7 @@ class RowStream:
             source.count,
             source_rows,
             source.row_bytes,
-            *(map(self._steps, (destination, source)) if self._steps else ()),
+            *(map(self._alignment_of, (destination, source)) if self._alignment_of else ()),
         )
 
     def hold(self) -> None:
@@ -45,7 +48,7 @@ class RowStream:
         self._engine.limit(self._queue, 0)
 
     def step(self, pieces: int = 1) -> None:
-        """For tests: of a held queue, let that many pieces go, from now on; what is left of an earlier step is void."""
+        """For tests: let this many more pieces of a held queue start; what is left of an earlier step is void."""
         self._engine.limit(self._queue, pieces)
 
     def release(self) -> None:

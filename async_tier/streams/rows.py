@@ -1,4 +1,4 @@
-"""Rows: memory as copies see it, equally spaced rows at an address. The primary tier and the arena are both that."""
+"""Rows: memory as copies see it, equally spaced rows at an address. Describes both the primary tier and the arena."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Rows:
     def of_view(cls, view: memoryview) -> Rows:
         """The rows of a memoryview of shape (count, ...), such as vLLM's `primary_kv_view`.
 
-        Takes the address only: it neither copies nor exports the view, so the owner can release it. Raises
-        ValueError for a view without rows, read-only or with gaps inside a row.
+        Keeps the address only and not the view, so the owner can release it. Raises ValueError for a view without
+        rows, one that is read-only, and one with gaps inside a row or overlapping rows.
         """
         if view.ndim < 1 or view.strides is None or view.shape is None or view.nbytes == 0:
             raise ValueError(f"the primary view must hold at least one row, not shape {view.shape}")

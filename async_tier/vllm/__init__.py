@@ -1,1 +1,1 @@
-"""What follows vLLM's interface, which differs by version."""
+"""The code that depends on vLLM's interfaces, which differ between versions."""

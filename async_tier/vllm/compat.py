@@ -1,6 +1,6 @@
-"""The one file that knows that vLLM has versions: 0.25 to 0.33.
+"""The only file that knows about the differences between vLLM's versions, 0.25 to 0.33.
 
-It asks for features, not for version numbers, and gives the rest of the package one shape of vLLM:
+It tests for features, not for version numbers, and gives the rest of the package one interface:
 
     what                              0.25   0.26   0.27   0.28   0.30   0.31   0.33
     a job's row numbers               block_ids ................. chunk_ids ........
@@ -49,7 +49,7 @@ except ImportError as error:
 
 Config = TypeVar("Config")
 
-# What `Finished` calls the fields of vLLM's JobResult. A version may lack some, and have others between them.
+# The fields of vLLM's JobResult, and their names in `Finished`. A version may lack some, and have others in between.
 _RESULT_FIELDS = {
     "job_id": "job_id",
     "success": "success",
@@ -59,14 +59,14 @@ _RESULT_FIELDS = {
 }
 _result_names = [name for name in JobResult.__dataclass_fields__ if name in _RESULT_FIELDS]
 _result_values = operator.attrgetter(*(_RESULT_FIELDS[name] for name in _result_names))
-# Fields of a later version that must be given: nothing is known of them here.
+# Required fields that a later version may add. Nothing is known of them here, so they are None.
 _UNKNOWN_FIELDS = dict.fromkeys(
     name
     for name, field in JobResult.__dataclass_fields__.items()
     if name not in _RESULT_FIELDS and field.init and field.default is field.default_factory is dataclasses.MISSING
 )
-_Job = vars(vllm_tiering).get("TransferJob") or vars(vllm_tiering)["JobMetadata"]  # that before 0.28
-# The rows of the primary of a job, in the order of its keys.
+_Job = vars(vllm_tiering).get("TransferJob") or vars(vllm_tiering)["JobMetadata"]  # JobMetadata before 0.28
+# row_numbers(job): the job's rows of the primary, in the order of its keys, shape (n,).
 row_numbers: Callable[[Any], np.ndarray] = operator.attrgetter(
     "chunk_ids" if "chunk_ids" in _Job.__dataclass_fields__ else "block_ids"
 )
@@ -78,10 +78,10 @@ _base_keywords = {
 _BASE_TAKES_DETECTOR = "backpressure_detector" in _base_keywords
 _HAS_POSITIONS = hasattr(ReqContext, "get_offload_key_position")
 
-# The KV group of a key.
+# group_of(key): the number of its KV group.
 group_of: Callable[[Any], int] = vllm_base.get_offload_group_idx
 
-# Whether `drain_jobs` is vLLM's only word of a reset, because there is no detector to tell of it.
+# Whether `drain_jobs` is the only sign of a reset, because this vLLM has no detector whose `reset` is called.
 DRAIN_MEANS_RESET = not _BASE_TAKES_DETECTOR
 
 
@@ -104,32 +104,32 @@ class TierBase(SecondaryTierManager):
         super().__init__(offloading_spec=offloading_spec, primary_kv_view=primary_kv_view, tier_type=tier_type, **more)
 
 
-def bases_own(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that vLLM's base class names in its constructor: they are for it, in a later version."""
+def base_keywords(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keywords that the constructor of vLLM's base class takes, in this or a later version."""
     return {name: value for name, value in options.items() if name in _base_keywords}
 
 
 def locality(name: str | None) -> Any:
-    """vLLM's Locality called `name`; the name itself where vLLM has none."""
+    """vLLM's Locality called `name`, or the name itself if this vLLM has no Locality."""
     if name is None or not hasattr(vllm_base, "Locality"):
         return name
     return vllm_base.Locality(name)
 
 
 def job_result(finished: Finished) -> JobResult:
-    """vLLM's JobResult, with those of its fields that this version has."""
+    """vLLM's JobResult, with the fields that this version has."""
     values: dict[str, Any] = {**_UNKNOWN_FIELDS, **dict(zip(_result_names, _result_values(finished), strict=True))}
     return JobResult(**values)
 
 
 def node_count(offloading_spec: Any) -> int | None:
-    """The nodes that the workers of one engine are spread over; None if that cannot be known.
+    """The number of nodes that the workers of one engine are spread over; None if that cannot be known.
 
-    vLLM's configuration says it, unless Ray or torchrun places the workers. So of more workers than this node has GPUs
-    some are elsewhere. (Workers on a part of each node's GPUs do not show.) Nothing can be said where the engine's
-    process sees no GPU, as Ray has it.
+    vLLM's configuration has it, unless Ray or torchrun places the workers. Then the number of workers is compared with
+    the number of GPUs of this node. (That misses workers on a part of each node's GPUs.) None if the engine's process
+    sees no GPU, as under Ray.
     """
-    config = getattr(offloading_spec, "vllm_config", None) or _vllms(VllmConfig, "vllm_config", offloading_spec)
+    config = getattr(offloading_spec, "vllm_config", None) or _find_config(VllmConfig, "vllm_config", offloading_spec)
     parallel = getattr(config, "parallel_config", None)
     for name in ("nnodes_within_dp", "nnodes"):
         nodes = getattr(parallel, name, None)
@@ -139,16 +139,16 @@ def node_count(offloading_spec: Any) -> int | None:
             break
     workers = getattr(getattr(getattr(offloading_spec, "config", None), "parallel", None), "world_size", None)
     if isinstance(workers, int) and vllm.platforms.current_platform.is_cuda_alike():
-        # Counted by the driver's management library: makes no CUDA context.
+        # NVML counts them, so this makes no CUDA context.
         devices = vllm.platforms.current_platform.device_count()
         return -(-workers // devices) if devices else None
     return 1
 
 
 def has_one_worker(offloading_spec: Any) -> bool:
-    """Whether there is known to be one worker in all, so that it may live in this process and share its context.
+    """Whether there is exactly one worker, so that it may live in this process and share its CUDA context.
 
-    Replicas of a dense model do not know of each other: each of them has one worker in all.
+    Replicas of a dense model do not know of each other, so each counts its own worker only.
     """
     parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
     if parallel is None:  # up to 0.26
@@ -158,13 +158,13 @@ def has_one_worker(offloading_spec: Any) -> bool:
 
 
 def first_gpu(offloading_spec: Any) -> int | None:
-    """The first GPU of the engine's workers, by torch's number in this process; None if that cannot be known.
+    """The first GPU of the engine's workers, as torch numbers it in this process; None if that cannot be known.
 
-    vLLM's GPU workers find theirs in this way. The engine's process sees the GPUs of all of its node's engines.
+    Computed as vLLM's GPU workers do. The engine's process sees the GPUs of all engines of its node.
     """
-    config = getattr(offloading_spec, "vllm_config", None) or _vllms(VllmConfig, "vllm_config", offloading_spec)
+    config = getattr(offloading_spec, "vllm_config", None) or _find_config(VllmConfig, "vllm_config", offloading_spec)
     parallel = getattr(config, "parallel_config", None)
-    if parallel is None:  # from 0.27 on, where no caller has it
+    if parallel is None:  # from 0.27 on, if no caller holds it
         parallel = getattr(getattr(offloading_spec, "config", None), "parallel", None)
     if getattr(parallel, "distributed_executor_backend", None) in ("ray", "external_launcher"):
         return None  # they place the workers
@@ -176,7 +176,7 @@ def first_gpu(offloading_spec: Any) -> int | None:
     if not isinstance(workers, int) or not isinstance(replica, int):
         return None
     gpu = replica * workers
-    assigned = getattr(parallel, "assigned_physical_gpu_ids", None)  # vLLM's --device-ids, by the machine's numbers
+    assigned = getattr(parallel, "assigned_physical_gpu_ids", None)  # vLLM's --device-ids, numbered as on the machine
     if isinstance(assigned, list):
         platform = vllm.platforms.current_platform
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -187,7 +187,7 @@ def first_gpu(offloading_spec: Any) -> int | None:
 
 
 def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
-    """The tokens of one of our blocks, by KV group; empty if the spec does not say (up to 0.26, and mocks)."""
+    """The tokens of one of our blocks, by KV group; empty if the spec has no such field (up to 0.26, and mocks)."""
     groups = getattr(offloading_spec, "tokens_per_block", None)
     factor = getattr(offloading_spec, "blocks_per_chunk", None)
     if not isinstance(groups, tuple) or not isinstance(factor, int):
@@ -197,26 +197,26 @@ def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
 
 def tokens_per_step(offloading_spec: Any) -> int | None:
     """vLLM's `max_num_batched_tokens`; None if that cannot be known."""
-    config = _vllms(VllmConfig, "vllm_config", offloading_spec)
+    config = _find_config(VllmConfig, "vllm_config", offloading_spec)
     return None if config is None else config.scheduler_config.max_num_batched_tokens
 
 
-def partial_chunks(offloading_spec: Any) -> str | None:
-    """A sentence if vLLM serves wrong KV, because it takes parts of chunks for wholes; None as far as nothing shows.
+def partial_chunk_problem(offloading_spec: Any) -> str | None:
+    """Why vLLM would serve wrong KV with this configuration, in one sentence; None if no reason is found.
 
-    It frees blocks of such groups while the request runs, stores a chunk when its last block is there, and loads it
-    whole. Seen with vLLM 0.32 and sliding windows, alone and beside full attention.
+    With several blocks per chunk, vLLM frees blocks of such KV groups while the request runs, but stores a chunk once
+    its last block is there, and loads it whole. Seen with vLLM 0.32 and sliding windows, also beside full attention.
     """
-    # The latter up to 0.26.
+    # block_size_factor: up to 0.26.
     factor = getattr(offloading_spec, "blocks_per_chunk", getattr(offloading_spec, "block_size_factor", None))
-    config = _vllms(KVCacheConfig, "kv_cache_config", offloading_spec)
+    config = _find_config(KVCacheConfig, "kv_cache_config", offloading_spec)
     if config is None or not isinstance(factor, int) or factor == 1:
         return None
     kinds = set()
     offloaded = getattr(config, "prefix_cacheable_group_ids", range(len(config.kv_cache_groups)))
     for group in offloaded:
         spec = config.kv_cache_groups[group].kv_cache_spec
-        # Layers that differ in size have a spec each.
+        # A group of layers that differ in size has a spec for each layer.
         for layer in getattr(spec, "kv_cache_specs", {"": spec}).values():
             if not isinstance(layer, FullAttentionSpec):
                 words = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(layer).__name__.removesuffix("Spec"))
@@ -229,14 +229,14 @@ def partial_chunks(offloading_spec: Any) -> str | None:
     )
 
 
-def _vllms(kind: type[Config], name: str, offloading_spec: Any) -> Config | None:
-    """vLLM's configuration called `name`; None if it cannot be had.
+def _find_config(kind: type[Config], name: str, offloading_spec: Any) -> Config | None:
+    """vLLM's configuration called `name`; None if it cannot be found.
 
-    Up to 0.26 the spec has it. Later ones hide it from tiers, whose constructors run below that of the connector, which
-    was given it: it is among what these callers hold.
+    Up to 0.26 the spec has it. Later versions hide it from tiers. But a tier is constructed by the connector, which was
+    passed the configuration, so it is found among the local variables of the callers.
     """
     config = getattr(offloading_spec, name, None)
-    frame: FrameType | None = sys._getframe(1)  # not this one, which would be in its own locals
+    frame: FrameType | None = sys._getframe(1)  # the caller: this function's own locals would hold it
     while frame is not None and not isinstance(config, kind):
         config = frame.f_locals.get(name)
         frame = frame.f_back
@@ -246,13 +246,13 @@ def _vllms(kind: type[Config], name: str, offloading_spec: Any) -> Config | None
 def order_of(context: Any) -> SequenceOrder:
     """A new order for the request of this ReqContext.
 
-    vLLM 0.31 and later note each key's end token, in a dict that has no public name. Before, `touch` tells the order.
+    vLLM 0.31 and later note each key's end token, in a dict without a public name. Before, `touch` gives the order.
     """
     return SequenceOrder(context._offload_key_positions if _HAS_POSITIONS else {})
 
 
 class NeverDrop:
-    """A back-pressure policy for a tier that nobody asked to hold stores back: it drops nothing."""
+    """A back-pressure policy that drops nothing, for a tier that has none configured."""
 
     def should_store(self, detector: Any) -> bool:
         return True
@@ -268,7 +268,7 @@ class NeverDrop:
 
 
 class NoPressure:
-    """A back-pressure detector that never holds a store back, with what vLLM asks of one (0.31 to 0.33)."""
+    """A back-pressure detector that never holds a store back, with the interface of vLLM 0.31 to 0.33."""
 
     policy = NeverDrop()
     stats: dict[str, float] = {}  # noqa: RUF012 - read only, and vLLM's type for it
@@ -293,13 +293,13 @@ class NoPressure:
 
 
 class Detector:
-    """vLLM's detector, seen through a wrapper.
+    """A wrapper around vLLM's detector.
 
-    It hears `reset`, which is vLLM's only word of `reset_cache` beyond a drain. And it tells the detector how long the
-    copies of a store took: vLLM measures until it sees the end, which with steps of 100 ms is some 50 ms for a copy of
-    0.2 ms, and would hold back stores of a tier that is idle.
+    It calls `on_reset` when vLLM calls `reset`, which is the only sign of `reset_cache` besides a drain. And it gives
+    the detector the time that a store's copies took. vLLM would measure until it sees the end: with steps of 100 ms,
+    some 50 ms for a copy of 0.2 ms, so that an idle tier would look slow and have its stores dropped.
 
-    `on_reset` is a method of the tier, which holds this object: kept weakly, so that a tier ends with its last user.
+    `on_reset` is a method of the tier that holds this object. It is kept weakly, so that there is no reference cycle.
     """
 
     def __init__(self, detector: Any, on_reset: Callable[[], None]) -> None:
@@ -307,8 +307,8 @@ class Detector:
         self.__dict__["_on_reset"] = weakref.WeakMethod(on_reset)
         self.__dict__["_seconds"] = deque()
 
-    def reported(self, seconds: Iterable[float]) -> None:
-        """What the copies of the stores took that the tier is reporting; vLLM calls `update` for them in this order."""
+    def set_store_seconds(self, seconds: Iterable[float]) -> None:
+        """seconds: per store being reported, the time of its copies. vLLM calls `update` for them in this order."""
         self._seconds.clear()
         self._seconds.extend(seconds)
 

@@ -6,18 +6,18 @@ import contextlib
 import multiprocessing
 import os
 
-# How vLLM tells OpenMP to bind a worker's threads: its variable depends on the library.
+# The variables by which vLLM has OpenMP bind a worker's threads; which one depends on the library.
 _OPENMP_BINDINGS = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PLACES")
 
 
 def cpus_before_openmp() -> set[int]:
-    """Where a worker process of vLLM's CPU backend may run, although OpenMP has bound the calling thread to less.
+    """The CPUs that a worker process of vLLM's CPU backend may use, although OpenMP bound the calling thread to fewer.
 
-    vLLM starts its workers so that OpenMP binds their threads (`OMPProcessManager`), the first one before Python runs.
-    What the process was given can only be asked of the process that started it, which vLLM does not bind.
+    vLLM has OpenMP bind the threads of its workers (`OMPProcessManager`), the first one before Python runs. The CPUs
+    before that can only be read from the parent process, which vLLM does not bind.
 
-    The calling thread's CPUs alone where vLLM binds nothing, so that whatever does is the user's, and where vLLM put
-    numactl between the two processes (`--numa-bind`), so that the worker was given less.
+    Only the calling thread's CPUs in two cases: if vLLM binds nothing, because then any binding is the user's; and if
+    vLLM started the worker by numactl (`--numa-bind`), because that gave it fewer CPUs than the parent has.
     """
     cpus = os.sched_getaffinity(0)
     parent = multiprocessing.parent_process()
@@ -25,6 +25,6 @@ def cpus_before_openmp() -> set[int]:
     is_asked = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
     has_numactl = "_VLLM_INTERNAL_NUMACTL_ARGS" in os.environ
     if parent and parent.pid and is_bound and is_asked and not has_numactl:
-        with contextlib.suppress(OSError):  # it has ended, or may not be asked
+        with contextlib.suppress(OSError):  # it has ended, or must not be inspected
             cpus |= os.sched_getaffinity(parent.pid)
     return cpus

@@ -1,16 +1,16 @@
-"""PrimaryFile: which processes may use the file in /dev/shm that a primary tier lies in.
+"""PrimaryFile: decides which processes may use the file in /dev/shm that a primary tier lies in.
 
-The workers of an engine and its scheduler each open /dev/shm/vllm_offload_{engine_id}.mmap. vLLM takes a file of that
+The workers of an engine and its scheduler each open /dev/shm/vllm_offload_{engine_id}.mmap. vLLM takes any file of that
 name for its own engine's, whoever made it, and waits half a minute for it to grow if it is too small.
 
-So each of them, a *member*, locks one byte of the file, from before it uses the file until its mapping goes. The lock
-belongs to an open file and not to a process (F_OFD_SETLK), and the mapping keeps that file open. So it ends with the
-mapping, or with the process however that ends, and means the same in every container. Whoever has locked byte 0, as
-only one can at a time, decides by the others:
+So each of these processes, a *member*, locks one byte of the file, from before it uses the file until its mapping ends.
+The lock belongs to an open file and not to a process (F_OFD_SETLK), and the mapping keeps that file open. So the lock
+ends with the mapping, or with the process however that ends, and it means the same in every container. A member first
+locks byte 0, which only one can hold at a time, and then decides by the locks on the other bytes:
 
-    my byte, or that of an engine with another number of workers, is locked: the file is somebody else's
-    none is locked, and nobody has mapped the file:                          it was left behind, and is replaced
-    others of my engine are locked:                                          I join them
+    its own byte, or one of an engine with another number of workers:   the file belongs to another engine
+    none, and no process has mapped the file:                           the file was left behind, and is replaced
+    only other bytes of its own engine:                                 it joins the other members
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from types import TracebackType
 from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_space
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-from async_tier.text import shown
+from async_tier.text import brief
 
 logger = logging.getLogger(__name__)
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: to the end), process
-_DECIDING = 0
+_DECISION = 0
 
 
 def _lock(fd: int, start: int, *, kind: int = fcntl.F_WRLCK, wait: bool = False) -> None:
-    """Lock a byte, which may lie beyond the file's end. Raises OSError where it is locked and `wait` is false."""
+    """Lock a byte, which may lie beyond the file's end. Raises OSError if it is locked and `wait` is false."""
     command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
     fcntl.fcntl(fd, command, struct.pack(_FLOCK, kind, os.SEEK_SET, start, 1, 0))
 
 
 def _is_locked(fd: int, start: int, length: int) -> bool:
-    """Whether anybody else has locked any of these bytes."""
+    """Whether another open file has locked any of these bytes. A length of 0 means to the end."""
     found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
     return struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
 
@@ -51,7 +51,7 @@ def _users(status: os.stat_result) -> list[str]:
     device = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x} {status.st_ino} ".encode()
     users = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # has ended, or may not be asked
+        with contextlib.suppress(OSError):  # it has ended, or must not be inspected
             if device in (process / "maps").read_bytes():
                 name = (process / "comm").read_text(errors="replace").strip()
                 own = ", this one" if process.name == str(os.getpid()) else ""
@@ -60,13 +60,13 @@ def _users(status: os.stat_result) -> list[str]:
 
 
 class PrimaryFile:
-    """A member's claim to the file: a context manager, within which the member maps it and calls `hand_over`.
+    """A member's claim to the file: a context manager, in which the member maps the file and calls `hand_over`.
 
-    engine_id: what the file is named after. size: bytes, the same for all members. world_size: the engine's workers.
-    rank: a worker's, or None for the scheduler.
+    engine_id: names the file. size: of the file in bytes, the same for all members. world_size: the number of the
+    engine's workers. rank: the worker's, or None for the scheduler.
 
-    The file is made if need be. Raises ValueError if it is somebody else's, RuntimeError if /dev/shm has no room. A
-    member that fails within the context leaves no file of its making.
+    Creates the file if there is none. Raises ValueError if it belongs to another engine or cannot be opened,
+    RuntimeError if /dev/shm has no room. A member that fails within the context removes a file that it created.
     """
 
     def __init__(self, engine_id: str, size: int, world_size: int, rank: int | None) -> None:
@@ -74,10 +74,10 @@ class PrimaryFile:
         self.created = False
         self._engine_id = engine_id
         self._pid = os.getpid()
-        # Bytes of engines with different numbers of workers are apart.
+        # Engines with different numbers of workers use different bytes.
         self._first, self._last = world_size << 32, (world_size << 32) + world_size
         self._byte = self._first if rank is None else self._first + 1 + rank
-        self._fd = self._claim(size)
+        self._fd = self._open_locked(size)
         self._inode = os.fstat(self._fd).st_ino
 
     def __enter__(self) -> PrimaryFile:
@@ -91,42 +91,42 @@ class PrimaryFile:
             self.unlink()
 
     def hand_over(self, region: SharedOffloadRegion) -> None:
-        """Let the lock go with the mapping of `region`, vLLM's view of the file."""
+        """Move the lock to the file that `region`, vLLM's view, has mapped, so that it ends with the mapping."""
         assert region.fd is not None
-        _lock(self._fd, _DECIDING, wait=True)  # until the end of the context: nobody sees the file without the lock
+        _lock(self._fd, _DECISION, wait=True)  # until the context ends: nobody must see the file unlocked
         _lock(self._fd, self._byte, kind=fcntl.F_UNLCK)
         _lock(region.fd, self._byte)
-        # The mapping has a descriptor of its own. vLLM closes this one in `cleanup` alone, not where it is dropped.
+        # The mapping keeps the file open. vLLM would close this descriptor only in `cleanup`, not if it is dropped.
         os.close(region.fd)
         region.fd = None
 
     def unlink(self) -> None:
-        """Take the name away: for other engines, as the first member of this one that ends. Idempotent.
+        """Remove the name, so that other engines can use it; the first member that ends does. Idempotent.
 
-        Not where the name is another file's by now, nor in a forked child of the member.
+        Does nothing if the name belongs to another file by now, or in a forked child of the member.
         """
         with contextlib.suppress(FileNotFoundError):
             if os.getpid() != self._pid:
                 return
             fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                _lock(fd, _DECIDING, wait=True)
+                _lock(fd, _DECISION, wait=True)
                 status = os.fstat(fd)
                 if status.st_ino == self._inode and status.st_nlink:
                     os.unlink(self.path)
             finally:
                 os.close(fd)
 
-    def _claim(self, size: int) -> int:
+    def _open_locked(self, size: int) -> int:
         """A descriptor of the file, with the member's byte locked."""
         while True:
             fd = self._open()
             if fd is None:
                 continue
             try:
-                _lock(fd, _DECIDING, wait=True)
-                if self._take(fd, size):
-                    _lock(fd, _DECIDING, kind=fcntl.F_UNLCK)
+                _lock(fd, _DECISION, wait=True)
+                if self._join(fd, size):
+                    _lock(fd, _DECISION, kind=fcntl.F_UNLCK)
                     return fd
             except BaseException:
                 os.close(fd)
@@ -134,7 +134,7 @@ class PrimaryFile:
             os.close(fd)
 
     def _open(self) -> int | None:
-        """A descriptor of the file, which is made if there is none; None if it went in between."""
+        """A descriptor of the file, created if there is none; None if it was removed in between."""
         try:
             try:
                 return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -142,19 +142,19 @@ class PrimaryFile:
                 with contextlib.suppress(FileNotFoundError):
                     return os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
                 return None
-        except (OSError, ValueError) as error:  # no file can be named so
+        except (OSError, ValueError) as error:  # such as a name that no file can have
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(
-                f"the primary's file {shown(self.path)}, named after engine_id {shown(self._engine_id)}, cannot be "
+                f"the primary's file {brief(self.path)}, named after engine_id {brief(self._engine_id)}, cannot be "
                 f"opened: {reason}"
             ) from error
 
-    def _take(self, fd: int, size: int) -> bool:
-        """Lock the member's byte of a file, which is given its size if it is new; False if the file is no more."""
+    def _join(self, fd: int, size: int) -> bool:
+        """Lock the member's byte, and size the file if it is new. False if the file is gone, or removed here."""
         status = os.fstat(fd)
         if not status.st_nlink:
             return False
-        if not _is_locked(fd, _DECIDING + 1, 0):
+        if not _is_locked(fd, _DECISION + 1, 0):
             if status.st_size:
                 self._remove_left_behind(status)
                 return False
@@ -167,17 +167,17 @@ class PrimaryFile:
                 os.unlink(self.path)
                 raise
             return True
-        others = _is_locked(fd, _DECIDING + 1, self._first - _DECIDING - 1) or _is_locked(fd, self._last + 1, 0)
+        others = _is_locked(fd, _DECISION + 1, self._first - _DECISION - 1) or _is_locked(fd, self._last + 1, 0)
         if others or _is_locked(fd, self._byte, 1) or status.st_size != size:
-            raise self._in_use(_users(status))
+            raise self._in_use_error(_users(status))
         _lock(fd, self._byte)
         return True
 
     def _remove_left_behind(self, status: os.stat_result) -> None:
-        # Without a lock of ours: by a spec of vLLM's own.
+        # vLLM's own spec uses the file without our locks.
         users = _users(status)
         if users:
-            raise self._in_use(users)
+            raise self._in_use_error(users)
         logger.warning(
             "Replaced %s: an engine with engine_id %r has left it behind, and no process uses it any more",
             self.path,
@@ -185,7 +185,7 @@ class PrimaryFile:
         )
         os.unlink(self.path)
 
-    def _in_use(self, users: list[str]) -> ValueError:
+    def _in_use_error(self, users: list[str]) -> ValueError:
         return ValueError(
             f"the primary's file {self.path} is in use by {' and '.join(users) or 'a process not seen from here'}: "
             f"another engine, or another connector of this one, has engine_id {self._engine_id!r}. Give each engine an "

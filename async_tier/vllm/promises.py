@@ -1,25 +1,24 @@
-"""Promises: how much of the tier vLLM is told of at once, so that the primary can hold what it was told of.
+"""Promises: limits how many blocks the tier reports as hits at a time, so that the primary can hold them.
 
-A hit has a side effect in vLLM: it takes a row of the primary at once, the block is loaded into it ("promoted"), and
-the request is asked about again in the next step. Whoever is given the rows that others were promised makes them ask
-again, for ever: a prompt of more blocks than the primary has, or several waiting requests of together more (vLLM
-#50014, #42371, #49902).
+A hit has a side effect in vLLM: it reserves a row of the primary at once, the block is loaded into it ("promoted"),
+and the request's blocks are looked up again in the next step. If the rows promised to a request are then taken by
+another one, the request starts over, and this can go on forever: with a prompt of more blocks than the primary has, or
+with several waiting requests that together have more (vLLM #50014, #42371, #49902).
 
-So account is kept by request of what it was promised and has not taken up. vLLM says when a request is scheduled for
-the first time, which is after its blocks have arrived, and when it is over. That it resumes one after a preemption it
-does not say: it shows by what the request stores, or by asking no more.
+So this class keeps account, by request, of the blocks that were promised and not taken up yet. vLLM reports when a
+request is scheduled for the first time, by when its blocks have arrived, and when it has ended. vLLM does not report
+that a preempted request resumes: it shows when the request stores blocks, or is no longer looked up.
 
-    KEEP     the block fits beside what its request was promised before, and beside what others were
-    WAIT     it does not fit beside the others, who will take theirs up
-    REFUSE   it does not fit beside what comes before it in its own request, or the wait has lasted too long
+    KEEP     a hit: the block fits beside those promised earlier to its own request and to the others
+    WAIT     vLLM's RETRY: it does not fit beside the blocks promised to others, which they will take up
+    REFUSE   a miss: it does not fit beside the earlier blocks of its own request, or the wait has lasted too long
 
-- A request is promised all of its blocks that are here, or none yet: with parts of two, neither could go on.
-- Who asks first in a step has precedence: while it waits, nothing is promised to those behind it.
-- Who waits is told so once a step for each KV group, and that the rest is not here: else vLLM would ask for all of it.
-- Every wait ends: promises that nobody has asked about for STALE_STEPS (after a preemption: RESUMED_STEPS) are void,
-  and who has waited PATIENCE_STEPS in which nobody took up anything, or LONGEST_WAIT_STEPS, is refused.
-- A request that loses what it was promised, because running ones take the rows, is promised it again MOST_RENEWALS
-  times.
+- A request is promised all of its blocks that are here, or none yet: if two had a part each, neither could go on.
+- The request that is looked up first in a step goes first: while it waits, nothing is promised to later ones.
+- A waiting request gets one WAIT per step and KV group, then REFUSE, so that vLLM does not look up all its blocks.
+- Every wait ends. A promise is void once its request was not looked up for STALE_STEPS (after a preemption, for
+  RESUMED_STEPS). A request is refused after PATIENCE_STEPS in which no promise was taken up, or MAX_WAIT_STEPS.
+- A request whose promised rows were taken by running requests is promised them again, up to MAX_RENEWALS times.
 
 No vLLM. Called by one thread at a time.
 """
@@ -32,40 +31,40 @@ from async_tier.order import SequenceOrder
 
 KEEP, WAIT, REFUSE = range(3)
 
-# In steps, because what is waited for takes steps: blocks that are here go on to the GPU, and the request is scheduled.
+# Counted in steps, because steps are what a request waits for: blocks move on to the GPU, and requests are scheduled.
 # A step in which nothing can run takes a millisecond or less.
 STALE_STEPS = 128
 RESUMED_STEPS = 16
 PATIENCE_STEPS = 512
-LONGEST_WAIT_STEPS = 1 << 14
-# What a step counts while promised blocks are on their way, which may take long, but not for ever.
+MAX_WAIT_STEPS = 1 << 14
+# How much of a step is counted while promised blocks are being loaded, which may take long, but not forever.
 _LOADING_STEP = 1 / 16
-MOST_RENEWALS = 8
+MAX_RENEWALS = 8
 
 
 class _Promise:
-    """What one request was promised. `step`, `answer`, `beyond` and `room` are of the last step that it asked in."""
+    """One request's promise. `step`, `answer`, `overflow`, `room`: of the last step in which it was looked up."""
 
     __slots__ = (
-        *("answer", "beyond", "firsts", "keys", "last", "order", "patience", "renewals", "renewed", "room", "size"),
+        *("answer", "overflow", "firsts", "keys", "last", "order", "patience", "renewals", "renewed", "room", "size"),
         *("step", "take_ups", "waited"),
     )
 
     def __init__(self, order: SequenceOrder | None) -> None:
         self.order = order
-        # Promised, and their load was submitted.
+        # Promised keys whose load was submitted; and the last of them in the request.
         self.keys: set[bytes] = set()
         self.last: bytes | None = None
-        # The rows of the primary that it has a right to: for these, and for what was promised in this step.
+        # The rows of the primary promised to it: those of `keys`, and those promised in this step.
         self.size = 0
         self.step = -1
-        # What the rest of the step's questions are answered, if that is decided.
+        # The answer to all further lookups of this step, once it is decided.
         self.answer: int | None = None
-        # How many more blocks may be promised, and, of a request with several KV groups, from which one on none.
+        # How many more blocks may be promised. With several KV groups also the first block that does not fit.
         self.room = 0
-        self.beyond: bytes | None = None
-        # While it waits: by KV group, what it asked for first in this step; steps in all; what is left of its patience,
-        # which is new whenever others have taken up theirs.
+        self.overflow: bytes | None = None
+        # While it waits: by KV group, the first key looked up in this step; how many steps it has waited; and how many
+        # more it will wait, which starts anew whenever another request takes up its promise (`take_ups`).
         self.firsts: dict[int, bytes] = {}
         self.waited = 0
         self.patience = 0.0
@@ -75,9 +74,9 @@ class _Promise:
 
 
 class Promises:
-    """The account of a primary with `rows` rows.
+    """The promises for a primary with `rows` rows.
 
-    is_here: whether a block can be loaded. group_of: the KV group of a key.
+    is_here(key): whether the block can be loaded. group_of(key): its KV group.
     """
 
     def __init__(self, rows: int, is_here: Callable[[bytes], bool], group_of: Callable[[bytes], int]) -> None:
@@ -85,25 +84,25 @@ class Promises:
         self._is_here = is_here
         self._group_of = group_of
         self._promises: dict[str, _Promise] = {}
-        # The sum of their sizes.
+        # The sum of their sizes, in rows.
         self._total = 0
-        # Load job -> its request.
+        # By load job, its request.
         self._loads: dict[int, str] = {}
         self._step = 0
         self._asked: list[_Promise] = []
         self._preempted: set[str] = set()
-        # How often a request had what it was promised.
+        # How often a request took up its promise.
         self._take_ups = 0
-        # Somebody waits for room in this step.
-        self._is_short = False
-        # The request that asks now, of whose blocks so many more are KEEP, whatever their keys: whoever tells it that
-        # one is here takes one off `room`. To ask for each would take longer than to look for it.
+        # Whether a request waits for room in this step.
+        self._has_waiting = False
+        # A shortcut: the next `room` blocks of the request `asking` are KEEP, whatever their keys. The caller then
+        # decrements `room` and does not call `ask`, which would take longer than the lookup itself.
         self.asking: str | None = None
         self.room = 0
 
     def ask(self, request: str, key: bytes, order: SequenceOrder | None) -> int:
-        """KEEP, WAIT or REFUSE: may the request be told that `key` is here, which it is?"""
-        self._settle()
+        """KEEP, WAIT or REFUSE: the answer to the request's lookup of `key`, a block that is here."""
+        self._count_granted()
         promise = self._promises.get(request)
         if promise is None or promise.step != self._step:
             promise = self._begin(request, key, order)
@@ -114,17 +113,17 @@ class Promises:
         if promise.answer is not None:
             is_first = promise.firsts.setdefault(self._group_of(key), key) == key
             return promise.answer if is_first else REFUSE
-        if promise.beyond is not None and order is not None and not order.precedes(key, promise.beyond):
+        if promise.overflow is not None and order is not None and not order.precedes(key, promise.overflow):
             return REFUSE
         promise.room -= 1
         self._resize(promise, promise.size + 1)
-        if not promise.keys and promise.beyond is None:
+        if not promise.keys and promise.overflow is None:
             self.asking, self.room = request, promise.room
         return KEEP
 
     def note_load(self, job: int, request: str, keys: Collection[bytes]) -> None:
-        """Of what was promised in this step, in the order of asking, only what is loaded stays so when it ends."""
-        self._settle()
+        """A load was submitted. Promises of this step are void at its end unless their blocks are being loaded."""
+        self._count_granted()
         promise = self._promises.get(request)
         if promise is not None and keys:
             promise.keys.update(keys)
@@ -132,43 +131,43 @@ class Promises:
             self._loads[job] = request
 
     def note_end(self, job: int, success: bool) -> None:
-        """A job has ended. Blocks whose load failed are not here any more, and not promised."""
+        """A job has ended. If it was a load that failed, its blocks are gone and not promised any more."""
         promise = self._promises.get(self._loads.pop(job, ""))
         if promise is not None and not success:
             promise.keys = set(filter(self._is_here, promise.keys))
             self._resize(promise, len(promise.keys))
 
     def end_step(self, scheduled: Iterable[str] = (), preempted: Iterable[str] = ()) -> None:
-        """The end of a scheduler step, in which requests were scheduled for the first time, and others preempted."""
-        self.asking = None  # what was promised to it without a question counts as the rest: if it is loaded
+        """End a scheduler step. scheduled: requests scheduled in it for the first time. preempted: those preempted."""
+        self.asking = None  # its shortcut promises are like all others: void unless their blocks are being loaded
         for promise in self._asked:
             self._resize(promise, len(promise.keys))
         self._asked.clear()
-        self._is_short = False
+        self._has_waiting = False
         for request in scheduled:
             if request in self._promises and self._promises[request].keys:
                 self._take_ups += 1
-            self.release(request)
+            self.void(request)
         self._preempted.update(preempted)
         self._step += 1
         if self._step % STALE_STEPS == 0:
-            self._release_stale()
+            self._void_stale()
 
-    def release(self, request: str) -> None:
-        """The request has what it was promised, or needs it no more."""
-        self._settle()
+    def void(self, request: str) -> None:
+        """Void the request's promise: it has the blocks, or no longer needs them."""
+        self._count_granted()
         promise = self._promises.pop(request, None)
         if promise is not None:
-            promise.keys.clear()  # the end of the step, if it was asked about, counts what it has
+            promise.keys.clear()  # because `end_step` may still set its size to their number
             self._resize(promise, 0)
 
     def finish(self, request: str) -> None:
-        """The request is over; its name may come again for another."""
-        self.release(request)
+        """The request has ended; the name may be used again for another one."""
+        self.void(request)
         self._preempted.discard(request)
 
     def clear(self) -> None:
-        """Nothing is promised any more."""
+        """Void all promises."""
         self.asking = None
         self._promises.clear()
         self._loads.clear()
@@ -177,8 +176,8 @@ class Promises:
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _settle(self) -> None:
-        """Count what the request that asks was promised without a question."""
+    def _count_granted(self) -> None:
+        """Count the blocks that were promised by the shortcut."""
         if self.asking is not None:
             promise = self._promises[self.asking]
             self._resize(promise, promise.size + promise.room - self.room)
@@ -186,25 +185,25 @@ class Promises:
             self.asking = None
 
     def _begin(self, request: str, key: bytes, order: SequenceOrder | None) -> _Promise:
-        """The first question of a request in this step."""
+        """The request's promise, at its first lookup in this step."""
         promise = self._promises.get(request)
         if promise is None:
             promise = self._promises[request] = _Promise(order)
-        promise.step, promise.answer, promise.beyond = self._step, None, None
+        promise.step, promise.answer, promise.overflow = self._step, None, None
         promise.firsts.clear()
         self._asked.append(promise)
         others = self._total - promise.size
         promise.room = self._rows - self._total
-        if others and not promise.keys and (self._is_short or self._beyond(promise, key) is not None):
+        if others and not promise.keys and (self._has_waiting or self._first_overflow(promise, key) is not None):
             promise.answer = self._wait(promise)
         elif order is not None and self._group_of(key) != self._group_of(order.last_noted or key):
-            promise.beyond = self._beyond(promise, key)
+            promise.overflow = self._first_overflow(promise, key)
         return promise
 
-    def _beyond(self, promise: _Promise, key: bytes) -> bytes | None:
-        """The first block of the request, from `key` on, that is here and for which there is no room; None: all fit.
+    def _first_overflow(self, promise: _Promise, key: bytes) -> bytes | None:
+        """The request's first block from `key` on that is here but does not fit; None if all fit.
 
-        Up to the first that is not here, of the KV group that is asked about: what comes behind cannot be used.
+        Stops at the first block of the key's KV group that is not here: those behind it cannot be used.
         """
         group, room = self._group_of(key), promise.room
         for each in (key,) if promise.order is None else promise.order.following(key):
@@ -216,38 +215,38 @@ class Promises:
                 break
         return None
 
-    def _release_stale(self) -> None:
-        """Void what nobody asks about any more."""
+    def _void_stale(self) -> None:
+        """Void the promises of requests that are no longer looked up."""
         loading = set(self._loads.values())
         for request, promise in list(self._promises.items()):
             most = RESUMED_STEPS if request in self._preempted else STALE_STEPS
             if promise.step < self._step - most and request not in loading:
-                self.release(request)
+                self.void(request)
 
     def _wait(self, promise: _Promise) -> int:
-        if not self._is_short and self._step % RESUMED_STEPS == 0:
-            self._release_stale()
+        if not self._has_waiting and self._step % RESUMED_STEPS == 0:
+            self._void_stale()
         if promise.take_ups != self._take_ups:
             promise.take_ups, promise.patience = self._take_ups, PATIENCE_STEPS
         promise.waited += 1
         promise.patience -= _LOADING_STEP if self._loads else 1
-        if promise.patience < 0 or promise.waited > LONGEST_WAIT_STEPS:
+        if promise.patience < 0 or promise.waited > MAX_WAIT_STEPS:
             return REFUSE
-        self._is_short = True
+        self._has_waiting = True
         return WAIT
 
     def _renew(self, promise: _Promise) -> int:
-        """The primary gave the row of a block away before the request could use it."""
+        """Promise again a block whose row of the primary was taken before the request could use it."""
         if promise.renewed != self._step:
             promise.renewed = self._step
             promise.renewals += 1
-            if promise.renewals > MOST_RENEWALS:
+            if promise.renewals > MAX_RENEWALS:
                 promise.answer = REFUSE
                 return REFUSE
         return KEEP
 
     def _make_room(self, promise: _Promise, key: bytes) -> bool:
-        """Take back what the request was promised, in earlier steps, behind `key`: without that it is of no use."""
+        """Take back what the request was promised behind `key` in earlier steps: without `key` that is useless."""
         order = promise.order
         if order is None or promise.last is None or not order.precedes(key, promise.last):
             return False

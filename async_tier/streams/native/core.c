@@ -92,7 +92,7 @@ void job_add(Job *job, uint64_t dst, uint64_t src, size_t size) {
         job->segments[job->count++] = (Segment){(char *)(uintptr_t)dst, (const char *)(uintptr_t)src, size};
 }
 
-/* lock held. The one place where a job ends; drops the core's reference. */
+/* lock held. The only place where a job ends. Drops the core's reference. */
 static void end_job(Core *core, Job *job) {
     Queue *queue = &core->queues[job->queue];
     if (job->ended_ns == 0)
@@ -106,7 +106,7 @@ static void end_job(Core *core, Job *job) {
     if (core->waiters)
         pthread_cond_broadcast(&core->ended);
     if (core->signal >= 0 && !job->populates) {
-        /* Full or gone: then it is readable, or nobody reads it. */
+        /* Errors do not matter: a full eventfd is readable, and nobody reads a closed one. */
         ssize_t ignored = write(core->signal, &(uint64_t){1}, sizeof(uint64_t));
         (void)ignored;
     }
@@ -134,7 +134,7 @@ void core_submit(Core *core, int queue_index, Job *job) {
         queue->tail = job;
     }
     pthread_mutex_unlock(&core->lock);
-    /* Without the lock, so that nobody wakes up to wait for it. */
+    /* After unlocking, so that no thread wakes up only to wait for the lock. */
     if (is_queued && total > core->piece_bytes)
         pthread_cond_broadcast(&core->work);
     else if (is_queued)
@@ -157,7 +157,7 @@ int core_may_claim(const Queue *queue) {
     return queue->head && queue->budget != 0 && !(queue->ordered && queue->running);
 }
 
-/* The queue's first job leaves it. */
+/* Removes the queue's first job. */
 static void pop_job(Queue *queue) {
     queue->head = queue->head->after;
     if (queue->head == NULL)
@@ -206,7 +206,7 @@ void core_fail(Core *core, Job *job, char *reason) {
     if (queue->head == job)
         pop_job(queue);
     if (job->reason)
-        free(reason); /* the first one is why */
+        free(reason); /* the first reason counts */
     else
         job->reason = reason;
     job->failed = 1;

@@ -1,21 +1,21 @@
-/* The core of both engines: jobs, queues, events. It knows neither Python nor how copies are made: that is an executor's
- * (host.c, cuda.c), whose threads claim pieces of jobs here and say when they have ended.
+/* The core of both engines: jobs, queues, events. It knows neither Python nor how copies are made. An executor (host.c,
+ * cuda.c) makes them: its threads claim pieces of jobs here and report when these have ended.
  *
  * Ownership, before any code:
  *
- *   Core    one executor's threads and queues, and the head of the executor's own structure. Shared by the Python object
- *           that stands for it, every `Job` handle and the threads; freed by the last of them (`refs`). Everything in it
+ *   Core    one executor's queues and threads; the first member of the executor's own structure. Shared by the engine's
+ *           Python object, every `Job` handle and the threads; the last of them frees it (`refs`). Everything in it
  *           below `lock` is guarded by `lock`.
  *   Job     one submitted list of copies, or a range to populate. Owned by its Python handle, by the core until it has
- *           ended, and by whoever works on a piece of it (`refs`).
+ *           ended, and by each claimed piece (`refs`).
  *           `state` is the event: written once, under `lock`, with release order; read anywhere without a lock. The
- *           times and the reason are written before it, and read after it only.
+ *           times and the reason are written before it and only read after it.
  *           The cursor and `outstanding` are guarded by `lock`; the segments never change.
- *   threads never touch Python and never hold `lock` while they copy or call CUDA. They are not joined on the other
- *           side of a fork: `generation` tells a child that it has no threads.
+ *   threads never touch Python, and never hold `lock` while they copy or call CUDA. A forked child has none of them
+ *           and must not join them: it can tell by `generation`.
  *
- * `lock` is held for the claim of a piece and for the submission of a job, both O(1) in the number of bytes, so the
- * thread that submits never waits for a copy.
+ * `lock` is held to claim a piece and to submit a job. Both take the same time for any number of bytes, so whoever
+ * submits never waits for a copy.
  *
  * Queue 0 goes first, then 1, and so on.
  */
@@ -39,10 +39,10 @@ typedef struct {
     size_t size;
 } Segment;
 
-/* Where no copy may go on: at `origin` and every `step` bytes after it. A step of 0: nowhere. */
+/* Boundaries that no copy may cross: `origin`, and every `alignment` bytes after it. An alignment of 0: none. */
 typedef struct {
     uintptr_t origin;
-    size_t step;
+    size_t alignment;
 } Grid;
 
 enum { JOB_OPEN, JOB_DONE, JOB_FAILED };
@@ -51,28 +51,28 @@ typedef struct Job {
     atomic_int state;
     atomic_int refs;
     int queue;
-    int populates;         /* its segment is a range that starts on a page, and has no source */
+    int populates;         /* its only segment is a range to populate, which starts on a page and has no source */
     int failed;            /* the rest of it will not be claimed */
-    int outstanding;       /* pieces that are claimed and have not ended */
+    int outstanding;       /* pieces that were claimed and have not ended */
     size_t next, next_off; /* first byte not yet claimed */
     size_t count;
     Grid dst_grid, src_grid;
-    /* CLOCK_MONOTONIC; 0 for never. Of copies in two legs also the end of the first leg and the start of the second. */
+    /* On CLOCK_MONOTONIC; 0: never. Copies in two legs also have the end of the first and the start of the second. */
     int64_t started_ns, ended_ns, in_ended_ns, out_started_ns;
-    char *reason;   /* why it failed, in words; NULL: because the engine ended */
-    void *marks[2]; /* the executor's own */
+    char *reason;   /* why it failed; NULL: because the engine ended */
+    void *marks[2]; /* for the executor's use */
     struct Job *after;
     Segment segments[];
 } Job;
 
 typedef struct {
     Job *head, *tail; /* jobs with bytes left to claim */
-    Job *running;     /* ordered queues: claimed to its end, still being copied */
+    Job *running;     /* ordered queues: the job that is claimed to its end and still being copied */
     int ordered;
-    long budget; /* pieces that may still be claimed; negative: no limit. The test-only hold of a queue. */
+    long budget; /* pieces that may still be claimed; negative: no limit. Only tests set it, to hold a queue. */
 } Queue;
 
-/* Some bytes of a job, from byte `offset` of segment `at` on. */
+/* Some bytes of a job, starting at byte `offset` of segment `at`. */
 typedef struct {
     Job *job;
     size_t at, offset, bytes;
@@ -83,19 +83,19 @@ typedef struct Core {
     atomic_int refs;
     int generation;
     int queue_count;
-    size_t piece_bytes;          /* what a thread takes at a time: a smaller job wakes one thread */
+    size_t piece_bytes;          /* what a thread claims at a time: a job of one piece wakes only one thread */
     void (*free)(struct Core *); /* of the executor's structure */
     pthread_mutex_t lock;
     pthread_cond_t work, ended; /* their clock is CLOCK_MONOTONIC */
     int waiters;                /* threads in core_wait */
-    int signal; /* an eventfd that is written to when a job of copies has ended, or -1; the caller's, who turns it off first */
-    atomic_int stop; /* set under `lock`; also read without */
-    char *_Atomic broken; /* why the executor can copy no more, in words; NULL while it can. Never changed again */
+    int signal; /* -1, or the caller's eventfd, to write to when a job of copies ends; set to -1 before it is closed */
+    atomic_int stop; /* set under `lock`; also read without it */
+    char *_Atomic broken; /* why the executor can copy no more; NULL while it can. Set once */
     Queue queues[MAX_QUEUES];
 } Core;
 
-/* Counts the forks this process descends from, so that a child can tell that the parent's threads are not its own.
- * getpid() would say the same for a system call each time. */
+/* Counts the forks that led to this process, so that a child knows that it has none of the parent's threads. getpid()
+ * would tell, too, but by a system call each time. */
 extern atomic_int fork_generation;
 int core_is_forked(const Core *core);
 
@@ -104,29 +104,29 @@ struct timespec timespec_of(int64_t ns);
 
 void core_init(Core *core, int queues, int ordered, size_t piece_bytes, void (*release)(Core *));
 void core_unref(Core *core);
-/* A thread of the core's, which signals pass by, with a reference that it drops at its end. 0, or an error. */
+/* Starts a thread that receives no signals. It holds a reference to the core until it ends. 0, or an error. */
 int core_start(Core *core, pthread_t *thread, void *(*run)(void *));
 
-/* A job with room for `count` segments and none yet; NULL where there is no memory. */
+/* A job without segments, with room for `count`; NULL if there is no memory. */
 Job *job_new(size_t count);
 void job_unref(Job *job);
-/* Neighbours on both sides become one copy. */
+/* Adds a segment, or extends the last one if it adjoins that on both sides. */
 void job_add(Job *job, uint64_t dst, uint64_t src, size_t size);
-/* Hands the job to the threads. The caller has one reference from now on, and the core one until the job has ended. */
+/* Queues the job. The caller keeps its reference; the core has one of its own until the job has ended. */
 void core_submit(Core *core, int queue, Job *job);
 /* Waits until the job has ended, at most for a tenth of a second. */
 void core_wait(Core *core, Job *job);
 
-/* lock held, all of these. */
-/* Whether a piece of the queue may be taken now. */
+/* All of these: lock held. */
+/* Whether a piece of the queue may be claimed now. */
 int core_may_claim(const Queue *queue);
-/* Moves the queue's first job on by one piece; the piece has a reference to the job. */
+/* Claims the next piece of the queue's first job. The piece has a reference to the job. */
 Piece core_claim(Queue *queue, size_t max_bytes, size_t max_segments);
-/* A piece has ended, and with the last one its job; drops the piece's reference. */
+/* A piece has ended, and its job with the last piece. Drops the piece's reference. */
 void core_settle(Core *core, Job *job);
-/* Nothing more of the job is claimed, and it ends as failed, at once where none of it is under way. Takes the reason. */
+/* No more pieces of the job are claimed; it fails once none is outstanding. Takes over the reason. */
 void core_fail(Core *core, Job *job, char *reason);
-/* All that is queued fails. */
+/* All queued jobs fail. */
 void core_cancel(Core *core);
 
 #endif

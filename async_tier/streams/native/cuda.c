@@ -1,30 +1,30 @@
-/* CUDA's executor: one thread that queues copies on streams of its own and sees them end.
+/* CUDA's executor: one thread that queues copies on streams of its own, and polls for their ends.
  *
- * A copy between two places in host memory blocks its caller in CUDA, pinned or not, so no copy here is one:
+ * In CUDA, a copy from host memory to host memory blocks its caller, pinned or not. So each leg here has one end on the
+ * device:
  *
- *     pool "host"     primary  --in-->  staging slot (device)  --out-->  arena        and back, by slots of its own
+ *     pool "host"     primary  --in-->  staging slot (device)  --out-->  arena        and back, with other slots
  *     pool "cuda:N"   primary  ------------------------------------->  arena (device)  and back
  *
- * Each arrow is a stream that nobody else has; the two legs of a piece are joined by an event, so that both directions
- * of PCIe are busy at once.
+ * Each arrow is a stream of its own. An event joins the legs of a piece, so both directions of PCIe are busy at once.
  *
  * Ownership, before any code:
  *
- *   Direction  loads or stores. All of it belongs to the thread, but for the ring of `flights` with `first` and `count`,
- *              which the core's lock guards: whoever abandons the thread ends their jobs. `oldest_ns` is read by anyone.
- *   Flight     a piece on the streams, oldest first. It uses the slot of its place in the ring `flights`, so a slot is
- *              free again when its last piece was seen to end, and nobody ever waits for one.
- *   event      belongs to one flight until it was seen complete; then it goes back to the pool. The event recorded behind
- *              a job's last copy is the job's: it has ended when that was seen complete.
+ *   Direction  loads or stores. Belongs to the thread, except the ring of `flights` with `first` and `count`, which the
+ *              core's lock guards: a caller that abandons the thread ends their jobs. Any thread may read `oldest_ns`.
+ *   Flight     a piece on the streams, oldest first. It uses the slot with its index in the ring `flights`. So a slot
+ *              is free as soon as its last piece was seen to end, and nothing ever waits for a slot.
+ *   event      belongs to one flight until it was seen complete; then it returns to the pool. A job has ended when the
+ *              event recorded after its last copy was seen complete.
  *
- * Why by the driver and not by the runtime: an error of a driver call leaves nothing pending, where the runtime keeps a
- * "last error" that the next kernel of somebody else would be blamed for (vLLM #51080).
+ * The driver is called and not the runtime, because a driver call that fails leaves no state behind. The runtime keeps
+ * a "last error", for which the next kernel launch of other code would be blamed (vLLM #51080).
  *
- * Failures: where a call is refused, only that job fails. Part of it may be queued, perhaps without an event to ask, so
- * its direction takes nothing more until its streams were seen empty: it is `stalled`. Where the context itself is lost
- * (the driver answers a plain question about a stream with an error that none survives), nothing can be asked any more:
- * the core is `broken`, all its jobs have failed, and CUDA is called no more. Where a question is refused because
- * somebody captures a graph, it is asked again.
+ * Failures: if a call is refused, only that job fails. Part of it may be queued, perhaps without an event to query. So
+ * its direction is `stalled` and starts nothing more until its streams were seen empty. If the context itself is lost
+ * (the driver answers a query of a stream with an error that no context survives), nothing can be queried any more: the
+ * core is `broken`, all its jobs have failed, and CUDA is not called again. If a query is refused because some thread
+ * captures a graph, it is repeated.
  */
 #include "cuda.h"
 
@@ -42,30 +42,30 @@
 enum { SUCCESS = 0, NOT_READY = 600 };
 #define NON_BLOCKING 1 /* CU_STREAM_NON_BLOCKING: not ordered with the legacy default stream */
 #define RELAXED 2      /* CU_STREAM_CAPTURE_MODE_RELAXED */
-/* CU_MEMCPY_SRC_ACCESS_ORDER_STREAM. ANY, the other order, would allow a source to be read before the copies ahead of it
- * have written it (vLLM #39306). */
+/* CU_MEMCPY_SRC_ACCESS_ORDER_STREAM. The order ANY would allow a source to be read before earlier copies have written
+ * it (vLLM #39306). */
 #define ORDER_STREAM 1
-/* The version whose cuMemcpyBatchAsync has a `failIdx`; every later driver still has that one under this number. */
+/* The version whose cuMemcpyBatchAsync has a `failIdx`; later drivers still provide it under this number. */
 #define BATCH_VERSION 12080
 
-/* Segments of a piece, at most: bounds how long its claim holds the lock, and what its calls take. */
+/* Segments of a piece, at most. This bounds how long its claim holds the lock, and how long its calls take. */
 #define PIECE_SEGMENTS 512
 #define PIECE_SEGMENTS_ONE_BY_ONE 128
-/* Entries on a direction's streams, at most. A launch queue takes some 1,000 calls or 26,000 entries of batches (seen on
- * an H100); beyond it a call of microseconds blocks, and so does asking that stream. */
+/* Copies on a direction's streams, at most. A launch queue takes some 1,000 calls, or 26,000 copies in batches (seen on
+ * an H100). When it is full, calls that otherwise take microseconds block, and so do queries of that stream. */
 #define MAX_ENTRIES 8192
 #define MAX_ENTRIES_ONE_BY_ONE 512
-/* How long to wait before events are asked again, with copies under way: at first, and at most. A copy of 1 MiB takes
- * 20 us. What is on the streams lasts for several times the longest. */
+/* The pause between queries of events while copies are under way: the first one, and the longest. A copy of 1 MiB takes
+ * 20 us. The copies on the streams last several times as long as the longest pause. */
 #define FIRST_PAUSE_NS 20000
 #define LONGEST_PAUSE_NS 100000
-/* Where a copy takes longer than this, nobody hurries. */
+/* Copies that take longer than this are polled less often. */
 #define LONG_NS 10000000
 #define PAUSE_OF_LONG_NS 1000000
-/* Half of the time that a byte takes at 50 GB/s. */
+/* For a first pause of half the time that the bytes on the streams take at 50 GB/s. */
 #define PAUSE_BYTES_PER_NS 100
-/* Of a stream that only ever refuses to say whether it is empty, with an error that is none of those in is_lost, nothing
- * will be known: after so many refusals, a tenth of a second or more, the context counts as lost, too. */
+/* If queries of a stream fail this many times in a row (a tenth of a second or more), even with errors that a context
+ * survives, then nothing will be known about its copies, and the context counts as lost. */
 #define MAX_REFUSALS 1000
 #define TEXT_BYTES 512
 
@@ -106,7 +106,7 @@ typedef struct {
     Piece piece;
     int entries;
     void *joined, *ended; /* events: recorded between the legs, and at the end; NULL until then */
-    int64_t begun_ns, open_ns; /* when it was begun, and when it was not done yet */
+    int64_t begun_ns, open_ns; /* when it was begun, and when it was last seen not to have ended */
 } Flight;
 
 typedef struct {
@@ -117,8 +117,8 @@ typedef struct {
     size_t bytes;
     int entries;
     int stalled;
-    int refusals;  /* of questions whether its streams are empty, one after the other */
-    void *known; /* an event whose time is known */
+    int refusals; /* failed queries of its streams in a row */
+    void *known;  /* an event whose time, `known_ns`, is known */
     int64_t known_ns;
     _Atomic int64_t oldest_ns;
 } Direction;
@@ -131,10 +131,10 @@ struct Cuda {
     size_t piece_bytes;
     Direction directions[DIRECTIONS];
     pthread_t thread;
-    /* Below `core.lock`. */
+    /* Guarded by `core.lock`. */
     int has_begun, has_ended, is_abandoned;
-    char *refusal; /* of the start or, once it has ended, of what could not be given back */
-    /* The thread's. */
+    char *refusal; /* why it could not start or, once it has ended, why events or streams were not destroyed */
+    /* Only for the thread. */
     struct {
         void *any, *free; /* two lists in one: of all events, and of those that are free */
     } *events;
@@ -144,7 +144,7 @@ struct Cuda {
     int batched;
 };
 
-/* Those that a context does not survive, or that say that it, or the stream that is asked, is there no more. */
+/* Whether the error is one that no context survives, or means that the context or the stream no longer exists. */
 static int is_lost(int code) {
     static const short LOST[] = {3, 4, 201, 214, 220, 226, 400, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999};
     for (size_t i = 0; i < sizeof LOST / sizeof *LOST; i++)
@@ -153,11 +153,11 @@ static int is_lost(int code) {
     return 0;
 }
 
-/* Refused because somebody captures a graph. */
-static int asks_again(int code) { return code >= 900 && code <= 907; }
+/* Whether a call was refused because some thread captures a graph. */
+static int is_capture_refusal(int code) { return code >= 900 && code <= 907; }
 
-/* "<doing>: <text> (<name>, <code>)"; to be freed. */
-static char *said(const Driver *driver, const char *before, const char *call, int code) {
+/* "<before><call>: <text> (<name>, <code>)"; the caller frees it. */
+static char *error_text(const Driver *driver, const char *before, const char *call, int code) {
     const char *name = NULL, *text = NULL;
     char *line = malloc(TEXT_BYTES);
     driver->cuGetErrorName(code, &name);
@@ -169,7 +169,7 @@ static char *said(const Driver *driver, const char *before, const char *call, in
 
 /* ---------------------------------------------------------------------------------------------------------- copies */
 
-/* A call that may be refused, in a function that returns its code and leaves its name in *call. */
+/* For functions that return a code, with the name of the refused call in *call: call the driver, return if refused. */
 #define TRY(name, ...)                                                                                                 \
     do {                                                                                                               \
         int code_ = (*call = #name, cuda->driver.name(__VA_ARGS__));                                                   \
@@ -193,12 +193,12 @@ static int flush_batch(Cuda *cuda, void *stream, const char **call) {
     return code;
 }
 
-/* Bytes from an address to the next line of the grid. */
+/* Bytes from an address to the next boundary of the grid. */
 static size_t to_line(uint64_t address, const Grid *grid) {
-    return grid->step ? grid->step - (address - grid->origin) % grid->step : SIZE_MAX;
+    return grid->alignment ? grid->alignment - (address - grid->origin) % grid->alignment : SIZE_MAX;
 }
 
-/* Queue one copy, cut where a registration begins: the driver refuses one that spans two ("invalid argument"). */
+/* Queue one copy, split where a registration begins: the driver refuses a copy that spans two ("invalid argument"). */
 static int queue_copy(Cuda *cuda, const Job *job, Segment copy, int reads, int writes, Flight *flight, void *stream,
                       const char **call) {
     static const Grid NOWHERE;
@@ -221,8 +221,8 @@ static int queue_copy(Cuda *cuda, const Job *job, Segment copy, int reads, int w
     return SUCCESS;
 }
 
-/* Queue one leg of a flight. It reads the job's sources, or else the slot; it writes to its destinations, or else to the
- * slot, which has no rows: so neighbours are merged here, leg by leg. */
+/* Queue one leg of a flight. It reads the job's sources if `reads`, otherwise the slot. It writes the destinations if
+ * `writes`, otherwise the slot. A slot has no gaps, so neighbours on the other side are merged here. */
 static int queue_leg(Cuda *cuda, Flight *flight, int reads, int writes, char *slot, void *stream, const char **call) {
     const Job *job = flight->piece.job;
     size_t at = flight->piece.at, offset = flight->piece.offset, done = 0;
@@ -252,7 +252,7 @@ static int queue_leg(Cuda *cuda, Flight *flight, int reads, int writes, char *sl
 
 /* ----------------------------------------------------------------------------------------------------------- events */
 
-/* An event of the pool, or a new one, recorded; *event has it also where that is refused. */
+/* Records an event of the pool or a new one; *event is set even if recording is refused. */
 static int record(Cuda *cuda, void **event, void *stream, const char **call) {
     if (cuda->free_events) {
         *event = cuda->events[--cuda->free_events].free;
@@ -273,13 +273,13 @@ static int record(Cuda *cuda, void **event, void *stream, const char **call) {
     return SUCCESS;
 }
 
-/* It was seen complete, or its streams were seen empty. */
-static void give_back(Cuda *cuda, void *event) {
+/* Returns an event to the pool. It was seen complete, or its streams were seen empty. */
+static void recycle_event(Cuda *cuda, void *event) {
     if (event)
         cuda->events[cuda->free_events++].free = event;
 }
 
-/* ns from one event to another one, both complete; 0 where the driver does not say. */
+/* ns from one event to another, both complete; 0 if the driver cannot tell. */
 static int64_t elapsed(Cuda *cuda, void *from, void *to) {
     float ms = 0;
     if (from == NULL || to == NULL || cuda->driver.cuEventElapsedTime(&ms, from, to))
@@ -291,8 +291,8 @@ typedef struct {
     int64_t started_ns, ended_ns, in_ended_ns, out_started_ns;
 } Times;
 
-/* When the last copy of a job ended. By its distance from an event before it, whose time is known: but not before it was
- * last seen open, nor after it was seen complete, or the two clocks would drift apart. */
+/* When the last copy of a job ended: the known time of an earlier event, plus the time between the two. Limited to the
+ * interval in which the copy must have ended, because the clocks of device and host drift apart. */
 static int64_t time_of(Cuda *cuda, Direction *direction, void *event, int64_t open_ns, int64_t seen_ns) {
     int64_t at = direction->known ? direction->known_ns + elapsed(cuda, direction->known, event) : seen_ns;
     return at < open_ns ? open_ns : at > seen_ns ? seen_ns : at;
@@ -300,7 +300,7 @@ static int64_t time_of(Cuda *cuda, Direction *direction, void *event, int64_t op
 
 enum { STARTED, FIRST_JOINED }; /* a job's marks */
 
-/* When the copies of a job were made, whose last flight was seen to end. */
+/* When the copies of a job were made. Its last flight was seen to end. */
 static Times times_of(Cuda *cuda, Direction *direction, Flight *flight, int64_t seen_ns) {
     const Job *job = flight->piece.job;
     void *started = job->marks[STARTED], *ended = flight->ended;
@@ -311,7 +311,7 @@ static Times times_of(Cuda *cuda, Direction *direction, Flight *flight, int64_t 
         times.in_ended_ns = times.started_ns + elapsed(cuda, started, flight->joined);
         times.out_started_ns = times.started_ns + elapsed(cuda, started, first_joined);
     }
-    give_back(cuda, direction->known);
+    recycle_event(cuda, direction->known);
     direction->known = ended;
     direction->known_ns = times.ended_ns;
     flight->ended = NULL;
@@ -328,7 +328,7 @@ static int has_room(const Cuda *cuda, const Direction *direction) {
            direction->entries < (cuda->batch ? MAX_ENTRIES : MAX_ENTRIES_ONE_BY_ONE);
 }
 
-/* The only place where copies are queued. Whatever it returns, part of the piece may be under way. */
+/* The only place where copies are queued. Even if it fails, part of the piece may be under way. */
 static int queue_flight(Cuda *cuda, Direction *direction, Flight *flight, int slot_number, const char **call) {
     Job *job = flight->piece.job;
     int code = SUCCESS;
@@ -351,28 +351,28 @@ static int queue_flight(Cuda *cuda, Direction *direction, Flight *flight, int sl
     return code ? code : record(cuda, &flight->ended, direction->out, call);
 }
 
-/* lock held. The oldest flight is none any more. */
-static void leave(Direction *direction) {
+/* lock held. Removes the oldest flight. */
+static void pop_flight(Direction *direction) {
     direction->first = (direction->first + 1) % direction->limits.pieces;
     direction->count--;
     atomic_store(&direction->oldest_ns, direction->count ? direction->flights[direction->first].begun_ns : 0);
 }
 
-/* lock held. The jobs of all flights fail, which nobody asks for any more. */
+/* lock held. Fails the jobs of all flights, whose ends will not be queried. */
 static void fail_flights(Cuda *cuda) {
     for (int i = 0; i < DIRECTIONS; i++)
         while (cuda->directions[i].count) {
             Job *job = cuda->directions[i].flights[cuda->directions[i].first].piece.job;
             job->failed = 1;
-            if (cuda->is_abandoned) /* the thread may be reading it, now or for ever */
+            if (cuda->is_abandoned) /* never freed, because the thread may still read it */
                 atomic_fetch_add(&job->refs, 1);
-            leave(&cuda->directions[i]);
+            pop_flight(&cuda->directions[i]);
             core_settle(&cuda->core, job);
         }
 }
 
-/* The context is lost, and with it every job. CUDA is called no more. */
-static void lose(Cuda *cuda, char *why) {
+/* The context is lost: all jobs fail, and CUDA is not called again. Takes over `why`. */
+static void mark_lost(Cuda *cuda, char *why) {
     Core *core = &cuda->core;
     pthread_mutex_lock(&core->lock);
     core->broken = why ? why : strdup("CUDA has refused all calls");
@@ -382,26 +382,26 @@ static void lose(Cuda *cuda, char *why) {
     pthread_mutex_unlock(&core->lock);
 }
 
-/* Whether nothing is on the streams of a direction. Where the context is lost, that is seen here: the driver answers
- * every question with the error then. What else it answers means to ask again, but not for ever. */
+/* Whether the streams of a direction are empty. A lost context is noticed here, because the driver then answers every
+ * query with that error. After other errors the query is repeated, up to MAX_REFUSALS times. */
 static int is_idle(Cuda *cuda, Direction *direction) {
     void *streams[] = {direction->in, direction->out};
     int idle = 1;
     for (int i = 0; i < 2 && !cuda->core.broken; i++) {
         int code = cuda->driver.cuStreamQuery(streams[i]);
-        int is_answer = code == SUCCESS || code == NOT_READY || asks_again(code);
+        int is_answer = code == SUCCESS || code == NOT_READY || is_capture_refusal(code);
         direction->refusals = is_answer ? 0 : direction->refusals + 1;
         if (is_lost(code) || direction->refusals == MAX_REFUSALS)
-            lose(cuda, said(&cuda->driver, "", "cuStreamQuery", code));
+            mark_lost(cuda, error_text(&cuda->driver, "", "cuStreamQuery", code));
         idle &= code == SUCCESS;
     }
     return idle;
 }
 
-/* A call was refused: the job fails, and the streams run empty, unless the context is lost. */
-static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing, const char *call, int code) {
+/* A call was refused: fail the job, and stall the direction until its streams are empty. */
+static void handle_refusal(Cuda *cuda, Direction *direction, Job *job, const char *doing, const char *call, int code) {
     Core *core = &cuda->core;
-    char *reason = said(&cuda->driver, doing, call, code);
+    char *reason = error_text(&cuda->driver, doing, call, code);
     direction->stalled = 1;
     pthread_mutex_lock(&core->lock);
     if (!cuda->is_abandoned)
@@ -412,8 +412,8 @@ static void refuse(Cuda *cuda, Direction *direction, Job *job, const char *doing
     is_idle(cuda, direction);
 }
 
-/* NULL: there is none, or its job has been failed by whoever abandons the thread. Until the thread settles it, it stays,
- * and with it its job. */
+/* The oldest flight; NULL if there is none, or if the thread was abandoned, which failed its job. The flight and its job
+ * stay until the thread settles it. */
 static Flight *oldest_flight(Cuda *cuda, Direction *direction) {
     pthread_mutex_lock(&cuda->core.lock);
     Flight *flight = direction->count ? &direction->flights[direction->first] : NULL;
@@ -439,24 +439,24 @@ static void settle(Cuda *cuda, Direction *direction, Flight *flight) {
             job->in_ended_ns = times.in_ended_ns, job->out_started_ns = times.out_started_ns;
         }
         int is_over = flight->piece.is_last || job->failed;
-        give_back(cuda, flight->ended);
+        recycle_event(cuda, flight->ended);
         if (flight->piece.is_first && !is_over)
             job->marks[FIRST_JOINED] = flight->joined;
         else
-            give_back(cuda, flight->joined);
+            recycle_event(cuda, flight->joined);
         for (int i = 0; i < 2 && is_over; i++) {
-            give_back(cuda, job->marks[i]);
+            recycle_event(cuda, job->marks[i]);
             job->marks[i] = NULL;
         }
         direction->bytes -= flight->piece.bytes;
         direction->entries -= flight->entries;
-        leave(direction);
+        pop_flight(direction);
         core_settle(core, job);
     }
     pthread_mutex_unlock(&core->lock);
 }
 
-/* Take note of the flights of a direction that have ended. Never blocks. */
+/* Settle the flights of a direction that have ended. Never blocks. */
 static void collect(Cuda *cuda, Direction *direction) {
     Flight *flight = oldest_flight(cuda, direction);
     if (flight && direction->stalled) {
@@ -474,14 +474,14 @@ static void collect(Cuda *cuda, Direction *direction) {
             continue;
         }
         flight->open_ns = asked_ns;
-        /* Whether its bytes have arrived cannot be known. */
-        if (code != NOT_READY && !asks_again(code))
-            refuse(cuda, direction, flight->piece.job, "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
+        /* It is unknown whether its bytes have arrived. */
+        if (code != NOT_READY && !is_capture_refusal(code))
+            handle_refusal(cuda, direction, flight->piece.job, "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
         return;
     }
 }
 
-/* lock held. Start the next piece that there is room for, a load's first; whether there was one. */
+/* lock held. Start the next piece for which there is room, loads first. Whether there was one. */
 static int start_next(Cuda *cuda) {
     Core *core = &cuda->core;
     for (int i = 0; i < DIRECTIONS; i++) {
@@ -489,7 +489,7 @@ static int start_next(Cuda *cuda) {
         if (!core_may_claim(&core->queues[i]))
             continue;
         if (!has_room(cuda, direction)) {
-            if (direction->limits.staging && !direction->stalled) /* a store would share both ways with loads that wait */
+            if (direction->limits.staging && !direction->stalled) /* a store would share PCIe with loads that wait */
                 break;
             continue;
         }
@@ -506,7 +506,7 @@ static int start_next(Cuda *cuda) {
         int code = queue_flight(cuda, direction, flight, slot, &call);
         direction->entries += flight->entries;
         if (code)
-            refuse(cuda, direction, flight->piece.job, "CUDA refused to queue a copy: ", call, code);
+            handle_refusal(cuda, direction, flight->piece.job, "CUDA refused to queue a copy: ", call, code);
         pthread_mutex_lock(&core->lock);
         return 1;
     }
@@ -515,8 +515,8 @@ static int start_next(Cuda *cuda) {
 
 /* ------------------------------------------------------------------------------------------------------- the thread */
 
-/* Make the context current, out of others' captures, and the streams. */
-static int begin(Cuda *cuda, const char **call) {
+/* Make the context current, keep out of other threads' captures, and create the streams. */
+static int set_up(Cuda *cuda, const char **call) {
     int mode = RELAXED;
     TRY(cuCtxPushCurrent_v2, cuda->context);
     TRY(cuThreadExchangeStreamCaptureMode, &mode);
@@ -531,27 +531,27 @@ static int begin(Cuda *cuda, const char **call) {
     return SUCCESS;
 }
 
-/* Destroy events and streams; of what is refused, the first refusal. Not all events are free: a job that was cancelled
- * between two of its pieces has some. */
-static char *end(Cuda *cuda) {
+/* Destroy all events and streams. Returns the first refusal, or NULL. Not all events are in the pool: a job that was
+ * cancelled between two of its pieces has some. */
+static char *tear_down(Cuda *cuda) {
     char *refusal = NULL;
     for (int i = 0; i < cuda->all_events; i++) {
         int code = cuda->driver.cuEventDestroy_v2(cuda->events[i].any);
         if (code && !refusal)
-            refusal = said(&cuda->driver, "", "cuEventDestroy", code);
+            refusal = error_text(&cuda->driver, "", "cuEventDestroy", code);
     }
     for (int i = 0; i < DIRECTIONS; i++) {
         void *streams[] = {cuda->directions[i].in, cuda->directions[i].out};
         for (int leg = 0; leg < (streams[0] == streams[1] ? 1 : 2); leg++) {
             int code = streams[leg] ? cuda->driver.cuStreamDestroy_v2(streams[leg]) : SUCCESS;
             if (code && !refusal)
-                refusal = said(&cuda->driver, "", "cuStreamDestroy", code);
+                refusal = error_text(&cuda->driver, "", "cuStreamDestroy", code);
         }
     }
     return refusal;
 }
 
-/* lock held. Until something is submitted, or what is under way is to be asked for. */
+/* lock held. Start pieces and settle flights until the end; sleep while there is nothing to do. */
 static void serve(Cuda *cuda) {
     Core *core = &cuda->core;
     int64_t pause = FIRST_PAUSE_NS;
@@ -581,23 +581,23 @@ static void *run(void *argument) {
     Cuda *cuda = argument;
     Core *core = &cuda->core;
     const char *call = "";
-    /* Of the usual class, unlike copy threads: of SCHED_BATCH it began with a job after 0.8 ms instead of 20 us, on two cores
-     * of which one was idle. What it does for a submit takes some 10 us a piece. */
+    /* Not SCHED_BATCH like copy threads: with that it began a job after 0.8 ms instead of 20 us, on two cores of which
+     * one was idle. Its work for a submit takes some 10 us per piece. */
     pthread_setname_np(pthread_self(), "async-tier-cuda");
-    prctl(PR_SET_TIMERSLACK, 1000UL); /* 1 us: by default a pause is 50 us longer than asked for */
-    int code = begin(cuda, &call);
-    char *refusal = code ? said(&cuda->driver, "", call, code) : NULL;
+    prctl(PR_SET_TIMERSLACK, 1000UL); /* 1 us; by default pauses would be 50 us longer than requested */
+    int code = set_up(cuda, &call);
+    char *refusal = code ? error_text(&cuda->driver, "", call, code) : NULL;
     pthread_mutex_lock(&core->lock);
     if (code == SUCCESS) {
         cuda->has_begun = 1;
         pthread_cond_broadcast(&core->ended);
         serve(cuda);
     }
-    int is_left = core->broken || cuda->is_abandoned;
+    int is_lost_or_abandoned = core->broken || cuda->is_abandoned;
     pthread_mutex_unlock(&core->lock);
-    char *left = is_left ? NULL : end(cuda);
+    char *end_refusal = is_lost_or_abandoned ? NULL : tear_down(cuda);
     pthread_mutex_lock(&core->lock);
-    cuda->refusal = refusal ? refusal : left;
+    cuda->refusal = refusal ? refusal : end_refusal;
     cuda->has_ended = 1;
     pthread_cond_broadcast(&core->ended);
     pthread_mutex_unlock(&core->lock);
@@ -614,7 +614,7 @@ static void cuda_free(Core *core) {
     free(cuda);
 }
 
-/* The driver's functions, and the context's call for batches; 0, or -1 and why. */
+/* Load the driver's functions, and its call for batches if wanted. 0, or -1 and the reason in *error. */
 static int load_driver(Cuda *cuda, int may_batch, char **error) {
     void *library = dlopen(CUDA_LIBRARY, RTLD_NOW), **functions = (void **)&cuda->driver;
     for (size_t i = 0; library && i < sizeof FUNCTIONS / sizeof *FUNCTIONS; i++)
@@ -646,7 +646,7 @@ Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const Directio
     if (code)
         *error = strdup(strerror(code));
     if (is_loaded && code == 0) {
-        pthread_detach(cuda->thread); /* it may never come back from a call of the driver */
+        pthread_detach(cuda->thread); /* not joined, because it may hang in a call of the driver */
         pthread_mutex_lock(&cuda->core.lock);
         while (!cuda->has_begun && !cuda->has_ended)
             pthread_cond_wait(&cuda->core.ended, &cuda->core.lock);

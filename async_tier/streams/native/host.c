@@ -1,4 +1,4 @@
-/* The host's executor: threads that copy, and that back new memory with pages. */
+/* The host's executor: threads that copy, and that populate new memory. */
 #include "host.h"
 
 #include <errno.h>
@@ -19,22 +19,22 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
-/* What the kernels are measured with: beyond the caches that cores share, as the rows of a tier are. In those all
- * kernels may be alike that differ by a fifth in memory (seen on an AMD EPYC with 8 MiB). A quarter of a second in all. */
+/* Kernels are measured with buffers larger than the shared caches, as a tier is. Within the caches, kernels may look
+ * alike that differ by a fifth in memory (seen on an AMD EPYC with 8 MiB). Measuring takes a quarter of a second. */
 #define CALIBRATION_BYTES ((size_t)64 << 20)
-/* Bounds how long the claim of a piece of very small copies holds the lock: some microseconds. */
+/* Segments of a piece, at most: with very small copies, its claim holds the lock for some microseconds. */
 #define PIECE_SEGMENTS 1024
-/* Below this a cached copy is as fast, and what it leaves in the cache is small. */
+/* Below this size a cached copy is as fast, and leaves little in the cache. */
 #define STREAM_MIN_BYTES 4096
 #define LINE 64
 #define PAGE 4096
 
 /* ------------------------------------------------------------------------------------------------ copy kernels
  *
- * Streaming stores bypass the caches, which stay with the model, and spare the read of the destination that an
- * ordinary store begins with. How many pages to walk in step is the processor's secret: on some, several pages keep
- * as many prefetchers busy and one page after the other loses a quarter; on AMD's Zen 3 eight pages overrun the
- * write-combining buffers and lose five sixths. So the kernels are measured, once a process, and the best one taken.
+ * Streaming stores bypass the caches, which the model needs, and do not read the destination first as ordinary stores
+ * do. The best number of pages to copy side by side depends on the processor. On some, several pages keep several
+ * prefetchers busy, and page after page runs at three quarters of the rate. On AMD's Zen 3, eight pages overrun the
+ * write-combining buffers and run at a sixth. So the kernels are measured once per process, and the best one is used.
  */
 
 typedef void (*copy_fn)(char *dst, const char *src, size_t n);
@@ -42,7 +42,7 @@ typedef void (*copy_fn)(char *dst, const char *src, size_t n);
 static void copy_portable(char *dst, const char *src, size_t n) { memcpy(dst, src, n); }
 
 #ifdef HAVE_X86
-/* Ahead of the line being read; a prefetch past the end of the memory does nothing. */
+/* In bytes, ahead of the line being read. A prefetch past the end of the memory does nothing. */
 #define PREFETCH_AHEAD 512
 
 #define LINE_AVX2(d, s)                                                                                                \
@@ -55,7 +55,7 @@ static void copy_portable(char *dst, const char *src, size_t n) { memcpy(dst, sr
 
 #define LINE_AVX512(d, s) _mm512_stream_si512((__m512i *)(d), _mm512_loadu_si512((const void *)(s)))
 
-/* A kernel that walks `pages` pages in step, a 64-byte line of each in turn, and the rest line by line. */
+/* A kernel that copies `pages` pages side by side, a 64-byte line of each in turn, and the rest line by line. */
 #define STREAMING_KERNEL(name, instructions, pages, copy_line)                                                         \
     __attribute__((target(instructions))) static void name(char *dst, const char *src, size_t n) {                    \
         if (n < STREAM_MIN_BYTES) {                                                                                    \
@@ -93,7 +93,7 @@ static int has_avx512(void) { return __builtin_cpu_supports("avx512f"); }
 
 static int always(void) { return 1; }
 
-/* The portable kernel is last, and is taken only where no other is supported. */
+/* The portable kernel is last, and is used only if no other is supported. */
 static const struct {
     const char *name;
     copy_fn copy;
@@ -114,7 +114,7 @@ static const struct {
 static pthread_mutex_t calibration = PTHREAD_MUTEX_INITIALIZER;
 
 void kernel_after_fork(void) {
-    pthread_mutex_init(&calibration, NULL); /* whoever held it stayed with the parent */
+    pthread_mutex_init(&calibration, NULL); /* a thread of the parent may have held it */
 }
 
 int kernel_best(void) {
@@ -126,7 +126,7 @@ int kernel_best(void) {
         best = KERNEL_COUNT - 1;
         if (memory)
             memset(memory, 1, 2 * CALIBRATION_BYTES);
-        for (int turn = 0; memory && turn < 3; turn++) /* the best of three: neighbours make noise */
+        for (int turn = 0; memory && turn < 3; turn++) /* the best of three, because other processes disturb */
             for (int i = 0; i < KERNEL_COUNT - 1; i++) {
                 if (!KERNELS[i].supported())
                     continue;
@@ -157,11 +157,10 @@ void kernel_copy(int kernel, char *dst, const char *src, size_t size) { KERNELS[
 
 /* ---------------------------------------------------------------------------------------------------- population */
 
-/* Back the pages of a range with memory, so that no copy pays for their faults. Where the kernel refuses, faults do the
- * same later.
+/* Backs a range with memory, so that no copy pays for its page faults. If the system refuses, page faults do it later.
  *
- * It holds the lock of the process's memory map, for which any thread has to wait that maps or unmaps something, be it in
- * malloc: so at most PIECE_BYTES a call, a huge page. (32 MiB at once held a scheduler up for 15 to 45 ms.) */
+ * The call holds the lock of the process's memory map, for which every thread waits that maps or unmaps memory, be it
+ * in malloc. So at most PIECE_BYTES per call, a huge page. (32 MiB at once held a scheduler up for 15 to 45 ms.) */
 static void populate_piece(char *start, size_t size) {
     (void)madvise(start, size, MADV_POPULATE_WRITE);
 }
@@ -192,8 +191,8 @@ static void *worker(void *argument) {
     Core *core = &host->core;
     const copy_fn copy = KERNELS[host->kernel].copy;
     pthread_setname_np(pthread_self(), "async-tier-copy");
-    /* Of this class it does not preempt whoever wakes it up, which is the scheduler's thread in a submit. (On two cores, both
-     * idle before, a submit took 200 us and not 50: a piece of the copy.) A sandbox may refuse; copies are right without. */
+    /* In this class it does not preempt the thread that wakes it: the scheduler's, in a submit. (On two idle cores a
+     * submit took 200 us instead of 50, because a piece was copied first.) A sandbox may refuse, which does no harm. */
     sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){0});
     pthread_mutex_lock(&core->lock);
     host->tids[host->ready++] = syscall(SYS_gettid);

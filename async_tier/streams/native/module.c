@@ -1,4 +1,4 @@
-/* What Python sees of the core and its executors: `_native`. */
+/* `_native`: the Python module of the core and its executors. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #ifndef _GNU_SOURCE
@@ -15,7 +15,7 @@
 #include "cuda.h"
 #include "host.h"
 
-/* Not 4096 on every processor. */
+/* Not 4096 everywhere. */
 static unsigned long long page_bytes(void) { return (unsigned long long)sysconf(_SC_PAGESIZE); }
 
 static void in_forked_child(void) {
@@ -57,7 +57,7 @@ static int state_of(PyObject *self) {
     return atomic_load_explicit(&((JobObject *)self)->job->state, memory_order_acquire);
 }
 
-/* Whether the job has ended; -1 with an exception set in a forked child, where it never does, unless its engine was closed
+/* Whether the job has ended. In a forked child it never does: -1, with an exception set, unless its engine was closed
  * there. */
 static int has_ended(PyObject *self) {
     Core *core = ((JobObject *)self)->core;
@@ -78,7 +78,7 @@ static PyObject *job_failed(PyObject *self, void *unused) {
     return PyBool_FromLong(state == JOB_FAILED || (state == JOB_OPEN && core_is_forked(((JobObject *)self)->core)));
 }
 
-/* The reason and the times are published with the state. */
+/* The reason and the times may be read once the state is not JOB_OPEN. */
 static PyObject *job_reason(PyObject *self, void *unused) {
     Job *job = ((JobObject *)self)->job;
     if (state_of(self) == JOB_OPEN || job->reason == NULL)
@@ -110,7 +110,7 @@ static PyObject *job_synchronize(PyObject *self, PyObject *args) {
         return NULL;
     int64_t until = now_ns() + (int64_t)(seconds * 1e9);
     int ended;
-    while ((ended = has_ended(self)) == 0 && now_ns() < until) { /* in slices, so that Ctrl-C is heard */
+    while ((ended = has_ended(self)) == 0 && now_ns() < until) { /* in slices, so that Ctrl-C is handled */
         Py_BEGIN_ALLOW_THREADS
         core_wait(handle->core, handle->job);
         Py_END_ALLOW_THREADS
@@ -122,18 +122,18 @@ static PyObject *job_synchronize(PyObject *self, PyObject *args) {
 
 static PyGetSetDef job_getset[] = {
     {"is_done", job_is_done, NULL, "Whether every copy of the job has ended. Never blocks.", NULL},
-    {"failed", job_failed, NULL, "Whether not all bytes have arrived. Only meaningful once it is done.", NULL},
-    {"reason", job_reason, NULL, "Why it failed, in words; None where it did not, or because the engine ended.", NULL},
-    {"seconds", job_seconds, NULL, "Time from the first copy's start to the last one's end; 0.0 before.", NULL},
+    {"failed", job_failed, NULL, "Whether some bytes did not arrive. Only meaningful once is_done.", NULL},
+    {"reason", job_reason, NULL, "Why it failed; None if it did not, or if the engine ended.", NULL},
+    {"seconds", job_seconds, NULL, "From the start of the first copy to the end of the last; 0.0 until is_done.", NULL},
     {"spans", job_spans, NULL,
-     "When the copies were made: (leg, start, end) of each leg, in ns of CLOCK_MONOTONIC. Empty before they have ended, "
-     "and where they failed or there were none.",
+     "When the copies were made: (leg, start, end) of each leg, in ns of CLOCK_MONOTONIC. Empty until they have ended, "
+     "and if they failed or there were none.",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef job_methods[] = {
     {"synchronize", job_synchronize, METH_VARARGS,
-     "synchronize(seconds) -> bool\n\nBlock, without the GIL, until the job has ended, or for so long; whether it has."},
+     "synchronize(seconds) -> bool\n\nBlock, without the GIL, until is_done, at most for so long. Returns is_done."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot job_slots[] = {
@@ -156,7 +156,7 @@ typedef struct {
 
 static Core *core_of(PyObject *self) { return ((EngineObject *)self)->core; }
 
-/* The object of a new engine, which takes the reference over; NULL for a core that is NULL. */
+/* The Python object of a new engine, which takes over the reference to the core. NULL for a core that is NULL. */
 static PyObject *new_engine(PyTypeObject *type, Core *core) {
     EngineObject *self = core ? (EngineObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0) : NULL;
     if (self)
@@ -177,7 +177,7 @@ static int check_queue(const Core *core, int queue_index) {
     return -1;
 }
 
-/* A job with room for `count` segments; NULL, with an exception set, where there is no memory. */
+/* A job with room for `count` segments; NULL, with an exception set, if there is no memory. */
 static Job *new_job(size_t count) {
     Job *job = job_new(count);
     if (job == NULL)
@@ -185,7 +185,7 @@ static Job *new_job(size_t count) {
     return job;
 }
 
-/* Hands the job to the threads; its handle. Takes the job over, also when it fails. */
+/* Queues the job and returns its handle. Takes over the job, even if this fails. */
 static PyObject *submit(Core *core, int queue_index, Job *job) {
     JobObject *handle = (JobObject *)((allocfunc)PyType_GetSlot(job_type, Py_tp_alloc))(job_type, 0);
     if (handle == NULL) {
@@ -199,11 +199,11 @@ static PyObject *submit(Core *core, int queue_index, Job *job) {
     return (PyObject *)handle;
 }
 
-/* Item i of a list of row numbers as an address; -1 in *failed, with an exception set, if it is not a row. */
+/* The address of row rows[i]. If that is no row, *failed is -1, with an exception set. */
 static inline uint64_t row_address(PyObject *rows, Py_ssize_t i, unsigned long long base, unsigned long long stride,
                                    unsigned long long count, int *failed) {
     unsigned long long row = PyLong_AsUnsignedLongLong(PyList_GetItem(rows, i));
-    if (row >= count) { /* also what a failed conversion returns */
+    if (row >= count) { /* also if the conversion failed */
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_ValueError, "row %llu is not below %llu", row, count);
         *failed = -1;
@@ -214,11 +214,11 @@ static inline uint64_t row_address(PyObject *rows, Py_ssize_t i, unsigned long l
 static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
     Core *core = core_of(self);
     int queue_index, failed = 0;
-    unsigned long long dst, dst_stride, dst_count, src, src_stride, src_count, dst_step = 0, src_step = 0;
+    unsigned long long dst, dst_stride, dst_count, src, src_stride, src_count, dst_alignment = 0, src_alignment = 0;
     PyObject *dst_rows, *src_rows;
     Py_ssize_t size;
     if (!PyArg_ParseTuple(args, "iKKKOKKKOn|KK", &queue_index, &dst, &dst_stride, &dst_count, &dst_rows, &src, &src_stride,
-                          &src_count, &src_rows, &size, &dst_step, &src_step))
+                          &src_count, &src_rows, &size, &dst_alignment, &src_alignment))
         return NULL;
     if (check_generation(core) || check_queue(core, queue_index))
         return NULL;
@@ -243,12 +243,12 @@ static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
         job_unref(job);
         return NULL;
     }
-    job->dst_grid = (Grid){dst - dst % page_bytes(), (size_t)dst_step};
-    job->src_grid = (Grid){src - src % page_bytes(), (size_t)src_step};
+    job->dst_grid = (Grid){dst - dst % page_bytes(), (size_t)dst_alignment};
+    job->src_grid = (Grid){src - src % page_bytes(), (size_t)src_alignment};
     return submit(core, queue_index, job);
 }
 
-/* Test-only: budget of a queue, in pieces. */
+/* For tests only: set the budget of a queue, in pieces. */
 static PyObject *engine_limit(PyObject *self, PyObject *args) {
     Core *core = core_of(self);
     int queue_index;
@@ -276,24 +276,24 @@ static PyObject *engine_signal(PyObject *self, PyObject *args) {
 #define COMMON_METHODS                                                                                                 \
     {"submit_rows", engine_submit_rows, METH_VARARGS,                                                                  \
      "submit_rows(queue, dst, dst_stride, dst_count, dst_rows, src, src_stride, src_count, src_rows, size, "           \
-     "dst_step=0, src_step=0) -> Job\n\n"                                                                              \
+     "dst_alignment=0, src_alignment=0) -> Job\n\n"                                                                    \
      "Queue copies of rows of size bytes: from row src_rows[i] to row dst_rows[i], lists of integers below the\n"      \
-     "counts. The memory must stay valid until the job is done. Takes time in the number of rows only. No copy of\n"   \
-     "CUDA's goes on at a multiple of a step from the page of that side's first row on, other than 0."},               \
+     "counts. The memory must stay valid until the job is done. The cost depends on the number of rows only. With\n"   \
+     "CUDA, no copy crosses a multiple of a side's alignment (if not 0), counted from its first row's page."},         \
         {"limit", engine_limit, METH_VARARGS,                                                                          \
          "limit(queue, pieces)\n\n"                                                                                    \
-         "For tests: let the threads take that many more pieces of the queue (0 holds it, -1 lifts the limit)."},      \
+         "For tests: let the threads claim this many more pieces of the queue (0 holds it, -1 lifts the limit)."},     \
     {                                                                                                                  \
         "signal", engine_signal, METH_VARARGS,                                                                         \
-            "signal(fd)\n\nFrom now on write to this non-blocking eventfd when a job has ended; -1 for none. It stays " \
-            "the caller's: turn it off before closing it."                                                             \
+            "signal(fd)\n\nFrom now on write to this non-blocking eventfd when a job has ended; -1 to stop. The "      \
+            "caller still owns it, and must stop this before closing it."                                              \
     }
 
 /* ---------------------------------------------------------------------------------------------------- the host's engine */
 
 static Host *host_of(PyObject *self) { return (Host *)core_of(self); }
 
-/* The kernel called `name`, or the best one for NULL. -1, with an exception set, if there is none. */
+/* The number of the kernel called `name`, or of the best one for NULL. -1, with an exception set, if there is none. */
 static int find_kernel(const char *name) {
     int found;
     if (name == NULL) {
@@ -350,8 +350,8 @@ static PyObject *host_close_method(PyObject *self, PyObject *unused) {
 
 static void host_dealloc(PyObject *self) {
     Host *host = host_of(self);
-    /* An engine that nobody closed: its threads must not outlive the memory they copy. In a forked child there are none,
-     * and the lock may be one that a thread of the parent held. */
+    /* An engine that nobody closed: its threads must not outlive the memory they copy. A forked child has no threads,
+     * and its copy of the lock may be locked forever. */
     if (host && !core_is_forked(&host->core)) {
         host_close(host);
         core_unref(&host->core);
@@ -359,7 +359,7 @@ static void host_dealloc(PyObject *self) {
     free_engine(self);
 }
 
-/* An address array: contiguous, integers of 8 bytes. */
+/* The buffer of an array of addresses or sizes: contiguous, native integers of 8 bytes. */
 static int get_words(PyObject *object, Py_buffer *view, const char *name) {
     if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT))
         return -1;
@@ -464,13 +464,13 @@ static PyMethodDef host_methods[] = {
     {"submit", host_submit, METH_VARARGS,
      "submit(queue, dst, src, size) -> Job\n\n"
      "Queue copies of size[i] bytes (or size bytes each) from address src[i] to dst[i]. The arrays are copied; the\n"
-     "memory behind the addresses must stay valid until the job is done. Takes time in the number of addresses only."},
+     "memory at the addresses must stay valid until the job is done. The cost depends on their number only."},
     {"populate", host_populate, METH_VARARGS,
      "populate(queue, address, size) -> Job\n\n"
-     "Queue the population of size bytes from address on, the start of a page: a huge page at a time is backed with\n"
-     "memory. What is there stays as it is. The mapping must stay valid until the job is done, which is not signalled."},
+     "Queue a job that backs size bytes from address, the start of a page, with memory, a huge page at a time. The\n"
+     "contents stay. The mapping must stay valid until the job is done, which is not signalled."},
     {"close", host_close_method, METH_NOARGS,
-     "End the threads. Pieces being copied are finished, jobs not copied to their end have failed. Idempotent."},
+     "End the threads. Pieces being copied are finished; unfinished jobs fail. Idempotent."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot host_slots[] = {
@@ -531,11 +531,11 @@ static PyObject *cuda_close(PyObject *self, PyObject *args) {
     }
     int64_t until = now_ns() + (int64_t)(seconds * 1e9);
     int has_ended, is_late;
-    do { /* in slices, so that Ctrl-C is heard */
+    do { /* in slices, so that Ctrl-C is handled */
         Py_BEGIN_ALLOW_THREADS
         cuda_stop(cuda);
         has_ended = cuda_wait_end(cuda);
-        is_late = now_ns() >= until; /* once: it takes time to get the GIL back */
+        is_late = now_ns() >= until; /* once, before getting the GIL back, which takes time */
         if (!has_ended && is_late)
             cuda_abandon(cuda);
         Py_END_ALLOW_THREADS
@@ -547,7 +547,7 @@ static PyObject *cuda_close(PyObject *self, PyObject *args) {
 
 static void cuda_dealloc(PyObject *self) {
     Cuda *cuda = cuda_of(self);
-    /* One that nobody closed: its thread ends with what is under way. */
+    /* An engine that nobody closed: its thread ends when the copies under way have. */
     if (cuda && !core_is_forked(cuda_core(cuda))) {
         cuda_stop(cuda);
         core_unref(cuda_core(cuda));
@@ -588,19 +588,19 @@ static PyObject *cuda_handles(PyObject *self, PyObject *args) {
 }
 
 static PyGetSetDef cuda_getset[] = {
-    {"broken", cuda_broken, NULL, "Why it can copy no more, in words; None while it can.", NULL},
-    {"has_batch", cuda_batches, NULL, "Whether many copies go in one call.", NULL},
-    {"refusal", cuda_refusal_of, NULL, "What the driver has refused to take back, in words, or None. Once it is closed.", NULL},
-    {"seconds_under_way", cuda_seconds_under_way, NULL, "How long the oldest piece has been under way; 0.0 for none.", NULL},
+    {"broken", cuda_broken, NULL, "Why it can copy no more; None while it can.", NULL},
+    {"has_batch", cuda_batches, NULL, "Whether one call queues many copies.", NULL},
+    {"refusal", cuda_refusal_of, NULL, "Once closed: why the driver did not destroy streams or events, or None.", NULL},
+    {"seconds_under_way", cuda_seconds_under_way, NULL, "How long the oldest piece has been under way; 0.0 if none is.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef cuda_methods[] = {
     COMMON_METHODS,
-    {"handles", cuda_handles, METH_VARARGS, "handles(queue) -> list[int]\n\nThe CUDA streams of a queue, one a leg."},
+    {"handles", cuda_handles, METH_VARARGS, "handles(queue) -> list[int]\n\nThe CUDA streams of a queue, one per leg."},
     {"close", cuda_close, METH_VARARGS,
      "close(seconds) -> bool\n\n"
-     "Start nothing more, and wait for what is under way, but no longer; whether it has ended, and with it every touch of\n"
-     "memory. If not, all jobs have failed, and streams and events stay. Idempotent."},
+     "Start nothing more, and wait for copies under way, but no longer than this. Whether they and the thread have\n"
+     "ended. If not, all jobs have failed, and streams and events stay. Idempotent."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot cuda_slots[] = {
@@ -609,9 +609,9 @@ static PyType_Slot cuda_slots[] = {
     {Py_tp_getset, cuda_getset},
     {Py_tp_methods, cuda_methods},
     {Py_tp_doc, "CudaEngine(context, batch, piece_bytes, loads, stores)\n\n"
-                "A thread with streams of its own in a context: queue 0 is the loads', queue 1 the stores'. loads, stores:\n"
-                "(bytes under way at most, pieces under way at most, address of as many slots of staging or 0). Raises\n"
-                "RuntimeError, in words, where CUDA refuses it."},
+                "A thread with streams of its own in a context: queue 0 is for loads, queue 1 for stores. loads, stores:\n"
+                "(most bytes under way, most pieces under way, address of a staging slot per piece, or 0). Raises\n"
+                "RuntimeError if CUDA refuses it."},
     {0, NULL},
 };
 static PyType_Spec cuda_spec = {"async_tier.streams._native.CudaEngine", sizeof(EngineObject), 0, Py_TPFLAGS_DEFAULT, cuda_slots};
@@ -673,15 +673,15 @@ static PyMethodDef module_methods[] = {
      "populate(address, size)\n\nHostEngine.populate on the calling thread, without the GIL."},
     {"prefer_node", module_prefer_node, METH_VARARGS,
      "prefer_node(address, size, node)\n\n"
-     "Have new memory come from a NUMA node as long as that has some; not where this thread was given a policy, by numactl,\n"
-     "say. Raises OSError."},
+     "Have new memory come from a NUMA node as far as it has some. Does nothing if this thread has a NUMA policy, as\n"
+     "set by numactl. Raises OSError."},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT, "_native", "The core of the copy engines; see streams/native/core.h.", -1, module_methods,
     NULL, NULL, NULL, NULL};
 
-/* A new type in the module; NULL where that fails. */
+/* Adds a new type to the module. NULL if that fails. */
 static PyObject *add_type(PyObject *module, PyType_Spec *spec, const char *name) {
     PyObject *type = module ? PyType_FromSpec(spec) : NULL;
     if (type && PyModule_AddObjectRef(module, name, type))
