@@ -18,6 +18,7 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, 
 
 from async_tier.block_store import BlockStore
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.testing import load_gate, store_gate
 from tests.rows import zero_rows
 
 # Far beyond what anything here takes; only a failure waits that long.
@@ -82,8 +83,8 @@ def close_stores() -> None:
         for store in still_open:
             ends.callback(store.close)
         for store in still_open:
-            ends.callback(store.engine.load_stream.release)
-            ends.callback(store.engine.store_stream.release)
+            ends.callback(load_gate(store).release)
+            ends.callback(store_gate(store).release)
 
 
 def free_primaries() -> None:

@@ -22,6 +22,7 @@ from async_tier.aio import AsyncBlockStore, TransferError
 from async_tier.block_store import LATE_S, BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
+from async_tier.testing import Gate, load_gate, store_gate
 from tests import helpers
 from tests.helpers import key, keys
 from tests.rows import primary_rows
@@ -152,10 +153,10 @@ async def test_a_sequence_longer_than_the_tier_keeps_its_start_and_goes_when_it_
 
 async def test_a_sequence_may_be_finished_while_it_is_stored(primary):
     async with open_store(primary, blocks=4) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(keys(0, 1, 2, 3), [0, 1, 2, 3], "request"))
         store.finish_sequence("request")
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         assert await storing == 4 * ROW_BYTES
         assert await store.load(keys(0, 1, 2, 3), [8, 9, 10, 11]) == tuple(keys(0, 1, 2, 3))
         assert await store.store(keys(4, 5, 6, 7), [4, 5, 6, 7], "request") == 4 * ROW_BYTES
@@ -171,11 +172,11 @@ async def test_tasks_that_share_a_name_share_the_sequence_and_leave_nothing_behi
             finally:
                 store.finish_sequence("request")
 
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         tasks = [asyncio.ensure_future(use(first)) for first in (0, 10, 20)]
         await asyncio.sleep(0)
         tasks[2].cancel()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(end) for end in ends] == [type(None), type(None), asyncio.CancelledError]
         await store.drain()
@@ -189,11 +190,11 @@ async def test_a_sequence_may_be_finished_at_any_time(primary):
     await store.store(keys(0), [0], "request")
     store.finish_sequence("request")
     store.finish_sequence("request")
-    store.block_store.engine.store_stream.hold()
+    store_gate(store).hold()
     storing = await begun(store.store(keys(1), [1], "request"))
     closing = await begun(store.close())
     store.finish_sequence("request")
-    store.block_store.engine.store_stream.release()
+    store_gate(store).release()
     await closing
     assert await storing == ROW_BYTES
     store.finish_sequence("request")
@@ -263,7 +264,7 @@ async def test_keys_may_come_in_any_collection(primary):
 @pytest.mark.host_only
 async def test_a_failed_store_of_keys_from_an_iterator_says_so(primary):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(iter(keys(0, 1)), [0, 1]))
         store.block_store.engine.close()
         with pytest.raises(TransferError, match="the store of 2 blocks failed"):
@@ -275,16 +276,16 @@ async def test_keys_and_rows_may_be_changed_while_awaited(primary, waits_for_its
     before = primary.copy()
     async with open_store(primary) as store:
         names, rows = keys(0, 1), np.array([0, 1])
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(names, rows))
         names[:], rows[:] = keys(2, 3), [2, 3]
         if not waits_for_its_store:
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             await storing
         names, rows = keys(0, 1), np.array([8, 9])
         loading = await begun(store.load(names, rows))
         names[:], rows[:] = keys(2, 3), [2, 3]
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         assert await loading == tuple(keys(0, 1))
         assert np.array_equal(primary[8:10], before[0:2])
         assert np.array_equal(primary[:8], before[:8])
@@ -294,7 +295,7 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
     before = primary.copy()
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = [
             asyncio.ensure_future(store.store(names, rows))
             for names, rows in ((keys(1), [1]), (keys(1, 2), [1, 2]), (keys(3), [3]))
@@ -303,7 +304,7 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
         loading = await begun(store.load(keys(0, 1, 2, 77), [10, 11, 12, 13]))
         assert await store.load(keys(0), [20]) == (key(0),), "what waits for no store passes it"
         assert not loading.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         assert await loading == tuple(keys(0, 1, 2))
         assert np.array_equal(primary[10:13], before[0:3])
         assert await asyncio.gather(*storing) == [ROW_BYTES] * 3
@@ -314,7 +315,7 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
 @pytest.mark.host_only
 async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
         store.block_store.engine.close()
@@ -326,11 +327,11 @@ async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
 @pytest.mark.parametrize("ends_by", ["drain", "close"])
 async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
         ending = await begun(getattr(store, ends_by)())
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await ending
         assert await storing == ROW_BYTES
         assert await loading == (key(0),)
@@ -339,7 +340,7 @@ async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
 async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
     before = primary.copy()
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
         draining = await begun(store.drain())
@@ -347,7 +348,7 @@ async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
         with pytest.raises(asyncio.CancelledError):
             await loading
         assert not storing.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await draining
         assert await storing == ROW_BYTES
         assert np.array_equal(primary[9], before[9])
@@ -359,7 +360,7 @@ async def test_copies_that_fail_reach_whoever_waits(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
         for stream in (store.block_store.engine.load_stream, store.block_store.engine.store_stream):
-            stream.hold()
+            Gate(stream).hold()
         storing = asyncio.ensure_future(store.store(keys(1), [1]))
         loading = await begun(store.load(keys(0), [9]))
         store.block_store.engine.close()  # cuts them off
@@ -385,11 +386,11 @@ async def test_thousands_of_jobs_at_once(primary):
 async def test_stores_and_loads_go_on_while_others_wait(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         waiting = await begun(store.store(keys(1), [1]))
         assert await store.load(keys(0), [9]) == (key(0),)
         assert not waiting.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         assert await waiting == ROW_BYTES
 
 
@@ -401,14 +402,14 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
         stream = store.block_store.engine.load_stream if is_load else store.block_store.engine.store_stream
-        stream.hold()
+        Gate(stream).hold()
         call = store.load(keys(0), [9]) if is_load else store.store(keys(1), [1])
         task = await begun(call)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert store.statistics().jobs_in_flight == 1
-        stream.release()
+        Gate(stream).release()
         await store.drain()
         assert store.statistics().jobs_in_flight == 0
         assert nothing_is_left(store)
@@ -425,12 +426,12 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
 async def test_drain_waits_for_what_was_submitted(primary):
     async with open_store(primary) as store:
         await store.drain()
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(3)]
         await asyncio.sleep(0)
         draining = await begun(store.drain())
         assert not draining.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await draining
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 3
 
@@ -438,14 +439,14 @@ async def test_drain_waits_for_what_was_submitted(primary):
 async def test_drain_waits_for_jobs_that_later_ones_have_passed(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = asyncio.ensure_future(store.store(keys(1), [1]))
         loading = await begun(store.load(keys(0), [9]))
         draining = asyncio.ensure_future(store.drain())
         await loading
         await asyncio.sleep(0)
         assert not draining.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await draining
         assert await storing == ROW_BYTES
 
@@ -454,21 +455,21 @@ async def test_drain_does_not_wait_for_what_was_submitted_after_it(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
         for stream in (store.block_store.engine.load_stream, store.block_store.engine.store_stream):
-            stream.hold()
+            Gate(stream).hold()
         before = await begun(store.store(keys(1), [1]))
         draining = await begun(store.drain())
         after = await begun(store.load(keys(0), [9]))
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await draining
         assert before.done()
         assert not after.done()
-        store.block_store.engine.load_stream.release()
+        load_gate(store).release()
         assert await after == (key(0),)
 
 
 async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary, monkeypatch):
     async with open_store(primary, blocks=200) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         tasks = [asyncio.ensure_future(store.store([key(at)], [0])) for at in range(200)]
         await asyncio.sleep(0)
         hung_on: list[object] = []
@@ -479,7 +480,7 @@ async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary,
         hung_on += [each for end in store._waiting.values() for each in (end._callbacks or ())]
         assert len(hung_on) <= len(tasks), "no more than what each await has of its own job"
         draining[7].cancel()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         ends = await asyncio.gather(*draining, return_exceptions=True)
         assert [at for at, end in enumerate(ends) if end is not None] == [7]
         assert all(task.done() for task in tasks)
@@ -487,11 +488,11 @@ async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary,
 
 async def test_closing_waits_for_jobs_in_flight(primary):
     store = open_store(primary)
-    store.block_store.engine.store_stream.hold()
+    store_gate(store).hold()
     task = await begun(store.store(keys(0), [0]))
     closing = await begun(store.close())
     assert not closing.done()
-    store.block_store.engine.store_stream.release()
+    store_gate(store).release()
     await closing
     assert await task == ROW_BYTES
     await store.close()
@@ -499,13 +500,13 @@ async def test_closing_waits_for_jobs_in_flight(primary):
 
 async def test_closing_goes_on_when_its_await_is_cancelled(primary):
     store = open_store(primary)
-    store.block_store.engine.store_stream.hold()
+    store_gate(store).hold()
     task = await begun(store.store(keys(0), [0]))
     closing = await begun(store.close())
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
-    store.block_store.engine.store_stream.release()
+    store_gate(store).release()
     assert await task == ROW_BYTES
     await turns(lambda: store.block_store._closed, "it is closed all the same")
 
@@ -516,7 +517,7 @@ def let_go_in_drain(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> 
 
     def wait() -> None:
         monkeypatch.setattr(store.block_store, "drain", drain)
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         drain()
 
     monkeypatch.setattr(store.block_store, "drain", wait)
@@ -528,7 +529,7 @@ def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, mo
 
     async def main() -> None:
         made.append(store := open_store(primary))
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         let_go_in_drain(store, monkeypatch)
         jobs = [asyncio.ensure_future(store.store(keys(0), [0])), asyncio.ensure_future(store.close())]
         for _ in range(turns):
@@ -549,7 +550,7 @@ def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, t
     async def use() -> None:
         async with open_store(primary) as store:
             made.append(store)
-            store.block_store.engine.store_stream.hold()
+            store_gate(store).hold()
             await store.store(keys(0), [0])
 
     async def main() -> None:
@@ -558,7 +559,7 @@ def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, t
         task.cancel()
         for _ in range(turns):
             await asyncio.sleep(0)
-        made[0].block_store.engine.store_stream.release()
+        store_gate(made[0]).release()
 
     asyncio.run(main())
     (store,) = made
@@ -576,12 +577,12 @@ def test_a_load_that_waits_when_the_loop_ends_is_withdrawn(primary):
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
         made.append(store := open_store(primary))
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         jobs = [asyncio.ensure_future(call) for call in (store.store(keys(0), [0]), store.load(keys(0), [9]))]
         jobs.append(asyncio.ensure_future(store.close()))
         await asyncio.sleep(0)
         assert not any(job.done() for job in jobs)
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
 
     asyncio.run(main())
     (store,) = made
@@ -874,12 +875,12 @@ async def test_the_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
                 "call_later",
                 lambda delay, *rest: later(delay, *rest) if delay == LATE_S else pytest.fail("a timer was set"),
             )
-            store.block_store.engine.store_stream.hold()
+            store_gate(store).hold()
             task = asyncio.ensure_future(store.store(keys(0), [0]))
             for _ in range(100):
                 await asyncio.sleep(0)
             assert polls == []
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             await task
             assert len(polls) == 1
 
@@ -889,10 +890,10 @@ async def test_what_does_not_end_is_looked_after_all_the_same(primary, monkeypat
     monkeypatch.setattr("async_tier.block_store.LATE_S", 1e-3)
     async with open_store(primary) as store:
         polls = polls_of(store, monkeypatch)
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         task = await begun(store.store(keys(0), [0]))
         await turns(lambda: len(polls) > 2, "it is looked after")
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await task
         await turns(lambda: store._watch is None, "there is nothing to look after any more")
 
@@ -910,7 +911,7 @@ async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):
 async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
     async with open_store(primary) as store:
         assert not os.get_inheritable(store._eventfd)
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         task = await begun(store.store(keys(0), [0]))
         child = os.fork()
         if child == 0:
@@ -931,14 +932,14 @@ async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
 
         await turns(has_ended, "the child ends")
         assert ends == [0]
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         assert await task == ROW_BYTES
 
 
 @pytest.mark.host_only
 async def test_what_ends_while_it_is_asked_wakes_the_loop_again(primary, monkeypatch):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(2)]
         await asyncio.sleep(0)
         first, second = (job.event for job in store.block_store._stores)
@@ -946,13 +947,13 @@ async def test_what_ends_while_it_is_asked_wakes_the_loop_again(primary, monkeyp
 
         def ask() -> list[Any]:
             ends = poll()
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             second.synchronize()  # it has signalled, and nobody has asked
             monkeypatch.setattr(store.block_store, "poll", poll)
             return ends
 
         monkeypatch.setattr(store.block_store, "poll", ask)
-        store.block_store.engine.store_stream.step()
+        store_gate(store).step()
         first.synchronize()
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 2
 
@@ -969,7 +970,7 @@ async def test_a_load_of_what_is_not_there_is_an_answer_and_no_failure(primary, 
 
 async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         calls = [store.store(keys(0), [0]), store.store(keys(1), [1]), store.load(keys(1), [9]), store.drain()]
         tasks = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0)
@@ -982,7 +983,7 @@ async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch)
         assert store.statistics().load_jobs == 0, "its stores go on"
         draining = await begun(store.drain())
         assert not draining.done(), "the copies go on, and are waited for"
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await draining
         assert store.statistics().blocks_stored == 2
         assert nothing_is_left(store)
@@ -991,11 +992,11 @@ async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch)
 
 async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, monkeypatch):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         task = await begun(store.store(keys(0), [0]))
         with monkeypatch.context() as patch:
             patch.setattr(store.block_store, "poll", fails)
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             with pytest.raises(OSError, match="out of luck"):
                 await task  # the engine has signalled, and will not again
         await store.drain()
@@ -1005,7 +1006,7 @@ async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, mon
 @pytest.mark.parametrize("still_fails", [False, True])
 async def test_closing_waits_for_jobs_that_could_not_be_asked(primary, monkeypatch, still_fails):
     store = open_store(primary)
-    store.block_store.engine.store_stream.hold()
+    store_gate(store).hold()
     task = await begun(store.store(keys(0), [0]))
     with monkeypatch.context() as patch:
         patch.setattr(store.block_store, "poll", fails)
@@ -1018,7 +1019,7 @@ async def test_closing_waits_for_jobs_that_could_not_be_asked(primary, monkeypat
     if not still_fails:
         closing = await begun(store.close())
         assert not closing.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await closing
     assert store.statistics().blocks_stored == 1
     assert store._retry is None or store._retry.cancelled()

@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.testing import Gate, load_gate
 from tests import helpers
 from tests.helpers import key, request
 
@@ -192,14 +193,14 @@ def test_transfers_of_the_worker_and_of_the_tier_overlap(pool, emulator, shm):
     machine = Machine(pool, groups=1, primary_blocks=8)
     first, second = [key(1), key(2)], [key(3), key(4)]
     stream = machine.tier.block_store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     machine.offload(first)
     assert machine.tier.statistics().jobs_in_flight == 1
     machine.offload(second)
     machine.fetch(second, first=16)
     assert machine.in_cache(second, first=16) == [True, True]
     assert machine.tier.get_num_blocks() == 0
-    stream.release()
+    Gate(stream).release()
     machine.tier.block_store.drain()
     machine.step()
     assert machine.tier.get_num_blocks() == 4
@@ -218,7 +219,7 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
     machine.tier.block_store.drain()
     machine.step()
     store = machine.tier.block_store
-    store.engine.load_stream.hold()
+    load_gate(store).hold()
     real = store.poll
 
     def impatient():
@@ -231,6 +232,6 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
     machine.fetch(names, first=16)
     assert machine.in_cache(names, first=16) == [False, False]
     del store.poll, store.drain
-    store.engine.load_stream.release()
+    load_gate(store).release()
     torch.cuda.synchronize()
     machine.close()

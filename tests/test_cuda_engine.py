@@ -30,8 +30,9 @@ from async_tier.config import TierConfig
 from async_tier.memory import pinned, registration
 from async_tier.streams import _native, cuda, cuda_driver
 from async_tier.streams.cuda import CudaEngine
-from async_tier.streams.row_stream import RowStream
+from async_tier.streams.row_stream import UNLIMITED, RowStream
 from async_tier.streams.rows import Rows
+from async_tier.testing import Gate, load_gate, store_gate
 from tests import helpers
 from tests.cuda_emulator import Kind
 from tests.helpers import keys, make_tier, returns, until
@@ -151,14 +152,14 @@ def test_an_event_is_used_again_only_when_it_was_seen_complete(primary, pool, em
     store.submit_store(1, names(2, 900), [0, 1])
     assert finish(store) == {1: True}
     stream = store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     store.submit_store(2, names(2), [0, 1])
     under_way(store, stream, emulator)
     for turn in range(3, 10):  # recorded by one of these, it would say that the store has ended
         store.submit_load(turn, names(2, 900), [5, 6])
         store._loads[0].event.synchronize()
         assert [(end.job_id, end.success) for end in store.poll()] == [(turn, True)]
-    stream.release()
+    Gate(stream).release()
     assert finish(store) == {2: True}
 
 
@@ -171,8 +172,8 @@ def test_r1_nothing_waits_while_a_stream_is_held(primary, pool):
     store = make_store(primary, pool=pool)
     store.submit_store(1, names(4), range(4))
     finish(store)
-    store.engine.load_stream.hold()
-    store.engine.store_stream.hold()
+    load_gate(store).hold()
+    store_gate(store).hold()
 
     def a_step() -> list:
         store.submit_load(2, names(4), range(10, 14))
@@ -194,7 +195,7 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
     store.submit_store(0, names(2, 900), [0, 1])
     finish(store)
     for stream in (store.engine.load_stream, store.engine.store_stream):
-        stream.hold()
+        Gate(stream).hold()
     # The best of many, because the machine is shared: a call that waits does so every time.
     times: dict[str, list[float]] = {}
     turns = range(1, 11)
@@ -211,7 +212,7 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
             times.setdefault(what, []).append(time.perf_counter() - started)
     assert all(min(took) < 0.002 for took in times.values()), times
     for stream in (store.engine.load_stream, store.engine.store_stream):
-        stream.release()
+        Gate(stream).release()
     assert finish(store) == dict.fromkeys([*turns, *(100 + turn for turn in turns)], True)
 
 
@@ -219,13 +220,13 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
 @each_pool
 def test_r1_drain_is_what_waits(primary, pool, emulator):
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(8), range(8))
     draining = threading.Thread(target=store.drain, daemon=True)
     draining.start()
     under_way(store, store.engine.store_stream, emulator)
     assert draining.is_alive()
-    store.engine.store_stream.release()
+    store_gate(store).release()
     draining.join(helpers.PATIENCE_S)
     assert not draining.is_alive()
     assert [end.job_id for end in store.poll()] == [1]
@@ -320,7 +321,7 @@ def test_a_batch_has_a_bounded_number_of_entries(pool, monkeypatch, emulator):
 def test_jobs_of_a_stream_end_in_order_and_one_by_one(primary, pool, emulator):
     store = make_store(primary, pool=pool)
     stream = store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     for job_id in range(3):
         store.submit_store(job_id, names(2, 10 * job_id), [0, 1])
     assert store.poll() == []
@@ -343,12 +344,12 @@ def test_r7_stores_in_flight_are_bounded(primary, pool, small_pieces, emulator):
     store = make_store(primary, pool=pool, max_inflight_store_bytes=limit, staging_bytes="256KiB")
     stream = store.engine.store_stream
     for turn in range(2):  # as many the second time
-        stream.hold()
+        Gate(stream).hold()
         moved = emulator.copies(Kind.H2D)[1]
         store.submit_store(turn, names(60, 100 * turn), range(60))
         under_way(store, stream, emulator)
         assert emulator.copies(Kind.H2D)[1] - moved == limit
-        stream.release()
+        Gate(stream).release()
         assert finish(store) == {turn: True}
 
 
@@ -361,14 +362,14 @@ def test_what_is_queued_goes_on_though_nobody_calls(primary, pool, small_pieces,
     assert finish(store) == {1: True}
     streams = (store.engine.load_stream, store.engine.store_stream)
     for stream in streams:
-        RowStream.hold(stream)
+        RowStream.limit(stream, 0)
     primary[100:120] = 0
     store.submit_store(2, names(40), range(40))
     store.submit_load(3, names(20, 900), range(100, 120))
     store.submit_store(4, names(4, 100), range(4))
     events = [job.event for job in (*store._stores, *store._loads)]
     for stream in streams:
-        RowStream.release(stream)
+        RowStream.limit(stream, UNLIMITED)
     until(lambda: all(event.is_done for event in events), "all of it has ended")
     assert np.array_equal(primary[100:120], before[:20])
     assert sorted((end.job_id, end.success) for end in store.poll()) == [(2, True), (3, True), (4, True)]
@@ -409,11 +410,11 @@ def test_the_end_of_a_job_is_signalled(primary, pool, emulator):
     try:
         store.signal(fd)
         stream = store.engine.store_stream
-        stream.hold()
+        Gate(stream).hold()
         store.submit_store(1, names(4), range(4))
         under_way(store, stream, emulator)
         assert not select.select([fd], [], [], 0)[0]
-        stream.release()
+        Gate(stream).release()
         assert select.select([fd], [], [], helpers.PATIENCE_S)[0]
         assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)], "the signal comes after the end"
         assert os.eventfd_read(fd) == 1
@@ -447,13 +448,13 @@ def test_r7_loads_that_wait_for_room_go_before_stores(primary, emulator):
     store.submit_store(1, names(40, 900), range(40))
     assert finish(store) == {1: True}
     for stream in (store.engine.load_stream, store.engine.store_stream):
-        RowStream.hold(stream)
+        RowStream.limit(stream, 0)
     moved = emulator.copies(Kind.H2D)[1]
     emulator.set_delay(None, 1000.0)
     store.submit_store(2, names(40), range(40))
     store.submit_load(3, names(40, 900), range(64, 104))
     for stream in (store.engine.store_stream, store.engine.load_stream):
-        RowStream.release(stream)
+        RowStream.limit(stream, UNLIMITED)
     returns(lambda: store._loads[0].event.synchronize() or True)
     of_stores = emulator.copies(Kind.H2D)[1] - moved - 40 * ROW_BYTES
     assert of_stores <= 20 * ROW_BYTES, "they began long before the last piece of the load"
@@ -467,7 +468,7 @@ def test_stores_go_on_where_loads_are_stalled(primary, emulator):
     store = make_store(primary, pool="host")
     store.submit_store(1, names(4, 900), range(4))
     assert finish(store) == {1: True}
-    store.engine.load_stream.hold()
+    load_gate(store).hold()
     emulator.inject("memcpy_async", 2, UNKNOWN)
     store.submit_load(2, names(2, 900), [10, 11])
     until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
@@ -476,7 +477,7 @@ def test_stores_go_on_where_loads_are_stalled(primary, emulator):
     ends = []
     until(lambda: ends.extend(store.poll()) or ends, "the store ended")
     assert [(end.job_id, end.success) for end in ends] == [(4, True)]
-    store.engine.load_stream.release()
+    load_gate(store).release()
     assert finish(store) == {2: False, 3: True}
 
 
@@ -506,7 +507,7 @@ def test_pieces_in_flight_are_bounded_in_number_as_well(primary, pool, small_pie
     piece = 2 * ROW_BYTES if pool != "host" else (512 << 10) // 5 // 256 * 256
     stream = store.engine.store_stream
     before = primary.copy()
-    stream.hold()
+    Gate(stream).hold()
     calls = driver_calls(emulator)
     store.submit_store(1, names(60), range(60))
     store.submit_store(2, names(60, 100), range(60))
@@ -514,7 +515,7 @@ def test_pieces_in_flight_are_bounded_in_number_as_well(primary, pool, small_pie
     under_way(store, stream, emulator)
     assert emulator.copies(Kind.H2D)[1] <= 5 * piece
     assert driver_calls(emulator) - calls <= 5 * 6 + 3
-    stream.release()
+    Gate(stream).release()
     assert finish(store)[1]
     primary[:] = 0
     store.submit_load(4, names(60), range(60))
@@ -531,13 +532,13 @@ def test_copies_in_flight_are_bounded_in_number_as_well(batch, emulator):
     stream = store.engine.store_stream
     most, calls = (8192 + 512, 100) if batch else (512 + 128, 700)
     for turn in range(2):  # as many the second time
-        stream.hold()
+        Gate(stream).hold()
         copies = emulator.copies(Kind.H2D)[0]
         store.submit_store(turn, names(20_000, 50_000 * turn), range(0, 40_000, 2))
         under_way(store, stream, emulator)
         assert most // 2 < emulator.copies(Kind.H2D)[0] - copies <= most
         assert emulator.pending(stream.handles[0]) <= calls
-        stream.release()
+        Gate(stream).release()
         assert finish(store) == {turn: True}
         assert store.num_blocks == 20_000
 
@@ -566,7 +567,7 @@ def test_loads_do_not_wait_for_the_staging_of_stores(primary):
     store = make_store(primary, pool="host")
     store.submit_store(1, names(2, 900), [0, 1])
     finish(store)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(2, names(60), range(60))
     store.submit_load(3, names(2, 900), [100, 101])
     job = store._loads[0].event
@@ -644,12 +645,12 @@ def test_tiers_on_one_primary_unpin_it_with_the_last_of_them(primary, pool, emul
 def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, caplog):
     store = make_store(primary)
     stream = store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store.engine.store_stream, emulator)
     store.close()
     assert not store.engine.is_quiet
-    stream.release()
+    Gate(stream).release()
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     # Other memory at the same addresses: copies would go to the pages that were pinned.
     map_anew(primary)
@@ -1267,7 +1268,7 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
     store = make_store(primary)
     store.submit_store(1, names(2), [0, 1])
     assert finish(store) == {1: True}
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(2, names(2, 5), [0, 1])
     child = os.fork()
     if child == 0:
@@ -1285,7 +1286,7 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    store.engine.store_stream.release()
+    store_gate(store).release()
     assert finish(store) == {2: True}
     assert_round_trip(store, primary)
 
@@ -1322,7 +1323,7 @@ def test_a_job_says_how_long_its_copies_took(primary, pool, emulator):
 def test_nobody_elses_stream_waits_for_ours(primary, pool):
     # Not even the legacy default stream, which waits for every stream that was not made "non-blocking".
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     assert returns(lambda: torch.zeros(4, device="cuda").cpu().tolist()) == [0.0] * 4
 
@@ -1353,12 +1354,12 @@ def test_loads_in_flight_are_bounded_as_well(primary, pool, small_pieces, monkey
     before = primary.copy()
     store.submit_store(1, names(60), range(60))
     assert finish(store) == {1: True}
-    stream.hold()
+    Gate(stream).hold()
     moved = emulator.copies(Kind.D2H)[1]
     store.submit_load(2, names(60), range(64, 124))
     under_way(store, stream, emulator)
     assert emulator.copies(Kind.D2H)[1] - moved == 8 * ROW_BYTES
-    stream.release()
+    Gate(stream).release()
     assert finish(store) == {2: True}
     assert np.array_equal(primary[64:124], before[:60])
 
@@ -1380,11 +1381,11 @@ def test_loads_and_stores_at_once_do_not_meet(primary, pool, emulator):
         emulator.set_jitter(300.0, turn)
         primary[100:120] = 0
         for stream in (store.engine.load_stream, store.engine.store_stream):
-            stream.hold()
+            Gate(stream).hold()
         store.submit_load(2, names(20), range(100, 120))
         store.submit_store(3, names(20, 1000 + 20 * turn), range(30, 50))
         for stream in (store.engine.store_stream, store.engine.load_stream):
-            stream.release()
+            Gate(stream).release()
         assert finish(store) == {2: True, 3: True}
         assert np.array_equal(primary[100:120], before[:20])
         primary[60:80] = 0
@@ -1432,7 +1433,7 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     assert finish(store) == {1: True}
     streams = (store.engine.load_stream, store.engine.store_stream)
     for stream in streams:
-        RowStream.hold(stream)
+        RowStream.limit(stream, 0)
     emulator.inject(point, nth, UNKNOWN)
     if is_load:
         store.submit_load(2, names(4, 900), range(100, 100 + 4 * step, step))
@@ -1442,7 +1443,7 @@ def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth,
     store.submit_store(4, names(4, 50), range(50, 54))
     failing = (store._loads if is_load else store._stores)[0].event
     for stream in streams if is_load else streams[::-1]:
-        RowStream.release(stream)
+        RowStream.limit(stream, UNLIMITED)
         until(lambda: failing.is_done, "the job whose call is refused is the first")
     assert finish(store) == {2: False, 3: True, 4: True}
     (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
@@ -1485,7 +1486,7 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
     store.submit_store(1, names(2, 900), [0, 1])
     assert finish(store) == {1: True}
     stream = store.engine.load_stream if is_load else store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     emulator.inject(point, nth, UNKNOWN)
     if is_load:
         store.submit_load(2, names(2, 900), [10, 11])
@@ -1496,7 +1497,7 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
         assert store.poll() == [], "a leg of it is in flight"
         store.end_step()
     assert store.statistics().jobs_in_flight == 1
-    stream.release()
+    Gate(stream).release()
     assert finish(store) == {2: False}
     assert_round_trip(store, primary)
 
@@ -1505,12 +1506,12 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
 def test_r6_what_cannot_be_known_fails(primary, emulator):
     # An event that cannot be asked says nothing of whether the bytes arrived.
     store = make_store(primary)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     emulator.inject("event_query", 1, UNKNOWN)
     until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
     assert store.poll() == []
-    store.engine.store_stream.release()
+    store_gate(store).release()
     assert finish(store) == {1: False}
     assert store.num_blocks == 0
 
@@ -1521,13 +1522,13 @@ def test_nothing_of_a_failed_job_is_copied_after_its_report(primary, pool, small
     # Its first pieces are in flight and the rest waits for room when its event cannot be asked.
     store = make_store(primary, pool=pool, max_inflight_store_bytes=1)
     stream = store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     store.submit_store(1, names(20), range(20))
     under_way(store, stream, emulator)
     emulator.inject("event_query", 1, UNKNOWN)
     until(lambda: emulator.count("stream_query") > 2, "it is asked whether the streams are empty")
     assert store.poll() == []
-    stream.release()
+    Gate(stream).release()
     assert finish(store) == {1: False}
     reported = emulator.copies(Kind.H2D)
     assert reported == (1, 2 * ROW_BYTES)
@@ -1595,12 +1596,12 @@ def test_only_what_the_context_does_not_survive_loses_the_tier(primary, pool, co
 @pytest.mark.parametrize("code", [900, 901, 906, 907])
 def test_what_is_refused_because_somebody_captures_is_asked_again(primary, pool, code, emulator, caplog):
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(4), range(4))
     emulator.inject("event_query", 1, code)
     under_way(store, store.engine.store_stream, emulator)
     assert store.poll() == []
-    store.engine.store_stream.release()
+    store_gate(store).release()
     assert finish(store) == {1: True}
     assert not caplog.records
     assert_round_trip(store, primary)
@@ -1661,7 +1662,7 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
     assert finish(store) == {1: True}
     streams = (store.engine.load_stream, store.engine.store_stream)
     for stream in streams:
-        stream.hold()
+        Gate(stream).hold()
     if is_load and pool != "host" and point == "exec_h2d":
         point = "exec_d2h"
     if not is_load and pool != "host" and point == "exec_d2h":
@@ -1674,7 +1675,7 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
         store.submit_store(3, names(4), range(20, 24))
         store.submit_load(2, names(4, 900), range(10, 14))
     for stream in streams:
-        stream.release()
+        Gate(stream).release()
     until(emulator.sticky, "the context is lost")
     ends: dict[int, bool] = {}
     until(lambda: ends.update((end.job_id, end.success) for end in store.poll()) or len(ends) == 2, "both jobs ended")
@@ -1699,7 +1700,7 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
 def test_jobs_in_flight_when_the_context_is_lost_are_reported_as_failed_once(primary, emulator):
     store = make_store(primary, pool="host")
     for stream in (store.engine.load_stream, store.engine.store_stream):
-        stream.hold()
+        Gate(stream).hold()
     for job_id in range(5):
         store.submit_store(job_id, names(4, 10 * job_id), range(4))
     until(lambda: any(map(emulator.pending, store.engine.store_stream.handles)), "copies are on the stream")
@@ -1826,7 +1827,7 @@ def test_events_and_streams_are_destroyed_by_close(primary, pool, emulator, tmp_
 @each_pool
 def test_events_and_streams_of_copies_that_may_be_under_way_are_left(primary, pool, emulator):
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store.engine.store_stream, emulator)
     store.close()
@@ -1850,7 +1851,7 @@ def test_close_waits_for_copies_in_flight_and_drops_the_rest(primary, pool, smal
 @each_pool
 def test_close_is_bounded_and_leaves_memory_that_may_be_written_to(primary, pool, emulator, caplog):
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store.engine.store_stream, emulator)
     assert returns(lambda: store.close() or True)
@@ -1859,7 +1860,7 @@ def test_close_is_bounded_and_leaves_memory_that_may_be_written_to(primary, pool
     assert "may be under way" in caplog.text
     assert store.engine.driver.is_pinned(primary.ctypes.data)
     stream = store.engine.store_stream
-    stream.release()
+    Gate(stream).release()
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     assert emulator.sticky() == 0, "they found their memory gone"
 
@@ -1870,7 +1871,7 @@ def test_memory_under_copies_stays_where_it_is_when_all_objects_are_gone(primary
     handles = store.engine.store_stream.handles
     driver, context, engine = store.engine.driver, store.engine.context, weakref.ref(store.engine)
     rows = store.arena.rows
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store.engine.store_stream, emulator)
     store.close()
@@ -2012,7 +2013,7 @@ def test_close_is_bounded_where_unpinning_hangs(primary, monkeypatch, caplog):
 def test_close_is_bounded_also_where_a_signal_comes_at_its_end(primary, pool, emulator):
     """Whoever waits for the GIL, or handles a signal, is back when the time is over: then no job may be left open."""
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store.engine.store_stream, emulator)
     event = store._stores[0].event
@@ -2041,7 +2042,7 @@ def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monk
     monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", helpers.PATIENCE_S)
     store = make_store(primary)
     stream = store.engine.store_stream
-    stream.hold()
+    Gate(stream).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, stream, emulator)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -2054,7 +2055,7 @@ def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monk
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert registration._left
-    stream.release()
+    Gate(stream).release()
     assert store.engine._native.close(helpers.PATIENCE_S), "the copies ended"
     assert emulator.sticky() == 0, "they found their memory gone"
     store.engine.close()
@@ -2073,7 +2074,7 @@ def test_memory_that_is_left_is_pinned_no_further(primary, emulator, monkeypatch
 
     monkeypatch.setattr(registration.Registration, "register_next", register_next)
     store = make_store(primary)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     under_way(store, store.engine.store_stream, emulator)
     store.close()
@@ -2249,12 +2250,12 @@ def test_the_engines_thread_is_punctual(primary):
 def test_a_copy_that_does_not_end_is_told_while_somebody_waits_for_it(primary, pool, monkeypatch, emulator, caplog):
     monkeypatch.setattr(block_store, "LATE_S", 0.02)
     store = make_store(primary, pool=pool)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     draining = threading.Thread(target=store.drain, daemon=True)
     draining.start()
     until(lambda: caplog.records, "it is told")
-    store.engine.store_stream.release()
+    store_gate(store).release()
     draining.join(helpers.PATIENCE_S)
     assert "has not ended" in caplog.text
     assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)]
@@ -2269,7 +2270,7 @@ def test_a_copy_that_does_not_end_is_told_once(primary, pool, small_pieces, monk
     assert finish(store) == {0: True}
     until(lambda: store.engine.seconds_under_way == 0.0, "nothing is under way")
     monkeypatch.setattr(block_store, "LATE_S", 0.02)
-    store.engine.store_stream.hold()
+    store_gate(store).hold()
     store.submit_store(1, names(2), [0, 1])
     until(lambda: store.poll() or caplog.records, "it is told")
     for _ in range(3):
@@ -2277,7 +2278,7 @@ def test_a_copy_that_does_not_end_is_told_once(primary, pool, small_pieces, monk
         store.end_step()
     assert len(caplog.records) == 1
     assert "has not ended" in caplog.text
-    store.engine.store_stream.release()
+    store_gate(store).release()
     assert finish(store) == {1: True}
     until(lambda: store.engine.seconds_under_way == 0.0, "nothing is under way")
     assert len(caplog.records) == 1

@@ -107,6 +107,7 @@ def test_only_these_rooms_know_cuda(name, path):
         "config.TierConfig",
         "eviction.EvictionPolicy",
         "order.SequenceOrder",
+        "testing.store_gate",
         "arena.Rows",
         "timeline.main",
     ],

@@ -20,6 +20,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.testing import load_gate, store_gate
 from async_tier.vllm import compat
 from tests import helpers
 from tests.helpers import (
@@ -120,10 +121,10 @@ def test_constructs_where_the_reference_tier_does():
 
 
 def test_counts_blocks_that_are_ready(tier):
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0, 1), [0, 1]))
     assert tier.get_num_blocks() == 0
-    tier.block_store.engine.store_stream.release()
+    store_gate(tier).release()
     finish(tier)
     assert tier.get_num_blocks() == tier.get_num_chunks() == 2
 
@@ -142,8 +143,8 @@ def test_medium_and_locality_are_vllms(primary):
 
 def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
     store(tier, 1, keys(0, 1), [0, 1])
-    tier.block_store.engine.load_stream.hold()
-    tier.block_store.engine.store_stream.hold()
+    load_gate(tier).hold()
+    store_gate(tier).hold()
 
     def a_step():
         context = request("r")
@@ -161,14 +162,14 @@ def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
 
 
 def test_r1_drain_is_what_waits(tier):
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     draining = threading.Thread(target=tier.drain_jobs, daemon=True)
     draining.start()
     # It cannot have returned: its stream is held. Let go, it must.
     assert tier.has_pending_work()
     assert draining.is_alive()
-    tier.block_store.engine.store_stream.release()
+    store_gate(tier).release()
     draining.join(PATIENCE_S)
     assert not draining.is_alive()
     assert [result.job_id for result in tier.get_finished_jobs()] == [1]
@@ -222,7 +223,7 @@ def test_r2_a_job_whose_end_meets_an_error_is_reported_as_failed(tier, is_load):
 
 def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
     tier = make_tier(primary, blocks=4)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     returns(lambda: tier.shutdown() or True)
     tier.submit_store(job(2, keys(1), [1]))
@@ -312,13 +313,13 @@ def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names
 
 def test_r3_a_full_tier_and_present_keys_are_successes_of_no_bytes(primary):
     tier = make_tier(primary, blocks=2)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0, 1), [0, 1]))
     tier.submit_store(job(2, keys(0, 1), [0, 1]))
     tier.submit_store(job(3, keys(2), [2]))
     now = {result.job_id: result for result in tier.get_finished_jobs()}
     assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
-    tier.block_store.engine.store_stream.release()
+    store_gate(tier).release()
     now |= finish(tier)
     if "transfer_bytes" in helpers.RESULT_FIELDS:
         assert {job_id: result.transfer_bytes for job_id, result in now.items()} == {1: 128, 2: 0, 3: 0}
@@ -412,12 +413,12 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
     tier = make_tier(primary, blocks=2)
     before = primary.copy()
     store(tier, 1, keys(0, 1), [0, 1])
-    tier.block_store.engine.load_stream.hold()
+    load_gate(tier).hold()
     tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
     tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
     assert tier.get_num_blocks() == 0
     tier.submit_store(job(4, keys(2, 3), [2, 3]))
-    tier.block_store.engine.load_stream.release()
+    load_gate(tier).release()
     results = finish(tier)
     assert results[2].success
     assert np.array_equal(primary[[10, 11]], before[[0, 1]])
@@ -429,12 +430,12 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
 
 def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
     tier = make_tier(primary, blocks=1)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
     tier.submit_store(job(3, keys(1), [1]))
     assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
-    tier.block_store.engine.store_stream.release()
+    store_gate(tier).release()
     finish(tier)
     assert tier.get_num_blocks() == 0
     assert tier.statistics().rows_used == 0
@@ -443,10 +444,10 @@ def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
 
 def test_r6_a_job_failed_in_part_is_reported_after_its_copies(tier):
     store(tier, 1, keys(0), [0])
-    tier.block_store.engine.load_stream.hold()
+    load_gate(tier).hold()
     tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
     assert list(tier.get_finished_jobs()) == []
-    tier.block_store.engine.load_stream.release()
+    load_gate(tier).release()
     assert not finish(tier)[2].success
 
 
@@ -458,7 +459,7 @@ def test_r6_a_failed_store_leaves_no_key_and_no_row(tier):
 
 
 def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     assert tier.lookup(key(0), request("r")) is MISS
     tier.submit_load(job(2, keys(0), [9], load=True))
@@ -468,7 +469,7 @@ def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
 def test_r7_loads_do_not_wait_for_stores(tier, primary):
     before = primary.copy()
     store(tier, 1, keys(0), [0])
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(2, keys(1, 2, 3), [1, 2, 3]))
     tier.submit_load(job(3, keys(0), [20], load=True))
     tier.block_store._loads[0].event.synchronize()
@@ -756,7 +757,7 @@ def test_r11_r12_repeated_construction_leaks_nothing(primary):
 def test_a_tier_that_nobody_shuts_down_ends_with_its_object(primary):
     before = threads()
     tier = make_tier(primary, blocks=4)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     helpers.forget()
     del tier
@@ -1090,7 +1091,7 @@ def test_copies_that_fail_have_a_line_too(tier, is_load, caplog):
 
 def test_a_job_that_is_cut_off_says_so(primary, caplog):
     tier = make_tier(primary, blocks=4)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     for number in range(3):
         tier.submit_store(job(number, keys(number), [number]))
     returns(lambda: tier.shutdown() or True)

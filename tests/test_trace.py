@@ -19,6 +19,7 @@ from async_tier.config import TierConfig
 from async_tier.observe import timeline, trace
 from async_tier.observe.trace import TraceWriter
 from async_tier.streams.rows import Rows
+from async_tier.testing import store_gate
 from tests import helpers
 from tests.helpers import job, keys, make_tier, until
 from tests.rows import primary_rows
@@ -48,10 +49,10 @@ def by_hand(monkeypatch) -> None:
 def test_a_tier_traces_its_jobs_and_steps(path):
     tier = make_tier(primary_rows(32, ROW_BYTES), blocks=16, trace_path=str(path))
     started = time.monotonic_ns()
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
     helpers.end_step(tier)
-    tier.block_store.engine.store_stream.release()
+    store_gate(tier).release()
     helpers.finish(tier)
     tier.get_stats()
     tier.submit_load(job(2, keys(0), [9], load=True))

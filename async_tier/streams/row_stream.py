@@ -8,8 +8,8 @@ from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.rows import Rows
 
-# For `limit`: no limit.
-_UNLIMITED = -1
+# For `RowStream.limit`: no limit.
+UNLIMITED = -1
 
 
 class RowStream:
@@ -40,14 +40,6 @@ class RowStream:
             *(map(self._steps, (destination, source)) if self._steps else ()),
         )
 
-    def hold(self) -> None:
-        """For tests: start no further piece of this queue."""
-        self._engine.limit(self._queue, 0)
-
-    def step(self, pieces: int = 1) -> None:
-        """For tests: of a held queue, let that many pieces go, from now on; what is left of an earlier step is void."""
+    def limit(self, pieces: int) -> None:
+        """Start at most `pieces` more pieces of this queue, or UNLIMITED. See `testing.Gate`."""
         self._engine.limit(self._queue, pieces)
-
-    def release(self) -> None:
-        """For tests: end a `hold`."""
-        self._engine.limit(self._queue, _UNLIMITED)
