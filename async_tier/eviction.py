@@ -85,11 +85,16 @@ class LeastRecentlyUsed(EvictionPolicy):
     # Blocks looked at for a parent. Not all are held: of a sliding window's group vLLM stores only the last ones.
     _NEAREST = 128
     # Far more than run at a time: a caller may never say that one has ended.
-    _MOST_SEQUENCES = 1 << 14
+    MOST_SEQUENCES = 1 << 14
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         super().__init__(rows, pins)
         self.clear()
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences it knows the last block of: at most MOST_SEQUENCES."""
+        return len(self._last)
 
     def clear(self) -> None:
         count = len(self._pins)
@@ -243,7 +248,7 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _note_last(self, sequence: str | None, key: bytes) -> None:
         if sequence is not None:
             self._last[sequence] = key
-            if len(self._last) > self._MOST_SEQUENCES:
+            if len(self._last) > self.MOST_SEQUENCES:
                 self._last.popitem(last=False)
 
     # --------------------------------------------------------------------------------------- leaves, by their last use

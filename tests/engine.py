@@ -739,7 +739,7 @@ class Engine:
         wait, drain_jobs = worker.wait, tier.drain_jobs
 
         def wait_for_held(job_ids: set[int]) -> None:
-            events = [worker._events[job_id] for job_id in job_ids & worker._events.keys()]
+            events = [worker.events[job_id] for job_id in job_ids & worker.events.keys()]
             for name in ("worker.load", "worker.store"):
                 self.copies[name].start(events)
             wait(job_ids)
@@ -1025,7 +1025,7 @@ class Engine:
             requests=len(scheduler.requests),
             batches=len(self.core.batch_queue or ()) + self.executor.steps_submitted,
             connector_jobs=len(connector._jobs),
-            worker_jobs=len(self.worker._events) + len(self.model.connector.connector_worker._unsubmitted_store_jobs),
+            worker_jobs=len(self.worker.events) + len(self.model.connector.connector_worker._unsubmitted_store_jobs),
             manager_jobs=len(self.manager._jobs),
             manager_requests=len(self.manager._req_state),
             tier_jobs=self.statistics().jobs_in_flight,
@@ -1045,9 +1045,9 @@ class Engine:
         statistics = self.statistics()
         assert not statistics.faults, statistics
         assert not statistics.failed_jobs, statistics
-        promises = self.tier._promises
-        left = [promises._total, promises._promises, promises._loads, promises._preempted]
-        assert not any(left), f"still promised: {left}"
+        promises = self.tier.promises
+        assert not promises.total, f"still promised: {promises.by_request}"
+        assert not promises.known_requests
         assert not self.live, self.describe()
 
     # ------------------------------------------------------------------------------------------------------------ end

@@ -78,7 +78,7 @@ def forget() -> None:
 
 def close_stores() -> None:
     """Close what the test has left open, also with a stream held, and also where another one cannot be closed."""
-    still_open = [store for store in _stores if not store._closed]
+    still_open = [store for store in _stores if not store.is_closed]
     with contextlib.ExitStack() as ends:  # the last one first
         for store in still_open:
             ends.callback(store.close)
@@ -98,7 +98,7 @@ def free_primaries() -> None:
 
 
 def _close_again(engine: Any) -> None:
-    engine._give_back(threading.Event(), None)
+    engine.give_back(threading.Event(), None)
     engine.is_quiet = True
 
 
@@ -141,9 +141,12 @@ def end_step(tier: Any, new: Sequence[str] = ()) -> None:
 
 
 def held(tier: AsyncSecondaryTierManager, names: Sequence[bytes]) -> list[bool]:
-    """Which of `names` the tier would serve; their pins are let go of."""
-    answers = [tier.lookup(name, request("asks")) is LookupResult.HIT for name in names]
-    tier.block_store._step_hits.clear()  # only asking: does not count as a use
+    """Which of `names` the tier would serve, one by one."""
+    answers = []
+    for name in names:
+        answers.append(tier.lookup(name, request("asks")) is LookupResult.HIT)
+        if answers[-1]:
+            tier.block_store.withdraw_hit("asks")  # only asking: does not count as a use
     end_step(tier)
     return answers
 

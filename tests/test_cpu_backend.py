@@ -649,7 +649,7 @@ def store_then_give_its_block_away(world: World) -> None:
     connector.handle_preemptions(metadata(flush={1}))
     world.memory.caches[0][3] = 77
     store_gate(world.worker).release()
-    world.worker._stores[0].event.synchronize()
+    world.worker.events[1].synchronize()
 
 
 def test_the_fence_a_block_given_away_after_the_flush_was_stored_whole(flat):
@@ -715,7 +715,7 @@ def test_the_connector_resumes_a_request_only_when_its_load_has_landed(flat):
     connector.start_kv_transfers(metadata(loads={1: (2, 8)}))
     assert returns(lambda: connector.get_finished(set())) == (set(), set())
     Gate(stream).release()
-    flat.worker._loads[0].event.synchronize()
+    flat.worker.wait({1})
     assert connector.get_finished(set()) == (set(), {"request 1"})
     assert np.array_equal(flat.memory.caches[0][8], before.primary[2])
 
@@ -990,7 +990,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 def inode_of(spec: CPUBackendTieringSpec, role: str) -> int:
     """The file that a member has mapped."""
-    region = spec._scheduler_mmap if role == "scheduler" else spec._host_worker._region
+    region = spec._scheduler_mmap if role == "scheduler" else spec.get_worker(make_kv_caches()).region
     address = f"{region._base.data_ptr():x}-"
     (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(address)]
     return int(line.split()[4])
@@ -1135,12 +1135,12 @@ def test_of_two_engines_that_start_at_once_one_is_refused(engine_id):
 def test_the_first_member_that_ends_takes_the_name_so_that_another_engine_can_start(start, engine_id):
     first = start("scheduler", rank=0, world_size=2)
     ending, staying = start(rank=0, world_size=2), start(rank=1, world_size=2)
-    ending._host_worker.shutdown()
+    ending.get_worker(make_kv_caches()).shutdown()
     assert not files_of(engine_id)
     other = start(rank=0, world_size=2)
     assert inode_of(other, "worker") != inode_of(staying, "worker") == inode_of(first, "scheduler")
     # Nor does the end of the others take the new file's name.
-    staying._host_worker.shutdown()
+    staying.get_worker(make_kv_caches()).shutdown()
     first.get_manager().shutdown()
     del first
     gc.collect()
@@ -1202,7 +1202,7 @@ def test_a_start_that_the_tiers_configuration_refuses_leaves_nothing(engine_id, 
             spec.get_manager()
         assert bool(files_of(engine_id)) is with_worker  # the worker has its file until it ends
         if with_worker:
-            spec._host_worker.shutdown()
+            spec.get_worker(make_kv_caches()).shutdown()
     del spec
     assert not files_of(engine_id)
     assert descriptors() <= before
@@ -1246,10 +1246,10 @@ def test_a_worker_that_is_dropped_ends_its_copies_before_it_lets_go_of_the_prima
     stream, ended = world.worker.engine.store_stream, []
     Gate(stream).hold()
     world.store(1, [0], [0])
-    event, region = world.worker._stores[0].event, world.worker._region
+    event, region = world.worker.events[1], world.worker.region
     cleanup = region.cleanup
     region.cleanup = lambda: (ended.append(event.is_done), cleanup())
-    world.spec._host_worker = world.worker = None
+    world.spec = world.worker = None
     gc.collect()
     assert ended == [True]
     world.worker = MagicMock()  # for the fixture
@@ -1258,7 +1258,7 @@ def test_a_worker_that_is_dropped_ends_its_copies_before_it_lets_go_of_the_prima
 @pytest.mark.parametrize("role", ["worker", "scheduler"])
 def test_shutdown_lets_another_engine_of_the_same_name_start(start, engine_id, role):
     first = start(role)
-    member = first.get_manager() if role == "scheduler" else first._host_worker
+    member = first.get_manager() if role == "scheduler" else first.get_worker(make_kv_caches())
     member.shutdown()
     assert not files_of(engine_id)
     start(role)
@@ -1301,7 +1301,7 @@ def test_shutdown_leaves_nothing_in_shared_memory(make_world, caplog):
     submit(world.worker, 1, True, blocks, chunks)
     submit(world.worker, 2, False, blocks, chunks)
     world.finish(1, 2)
-    mapping = world.worker._region.mmap_obj
+    mapping = world.worker.region.mmap_obj
     world.worker.shutdown()
     assert mapping.closed
     assert not os.path.exists(world.path)
@@ -1319,9 +1319,9 @@ def test_shutdown_can_be_called_again(make_world, caplog):
 def test_shutdown_ends_copies_before_it_lets_go_of_the_primary(flat):
     store_gate(flat.worker).hold()
     flat.store(1, [0], [0])
-    event, region = flat.worker._stores[0].event, flat.worker._region
+    event, region = flat.worker.events[1], flat.worker.region
     ended: list[bool] = []
-    flat.worker._region = SimpleNamespace(cleanup=lambda: (ended.append(event.is_done), region.cleanup()))
+    flat.worker.region = SimpleNamespace(cleanup=lambda: (ended.append(event.is_done), region.cleanup()))
     returns(flat.worker.shutdown)
     assert ended == [True]
     assert not os.path.exists(flat.path)

@@ -220,18 +220,17 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
     machine.step()
     store = machine.tier.block_store
     load_gate(store).hold()
-    real = store.poll
+    copy_rows = store.engine.load_stream.copy_rows
 
-    def impatient():
-        for job in store._loads:
-            job.event = SimpleNamespace(is_done=True, failed=False, seconds=0.0)
-        return real()
+    def impatient(*rows):
+        copy_rows(*rows)
+        return SimpleNamespace(is_done=True, failed=False, seconds=0.0)
 
-    store.poll = impatient
+    store.engine.load_stream.copy_rows = impatient
     store.drain = lambda: None
     machine.fetch(names, first=16)
     assert machine.in_cache(names, first=16) == [False, False]
-    del store.poll, store.drain
+    del store.engine.load_stream.copy_rows, store.drain
     load_gate(store).release()
     torch.cuda.synchronize()
     machine.close()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -19,6 +20,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
+from async_tier.block_store import Finished
 from async_tier.manager import AsyncSecondaryTierManager
 from async_tier.testing import load_gate, store_gate
 from async_tier.vllm import compat
@@ -247,7 +249,7 @@ def test_r3_hooks_do_not_raise_either(tier):
     tier.block_store.index.finish = tier.block_store.index.clear = MagicMock(side_effect=OSError)
     tier.on_new_request(object())
     tier.on_request_finished(request("r"))
-    tier._on_reset()
+    reset(tier)
     assert tier.statistics().faults == 3
     del tier.block_store.index.finish, tier.block_store.index.clear
 
@@ -472,7 +474,7 @@ def test_r7_loads_do_not_wait_for_stores(tier, primary):
     store_gate(tier).hold()
     tier.submit_store(job(2, keys(1, 2, 3), [1, 2, 3]))
     tier.submit_load(job(3, keys(0), [20], load=True))
-    tier.block_store._loads[0].event.synchronize()
+    tier.block_store.loads_in_flight[0].synchronize()
     assert [result.job_id for result in tier.get_finished_jobs()] == [3]
     assert np.array_equal(primary[20], before[0])
 
@@ -651,12 +653,14 @@ class TestDetector:
         assert all(0 <= seconds < 1000 for seconds, _ in told), told
         world.close()
 
-    def test_r10_what_it_is_told_is_the_stores_own_whatever_ends_with_it(self, primary):
+    def test_r10_what_it_is_told_is_the_stores_own_whatever_ends_with_it(self, primary, monkeypatch):
         told = []
         detector = MagicMock()
         detector.update = lambda submitted, size: told.append(time.monotonic() - submitted)
         tier = make_tier(primary, blocks=8, backpressure_detector=detector)
-        tier._detector.reported([100.0])  # of a poll after which nobody told the detector
+        with monkeypatch.context() as patched:  # a poll after which nobody told the detector
+            patched.setattr(tier.block_store, "poll", lambda: [Finished(0, True, bytes=64, seconds=100.0)])
+            tier.get_finished_jobs()
         store(tier, 1, keys(0), [0])
         tier.bp_detector.update(time.monotonic() - 500, 1)
         assert told.pop() < 100
@@ -692,16 +696,17 @@ def threads() -> int:
 
 def test_r11_shutdown_is_idempotent_and_lets_go_of_the_primary(primary):
     before = threads()
-    view = memoryview(primary)
-    tier = AsyncSecondaryTierManager(MagicMock(), view, "async")
+    views = [memoryview(primary)]
+    tier = AsyncSecondaryTierManager(MagicMock(), views[0], "async")
     store(tier, 1, keys(0), [0])
     tier.shutdown()
     tier.shutdown()
     until(lambda: threads() <= before, "the tier's threads are gone")
-    assert tier._primary_kv_view is not view
-    assert view.nbytes, "vLLM's memoryview is not ours to release"
+    assert views[0].nbytes, "vLLM's memoryview is not ours to release"
     assert tier.lookup(key(0), request("r")) is MISS
-    view.release()
+    is_alive = weakref.ref(views[0])
+    views.clear()
+    assert is_alive() is None
 
 
 def test_r11_vllms_region_closes_after_shutdown(caplog, monkeypatch):
@@ -898,7 +903,7 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         tier.on_request_finished(context)
         end_step(tier)
     assert tier.block_store.orders == {}
-    assert not tier.block_store.index._policy._last
+    assert tier.block_store.index.policy.sequences == 0
 
 
 # ------------------------------------------------------------------------------------------------- refusals, in words
@@ -1125,15 +1130,13 @@ def test_a_reason_is_one_line(tier, caplog):
     del tier.block_store.index.reserve
 
 
-def test_r2_no_job_is_lost_for_its_promise(tier, caplog):
-    real = tier._promises.note_end
-    tier._promises.note_end = MagicMock(side_effect=[OSError("out of luck"), None])
+def test_r2_no_job_is_lost_for_its_promise(tier, caplog, monkeypatch):
+    monkeypatch.setattr(tier.promises, "note_end", MagicMock(side_effect=[OSError("out of luck"), None]))
     tier.submit_store(job(1, keys(0), [0]))
     tier.submit_store(job(2, keys(1), [1]))
     assert {job_id: result.success for job_id, result in finish(tier).items()} == {1: True, 2: True}
     assert tier.statistics().faults == 1
     assert said(caplog) == ["The tier could not keep account of a promise: OSError: out of luck"]
-    tier._promises.note_end = real
 
 
 @pytest.mark.parametrize("method", ["lookup", "end_step", "touch", "submit_load"])

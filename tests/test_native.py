@@ -640,7 +640,7 @@ def test_r1_population_goes_by_the_piece(streams: list[HostStream]):
     """It holds the lock of the memory map: the scheduler's thread, which may need it for malloc, waits that long."""
     arena = Arena(4, PIECE)
     Gate(streams[1]).hold()
-    event = streams[1]._engine.populate(1, arena.rows.address, 4 * PIECE)
+    event = streams[1].engine.populate(1, arena.rows.address, 4 * PIECE)
     for done in (1, 2, 3):
         Gate(streams[1]).step()
         fence(streams)
@@ -720,7 +720,7 @@ def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
 
 
 def test_r7_population_comes_last(engine: HostEngine):
-    population = HostStream(engine._engine, 2)
+    population = HostStream(engine.load_stream.engine, 2)
     assert first_of(engine.store_stream, population) == "sooner"
     arena = Arena(4, PIECE)
     Gate(population).hold()
@@ -1135,7 +1135,7 @@ def test_close_fails_a_stepped_job_with_its_first_piece_there(streams: list[Host
     event = move(streams[1], target, source)
     Gate(streams[1]).step()
     fence(streams)
-    streams[1]._engine.close()
+    streams[1].engine.close()
     assert event.failed
     assert np.array_equal(target[:PIECE], source[:PIECE])
     assert (target[PIECE:] == FILL).all()
@@ -1153,10 +1153,10 @@ def test_close_leaves_what_is_done():
 def test_close_cuts_population_off(streams: list[HostStream]):
     arena = Arena(4, PIECE)
     Gate(streams[1]).hold()
-    event = streams[1]._engine.populate(1, arena.rows.address, 4 * PIECE)
+    event = streams[1].engine.populate(1, arena.rows.address, 4 * PIECE)
     Gate(streams[1]).step()
     fence(streams)
-    streams[1]._engine.close()
+    streams[1].engine.close()
     assert event.failed
     assert resident(arena.rows) == PIECE
     arena.close()

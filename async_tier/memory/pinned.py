@@ -20,7 +20,7 @@ PINNER_TIMEOUT_S = 5.0
 
 
 class PinnedArena:
-    """Host memory, pinned range by range by a background thread; `ready` rows are pinned so far.
+    """Host memory, pinned range by range by a background thread (`registration`); `ready` rows are pinned so far.
 
     An `Arena`, and not torch's pinned memory: freeing that after an error that the context does not survive can abort
     the process. Raises MemoryError as Arena does, and as `Registration.register_next` if the first range is refused.
@@ -30,24 +30,24 @@ class PinnedArena:
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
         _move_near(engine, self.rows)
-        self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
+        self.registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
         try:
             while not self.ready:  # a row may be larger than a range
-                self._registration.register_next()
+                self.registration.register_next()
             self._pinner.start()
         except BaseException:
-            if not self._registration.give_up():
+            if not self.registration.give_up():
                 self._arena.keep_for_ever()
             self._arena.close()
             raise
-        engine.add_rows(self.rows, self._registration)
+        engine.add_rows(self.rows, self.registration)
         engine.own(self)
 
     @property
     def ready(self) -> int:
-        return self._registration.rows_ready
+        return self.registration.rows_ready
 
     def close(self) -> None:
         """Free the memory, unless it had to be left. The engine is closed. Idempotent."""
@@ -60,18 +60,18 @@ class PinnedArena:
         self._pinner.join(PINNER_TIMEOUT_S)
         if self._pinner.is_alive():
             raise RuntimeError("its memory is still being pinned")
-        self._registration.unpin()
+        self.registration.unpin()
 
     def leave(self) -> None:
         """See cuda.Pinned."""
         self._stop.set()
-        self._registration.leave()
+        self.registration.leave()
         self._arena.keep_for_ever()
 
     def _pin(self) -> None:
         try:
-            while not self._registration.is_complete and not self._stop.wait(self._registration.seconds):
-                self._registration.register_next()
+            while not self.registration.is_complete and not self._stop.wait(self.registration.seconds):
+                self.registration.register_next()
         except RuntimeError as error:
             logger.warning(
                 "The tier holds %d blocks and not %d, because CUDA refused to pin more of its memory: %s",

@@ -90,7 +90,8 @@ class CudaEngine:
         # Whether it is known that no copy is under way any more; without that, memory must stay where it is.
         self.is_quiet = True
         self._closed = False
-        self._registrations: dict[int, Registered | None] = {}
+        # By address of the rows; None for device memory. To be read by anyone, changed here only.
+        self.registrations: dict[int, Registered | None] = {}
         # What `close` gives back.
         self._pinned: list[Pinned] = []
         self._memory: list[int] = []
@@ -108,7 +109,7 @@ class CudaEngine:
                 (max_inflight_store_bytes, slots, staging and staging + slots * piece_bytes),
             )
         except BaseException:
-            self._give_back(threading.Event(), None)
+            self.give_back(threading.Event(), None)
             raise
         self.has_batch = self._native.has_batch
         self.load_stream = CudaStream(self._native, 0, self.step_of)
@@ -136,11 +137,11 @@ class CudaEngine:
 
     def add_rows(self, rows: Rows, registration: Registered | None) -> None:
         """Make rows known to the streams. `registration`: None for device memory."""
-        self._registrations[rows.address] = registration
+        self.registrations[rows.address] = registration
 
     def step_of(self, rows: Rows) -> int:
         """See RowStream: where registrations begin. 0 for device memory. KeyError for rows that were not added."""
-        registration = self._registrations[rows.address]
+        registration = self.registrations[rows.address]
         return 0 if registration is None else registration.step
 
     def signal(self, fd: int) -> None:
@@ -171,10 +172,10 @@ class CudaEngine:
     # ------------------------------------------------------------------------------------------------------- details
 
     def _give_back_soon(self) -> None:
-        """`_give_back` in a thread, because unpinning has been seen to hang (pytorch/pytorch#132520)."""
+        """`give_back` in a thread, because unpinning has been seen to hang (pytorch/pytorch#132520)."""
         unpinned = threading.Event()
         arguments = (unpinned, self._native.refusal)
-        thread = threading.Thread(target=self._give_back, args=arguments, name="async-tier-close", daemon=True)
+        thread = threading.Thread(target=self.give_back, args=arguments, name="async-tier-close", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # from Python 3.12 on, when the process is ending, which gives everything back
@@ -187,8 +188,10 @@ class CudaEngine:
             logger.error("CUDA has not unpinned the CUDA engine's memory in time, which is left as it is")
             self._leave()
 
-    def _give_back(self, unpinned: threading.Event, refusal: str | None) -> None:
-        """Give back all that can be, whatever of it is refused, and say so once. Sets `unpinned` in between."""
+    def give_back(self, unpinned: threading.Event, refusal: str | None) -> None:
+        """Give back all that can be, whatever of it is refused, and say so once. Sets `unpinned` in between.
+
+        For whoever knows that copies have ended which `close` could not wait for; otherwise `close` does it."""
         refusals: list[object] = [] if refusal is None else [refusal]
 
         def attempt(action: Callable[..., None], *arguments: int) -> bool:

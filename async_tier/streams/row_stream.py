@@ -13,12 +13,12 @@ UNLIMITED = -1
 
 
 class RowStream:
-    """One queue of a native engine. steps: the `dst_step` or `src_step` of rows, see _native."""
+    """One queue of a native engine, `engine`. steps: the `dst_step` or `src_step` of rows, see _native."""
 
     def __init__(
         self, engine: _native.HostEngine | _native.CudaEngine, queue: int, steps: Callable[[Rows], int] | None = None
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._queue = queue
         self._steps = steps
 
@@ -26,7 +26,7 @@ class RowStream:
         self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
     ) -> CopyEvent:
         """See CopyStream.copy_rows. Raises RuntimeError in a forked child: the threads stayed with the parent."""
-        return self._engine.submit_rows(
+        return self.engine.submit_rows(
             self._queue,
             destination.address,
             destination.stride,
@@ -42,4 +42,4 @@ class RowStream:
 
     def limit(self, pieces: int) -> None:
         """Start at most `pieces` more pieces of this queue, or UNLIMITED. See `testing.Gate`."""
-        self._engine.limit(self._queue, pieces)
+        self.engine.limit(self._queue, pieces)
