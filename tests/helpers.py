@@ -169,6 +169,11 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0)
 
 
+def threads(name: str) -> list[threading.Thread]:
+    """Python's threads of this name."""
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
 class Region:
     """What vLLM's primary tier asks of its SharedOffloadRegion, over an array."""
 

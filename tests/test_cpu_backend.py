@@ -426,11 +426,10 @@ def test_a_job_whose_stream_lets_go_is_reported_once_whatever_else_is_held(flat,
 
 def test_a_job_is_not_reported_with_a_part_of_its_bytes(make_flat):
     world = make_flat(page=PIECE)
-    store_gate(world.worker).hold()
-    world.store(1, [0, 2], [0, 5])  # two pieces
-    store_gate(world.worker).step()
-    assert world.reported() == []
-    store_gate(world.worker).release()
+    with store_gate(world.worker) as gate:
+        world.store(1, [0, 2], [0, 5])  # two pieces
+        gate.step()
+        assert world.reported() == []
     assert world.finish(1) == [1]
 
 
@@ -481,22 +480,21 @@ def test_wait_blocks_while_the_stream_is_held(make_flat):
     world = make_flat(page=PIECE)
     stream = world.worker.engine.store_stream
     before = world.memory.copy()
-    Gate(stream).hold()
-    world.store(1, [0, 2, 4], [0, 5, 9])
-    calling = threading.Event()
-    landed: list[bool] = []
+    with Gate(stream) as gate:
+        world.store(1, [0, 2, 4], [0, 5, 9])
+        calling = threading.Event()
+        landed: list[bool] = []
 
-    def wait() -> None:
-        calling.set()
-        world.worker.wait({1})
-        landed.append(np.array_equal(world.memory.primary[[0, 5, 9]], before.caches[0][[0, 2, 4]]))
+        def wait() -> None:
+            calling.set()
+            world.worker.wait({1})
+            landed.append(np.array_equal(world.memory.primary[[0, 5, 9]], before.caches[0][[0, 2, 4]]))
 
-    waiting = threading.Thread(target=wait, daemon=True)
-    waiting.start()
-    assert calling.wait(PATIENCE_S)
-    Gate(stream).step(2)  # of three pieces
-    assert waiting.is_alive()
-    Gate(stream).release()
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        assert calling.wait(PATIENCE_S)
+        gate.step(2)  # of three pieces
+        assert waiting.is_alive()
     waiting.join(PATIENCE_S)
     assert landed == [True]
 
@@ -551,16 +549,15 @@ def test_of_two_jobs_that_write_one_place_the_later_wins(make_flat, is_store, ro
     stream = engine.store_stream if is_store else engine.load_stream
     places = np.random.default_rng(round_).permutation(count)
     contested = places[-1]
-    Gate(stream).hold()
-    if is_store:
-        world.store(1, places[::-1], places)
-        world.store(2, [count], [contested])
-        written, source = world.memory.primary, before.caches[0]
-    else:
-        world.load(1, places[::-1], places)
-        world.load(2, [count], [contested])
-        written, source = world.memory.caches[0], before.primary
-    Gate(stream).release()
+    with Gate(stream):
+        if is_store:
+            world.store(1, places[::-1], places)
+            world.store(2, [count], [contested])
+            written, source = world.memory.primary, before.caches[0]
+        else:
+            world.load(1, places[::-1], places)
+            world.load(2, [count], [contested])
+            written, source = world.memory.caches[0], before.primary
     assert world.finish(2) == [1, 2]
     assert np.array_equal(written[contested], source[count])
     assert np.array_equal(written[places[:-1]], source[places[:0:-1]])
@@ -592,15 +589,12 @@ def test_a_free_thread_takes_a_load_before_a_store(make_flat):
     engine, block, chunk = world.worker.engine, count, count + 1
     busy = False
     for job_id in range(0, 90, 3):
-        Gate(engine.store_stream).hold()
-        Gate(engine.load_stream).hold()
-        world.memory.caches[0][block] = 1
-        world.memory.primary[count] = 2
-        world.store(job_id, range(count)[::-1], range(count))
-        world.store(job_id + 1, [block], [chunk])
-        world.load(job_id + 2, [count], [block])
-        Gate(engine.store_stream).release()
-        Gate(engine.load_stream).release()
+        with Gate(engine.load_stream), Gate(engine.store_stream):
+            world.memory.caches[0][block] = 1
+            world.memory.primary[count] = 2
+            world.store(job_id, range(count)[::-1], range(count))
+            world.store(job_id + 1, [block], [chunk])
+            world.load(job_id + 2, [count], [block])
         # Only if the one thread was still busy with the first store did it find both.
         busy = world.worker.get_finished() == []
         world.finish(job_id, job_id + 1, job_id + 2)
@@ -676,20 +670,19 @@ def test_the_fence_holds_for_a_store_of_the_step_that_flushes_it(flat):
 def test_the_fence_holds_while_the_connector_blocks_in_another_thread(flat):
     before = flat.memory.copy()
     stream, connector = flat.worker.engine.store_stream, make_connector(flat)
-    Gate(stream).hold()
-    connector.prepare_store_kv(metadata(stores={1: (3, 5), 2: (4, 6)}))
-    calling = threading.Event()
+    with Gate(stream):
+        connector.prepare_store_kv(metadata(stores={1: (3, 5), 2: (4, 6)}))
+        calling = threading.Event()
 
-    def flush_and_reuse() -> None:
-        calling.set()
-        connector.handle_preemptions(metadata(flush={1, 2}))
-        flat.memory.caches[0][[3, 4]] = 77
+        def flush_and_reuse() -> None:
+            calling.set()
+            connector.handle_preemptions(metadata(flush={1, 2}))
+            flat.memory.caches[0][[3, 4]] = 77
 
-    step = threading.Thread(target=flush_and_reuse, daemon=True)
-    step.start()
-    assert calling.wait(PATIENCE_S)
-    assert step.is_alive()
-    Gate(stream).release()
+        step = threading.Thread(target=flush_and_reuse, daemon=True)
+        step.start()
+        assert calling.wait(PATIENCE_S)
+        assert step.is_alive()
     step.join(PATIENCE_S)
     assert not step.is_alive()
     assert (flat.memory.caches[0][[3, 4]] == 77).all()
@@ -710,11 +703,10 @@ def test_the_connector_gets_a_store_that_it_flushed_reported_once(flat):
 def test_the_connector_resumes_a_request_only_when_its_load_has_landed(flat):
     before = flat.memory.copy()
     connector, stream = make_connector(flat), flat.worker.engine.load_stream
-    Gate(stream).hold()
-    flat.memory.caches[0][8] = 0  # as the step zeroes new blocks, before it starts transfers
-    connector.start_kv_transfers(metadata(loads={1: (2, 8)}))
-    assert returns(lambda: connector.get_finished(set())) == (set(), set())
-    Gate(stream).release()
+    with Gate(stream):
+        flat.memory.caches[0][8] = 0  # as the step zeroes new blocks, before it starts transfers
+        connector.start_kv_transfers(metadata(loads={1: (2, 8)}))
+        assert returns(lambda: connector.get_finished(set())) == (set(), set())
     flat.worker.wait({1})
     assert connector.get_finished(set()) == (set(), {"request 1"})
     assert np.array_equal(flat.memory.caches[0][8], before.primary[2])

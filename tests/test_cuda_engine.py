@@ -73,11 +73,6 @@ def under_way(store: BlockStore, stream: cuda.CudaStream, emulator) -> None:
     until(lambda: emulator.count("event_query") >= asked + 3, "the thread has looked after the stream")
 
 
-def is_pinning() -> bool:
-    """Whether some tier's memory is being pinned."""
-    return any(thread.name == "async-tier-pin" for thread in threading.enumerate())
-
-
 def pending(emulator, stream: cuda.CudaStream) -> int:
     return sum(emulator.pending(handle) for handle in stream.handles)
 
@@ -157,14 +152,13 @@ def test_an_event_is_used_again_only_when_it_was_seen_complete(primary, pool, em
     store.submit_store(1, names(2, 900), [0, 1])
     assert finish(store) == {1: True}
     stream = store.engine.store_stream
-    Gate(stream).hold()
-    store.submit_store(2, names(2), [0, 1])
-    under_way(store, stream, emulator)
-    for turn in range(3, 10):  # recorded by one of these, it would say that the store has ended
-        store.submit_load(turn, names(2, 900), [5, 6])
-        store.loads_in_flight[0].synchronize()
-        assert [(end.job_id, end.success) for end in store.poll()] == [(turn, True)]
-    Gate(stream).release()
+    with Gate(stream):
+        store.submit_store(2, names(2), [0, 1])
+        under_way(store, stream, emulator)
+        for turn in range(3, 10):  # recorded by one of these, it would say that the store has ended
+            store.submit_load(turn, names(2, 900), [5, 6])
+            store.loads_in_flight[0].synchronize()
+            assert [(end.job_id, end.success) for end in store.poll()] == [(turn, True)]
     assert finish(store) == {2: True}
 
 
@@ -199,25 +193,22 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
     store = make_store(primary, pool=pool)
     store.submit_store(0, names(2, 900), [0, 1])
     finish(store)
-    for stream in (store.engine.load_stream, store.engine.store_stream):
-        Gate(stream).hold()
-    # The best of many, because the machine is shared: a call that waits does so every time.
-    times: dict[str, list[float]] = {}
-    turns = range(1, 11)
-    for turn in turns:
-        for what, call in {
-            "submit_store": lambda turn=turn: store.submit_store(turn, names(4, 10 * turn), range(4)),
-            "submit_load": lambda turn=turn: store.submit_load(100 + turn, names(2, 900), [9, 10]),
-            "poll": store.poll,
-            "lookup": lambda: store.lookup(names(1)[0]),
-            "end of step": store.end_step,
-        }.items():
-            started = time.perf_counter()
-            call()
-            times.setdefault(what, []).append(time.perf_counter() - started)
-    assert all(min(took) < 0.002 for took in times.values()), times
-    for stream in (store.engine.load_stream, store.engine.store_stream):
-        Gate(stream).release()
+    with load_gate(store), store_gate(store):
+        # The best of many, because the machine is shared: a call that waits does so every time.
+        times: dict[str, list[float]] = {}
+        turns = range(1, 11)
+        for turn in turns:
+            for what, call in {
+                "submit_store": lambda turn=turn: store.submit_store(turn, names(4, 10 * turn), range(4)),
+                "submit_load": lambda turn=turn: store.submit_load(100 + turn, names(2, 900), [9, 10]),
+                "poll": store.poll,
+                "lookup": lambda: store.lookup(names(1)[0]),
+                "end of step": store.end_step,
+            }.items():
+                started = time.perf_counter()
+                call()
+                times.setdefault(what, []).append(time.perf_counter() - started)
+        assert all(min(took) < 0.002 for took in times.values()), times
     assert finish(store) == dict.fromkeys([*turns, *(100 + turn for turn in turns)], True)
 
 
@@ -225,13 +216,12 @@ def test_r1_what_is_queued_costs_the_scheduler_less_than_two_milliseconds(primar
 @each_pool
 def test_r1_drain_is_what_waits(primary, pool, emulator):
     store = make_store(primary, pool=pool)
-    store_gate(store).hold()
-    store.submit_store(1, names(8), range(8))
-    draining = threading.Thread(target=store.drain, daemon=True)
-    draining.start()
-    under_way(store, store.engine.store_stream, emulator)
-    assert draining.is_alive()
-    store_gate(store).release()
+    with store_gate(store):
+        store.submit_store(1, names(8), range(8))
+        draining = threading.Thread(target=store.drain, daemon=True)
+        draining.start()
+        under_way(store, store.engine.store_stream, emulator)
+        assert draining.is_alive()
     draining.join(helpers.PATIENCE_S)
     assert not draining.is_alive()
     assert [end.job_id for end in store.poll()] == [1]
@@ -349,12 +339,11 @@ def test_r7_stores_in_flight_are_bounded(primary, pool, small_pieces, emulator):
     store = make_store(primary, pool=pool, max_inflight_store_bytes=limit, staging_bytes="256KiB")
     stream = store.engine.store_stream
     for turn in range(2):  # as many the second time
-        Gate(stream).hold()
-        moved = emulator.copies(Kind.H2D)[1]
-        store.submit_store(turn, names(60, 100 * turn), range(60))
-        under_way(store, stream, emulator)
-        assert emulator.copies(Kind.H2D)[1] - moved == limit
-        Gate(stream).release()
+        with Gate(stream):
+            moved = emulator.copies(Kind.H2D)[1]
+            store.submit_store(turn, names(60, 100 * turn), range(60))
+            under_way(store, stream, emulator)
+            assert emulator.copies(Kind.H2D)[1] - moved == limit
         assert finish(store) == {turn: True}
 
 
@@ -415,11 +404,10 @@ def test_the_end_of_a_job_is_signalled(primary, pool, emulator):
     try:
         store.signal(fd)
         stream = store.engine.store_stream
-        Gate(stream).hold()
-        store.submit_store(1, names(4), range(4))
-        under_way(store, stream, emulator)
-        assert not select.select([fd], [], [], 0)[0]
-        Gate(stream).release()
+        with Gate(stream):
+            store.submit_store(1, names(4), range(4))
+            under_way(store, stream, emulator)
+            assert not select.select([fd], [], [], 0)[0]
         assert select.select([fd], [], [], helpers.PATIENCE_S)[0]
         assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)], "the signal comes after the end"
         assert os.eventfd_read(fd) == 1
@@ -473,16 +461,15 @@ def test_stores_go_on_where_loads_are_stalled(primary, emulator):
     store = make_store(primary, pool="host")
     store.submit_store(1, names(4, 900), range(4))
     assert finish(store) == {1: True}
-    load_gate(store).hold()
-    emulator.inject("memcpy_async", 2, UNKNOWN)
-    store.submit_load(2, names(2, 900), [10, 11])
-    until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
-    store.submit_load(3, names(2, 902), [12, 13])
-    store.submit_store(4, names(2), [0, 1])
-    ends = []
-    until(lambda: ends.extend(store.poll()) or ends, "the store ended")
-    assert [(end.job_id, end.success) for end in ends] == [(4, True)]
-    load_gate(store).release()
+    with load_gate(store):
+        emulator.inject("memcpy_async", 2, UNKNOWN)
+        store.submit_load(2, names(2, 900), [10, 11])
+        until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
+        store.submit_load(3, names(2, 902), [12, 13])
+        store.submit_store(4, names(2), [0, 1])
+        ends = []
+        until(lambda: ends.extend(store.poll()) or ends, "the store ended")
+        assert [(end.job_id, end.success) for end in ends] == [(4, True)]
     assert finish(store) == {2: False, 3: True}
 
 
@@ -512,15 +499,14 @@ def test_pieces_in_flight_are_bounded_in_number_as_well(primary, pool, small_pie
     piece = 2 * ROW_BYTES if pool != "host" else (512 << 10) // 5 // 256 * 256
     stream = store.engine.store_stream
     before = primary.copy()
-    Gate(stream).hold()
-    calls = driver_calls(emulator)
-    store.submit_store(1, names(60), range(60))
-    store.submit_store(2, names(60, 100), range(60))
-    store.submit_store(3, names(8, 200), range(60))
-    under_way(store, stream, emulator)
-    assert emulator.copies(Kind.H2D)[1] <= 5 * piece
-    assert driver_calls(emulator) - calls <= 5 * 6 + 3
-    Gate(stream).release()
+    with Gate(stream):
+        calls = driver_calls(emulator)
+        store.submit_store(1, names(60), range(60))
+        store.submit_store(2, names(60, 100), range(60))
+        store.submit_store(3, names(8, 200), range(60))
+        under_way(store, stream, emulator)
+        assert emulator.copies(Kind.H2D)[1] <= 5 * piece
+        assert driver_calls(emulator) - calls <= 5 * 6 + 3
     assert finish(store)[1]
     primary[:] = 0
     store.submit_load(4, names(60), range(60))
@@ -537,13 +523,12 @@ def test_copies_in_flight_are_bounded_in_number_as_well(batch, emulator):
     stream = store.engine.store_stream
     most, calls = (8192 + 512, 100) if batch else (512 + 128, 700)
     for turn in range(2):  # as many the second time
-        Gate(stream).hold()
-        copies = emulator.copies(Kind.H2D)[0]
-        store.submit_store(turn, names(20_000, 50_000 * turn), range(0, 40_000, 2))
-        under_way(store, stream, emulator)
-        assert most // 2 < emulator.copies(Kind.H2D)[0] - copies <= most
-        assert emulator.pending(stream.handles[0]) <= calls
-        Gate(stream).release()
+        with Gate(stream):
+            copies = emulator.copies(Kind.H2D)[0]
+            store.submit_store(turn, names(20_000, 50_000 * turn), range(0, 40_000, 2))
+            under_way(store, stream, emulator)
+            assert most // 2 < emulator.copies(Kind.H2D)[0] - copies <= most
+            assert emulator.pending(stream.handles[0]) <= calls
         assert finish(store) == {turn: True}
         assert store.num_blocks == 20_000
 
@@ -647,12 +632,11 @@ def test_tiers_on_one_primary_unpin_it_with_the_last_of_them(primary, pool, emul
 def test_what_a_tier_has_left_pinned_is_not_used_by_the_next(primary, emulator, caplog):
     store = make_store(primary)
     stream = store.engine.store_stream
-    Gate(stream).hold()
-    store.submit_store(1, names(2), [0, 1])
-    under_way(store, store.engine.store_stream, emulator)
-    store.close()
-    assert not store.engine.is_quiet
-    Gate(stream).release()
+    with Gate(stream):
+        store.submit_store(1, names(2), [0, 1])
+        under_way(store, store.engine.store_stream, emulator)
+        store.close()
+        assert not store.engine.is_quiet
     until(lambda: all(emulator.pending(handle) == 0 for handle in stream.handles), "the copies ended")
     # Other memory at the same addresses: copies would go to the pages that were pinned.
     map_anew(primary)
@@ -1272,25 +1256,24 @@ def test_nothing_of_cuda_is_called_in_a_forked_child(primary):
     store = make_store(primary)
     store.submit_store(1, names(2), [0, 1])
     assert finish(store) == {1: True}
-    store_gate(store).hold()
-    store.submit_store(2, names(2, 5), [0, 1])
-    child = os.fork()
-    if child == 0:
-        code = 1
-        called = []
-        cuda_driver.Driver.push_context = lambda *_: called.append("CUDA")
-        try:
-            store.submit_store(3, names(2, 10), [0, 1])
-            with pytest.raises(RuntimeError, match="fork"):
-                store.drain()
-            store.close()
-            refused = [(end.job_id, end.success) for end in store.poll()] == [(3, False), (2, False)]
-            # A call would have been refused, which is how a lost context looks.
-            code = 0 if refused and not called and store.engine.is_quiet and store.engine.broken is None else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    store_gate(store).release()
+    with store_gate(store):
+        store.submit_store(2, names(2, 5), [0, 1])
+        child = os.fork()
+        if child == 0:
+            code = 1
+            called = []
+            cuda_driver.Driver.push_context = lambda *_: called.append("CUDA")
+            try:
+                store.submit_store(3, names(2, 10), [0, 1])
+                with pytest.raises(RuntimeError, match="fork"):
+                    store.drain()
+                store.close()
+                refused = [(end.job_id, end.success) for end in store.poll()] == [(3, False), (2, False)]
+                # A call would have been refused, which is how a lost context looks.
+                code = 0 if refused and not called and store.engine.is_quiet and store.engine.broken is None else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert finish(store) == {2: True}
     assert_round_trip(store, primary)
 
@@ -1358,12 +1341,11 @@ def test_loads_in_flight_are_bounded_as_well(primary, pool, small_pieces, monkey
     before = primary.copy()
     store.submit_store(1, names(60), range(60))
     assert finish(store) == {1: True}
-    Gate(stream).hold()
-    moved = emulator.copies(Kind.D2H)[1]
-    store.submit_load(2, names(60), range(64, 124))
-    under_way(store, stream, emulator)
-    assert emulator.copies(Kind.D2H)[1] - moved == 8 * ROW_BYTES
-    Gate(stream).release()
+    with Gate(stream):
+        moved = emulator.copies(Kind.D2H)[1]
+        store.submit_load(2, names(60), range(64, 124))
+        under_way(store, stream, emulator)
+        assert emulator.copies(Kind.D2H)[1] - moved == 8 * ROW_BYTES
     assert finish(store) == {2: True}
     assert np.array_equal(primary[64:124], before[:60])
 
@@ -1384,12 +1366,9 @@ def test_loads_and_stores_at_once_do_not_meet(primary, pool, emulator):
     for turn in range(5):
         emulator.set_jitter(300.0, turn)
         primary[100:120] = 0
-        for stream in (store.engine.load_stream, store.engine.store_stream):
-            Gate(stream).hold()
-        store.submit_load(2, names(20), range(100, 120))
-        store.submit_store(3, names(20, 1000 + 20 * turn), range(30, 50))
-        for stream in (store.engine.store_stream, store.engine.load_stream):
-            Gate(stream).release()
+        with load_gate(store), store_gate(store):
+            store.submit_load(2, names(20), range(100, 120))
+            store.submit_store(3, names(20, 1000 + 20 * turn), range(30, 50))
         assert finish(store) == {2: True, 3: True}
         assert np.array_equal(primary[100:120], before[:20])
         primary[60:80] = 0
@@ -1490,18 +1469,17 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
     store.submit_store(1, names(2, 900), [0, 1])
     assert finish(store) == {1: True}
     stream = store.engine.load_stream if is_load else store.engine.store_stream
-    Gate(stream).hold()
-    emulator.inject(point, nth, UNKNOWN)
-    if is_load:
-        store.submit_load(2, names(2, 900), [10, 11])
-    else:
-        store.submit_store(2, names(2), [0, 1])
-    until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
-    for _ in range(5):
-        assert store.poll() == [], "a leg of it is in flight"
-        store.end_step()
-    assert store.statistics().jobs_in_flight == 1
-    Gate(stream).release()
+    with Gate(stream):
+        emulator.inject(point, nth, UNKNOWN)
+        if is_load:
+            store.submit_load(2, names(2, 900), [10, 11])
+        else:
+            store.submit_store(2, names(2), [0, 1])
+        until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
+        for _ in range(5):
+            assert store.poll() == [], "a leg of it is in flight"
+            store.end_step()
+        assert store.statistics().jobs_in_flight == 1
     assert finish(store) == {2: False}
     assert_round_trip(store, primary)
 
@@ -1510,12 +1488,11 @@ def test_r6_a_failed_job_is_reported_only_when_what_was_queued_has_ended(primary
 def test_r6_what_cannot_be_known_fails(primary, emulator):
     # An event that cannot be asked says nothing of whether the bytes arrived.
     store = make_store(primary)
-    store_gate(store).hold()
-    store.submit_store(1, names(2), [0, 1])
-    emulator.inject("event_query", 1, UNKNOWN)
-    until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
-    assert store.poll() == []
-    store_gate(store).release()
+    with store_gate(store):
+        store.submit_store(1, names(2), [0, 1])
+        emulator.inject("event_query", 1, UNKNOWN)
+        until(lambda: emulator.count("stream_query") > 4, "it is asked whether the streams are empty")
+        assert store.poll() == []
     assert finish(store) == {1: False}
     assert store.num_blocks == 0
 
@@ -1526,13 +1503,12 @@ def test_nothing_of_a_failed_job_is_copied_after_its_report(primary, pool, small
     # Its first pieces are in flight and the rest waits for room when its event cannot be asked.
     store = make_store(primary, pool=pool, max_inflight_store_bytes=1)
     stream = store.engine.store_stream
-    Gate(stream).hold()
-    store.submit_store(1, names(20), range(20))
-    under_way(store, stream, emulator)
-    emulator.inject("event_query", 1, UNKNOWN)
-    until(lambda: emulator.count("stream_query") > 2, "it is asked whether the streams are empty")
-    assert store.poll() == []
-    Gate(stream).release()
+    with Gate(stream):
+        store.submit_store(1, names(20), range(20))
+        under_way(store, stream, emulator)
+        emulator.inject("event_query", 1, UNKNOWN)
+        until(lambda: emulator.count("stream_query") > 2, "it is asked whether the streams are empty")
+        assert store.poll() == []
     assert finish(store) == {1: False}
     reported = emulator.copies(Kind.H2D)
     assert reported == (1, 2 * ROW_BYTES)
@@ -1600,12 +1576,11 @@ def test_only_what_the_context_does_not_survive_loses_the_tier(primary, pool, co
 @pytest.mark.parametrize("code", [900, 901, 906, 907])
 def test_what_is_refused_because_somebody_captures_is_asked_again(primary, pool, code, emulator, caplog):
     store = make_store(primary, pool=pool)
-    store_gate(store).hold()
-    store.submit_store(1, names(4), range(4))
-    emulator.inject("event_query", 1, code)
-    under_way(store, store.engine.store_stream, emulator)
-    assert store.poll() == []
-    store_gate(store).release()
+    with store_gate(store):
+        store.submit_store(1, names(4), range(4))
+        emulator.inject("event_query", 1, code)
+        under_way(store, store.engine.store_stream, emulator)
+        assert store.poll() == []
     assert finish(store) == {1: True}
     assert not caplog.records
     assert_round_trip(store, primary)
@@ -1664,22 +1639,18 @@ def test_a_lost_context_ends_the_tier_and_nothing_else(primary, pool, point, is_
     store = make_store(primary, pool=pool)
     store.submit_store(1, names(4, 900), range(4))
     assert finish(store) == {1: True}
-    streams = (store.engine.load_stream, store.engine.store_stream)
-    for stream in streams:
-        Gate(stream).hold()
-    if is_load and pool != "host" and point == "exec_h2d":
-        point = "exec_d2h"
-    if not is_load and pool != "host" and point == "exec_d2h":
-        point = "exec_h2d"
-    emulator.inject(point, 1, ILLEGAL_ADDRESS, asynchronous=True)
-    if is_load:
-        store.submit_load(2, names(4, 900), range(10, 14))
-        store.submit_store(3, names(4), range(20, 24))
-    else:
-        store.submit_store(3, names(4), range(20, 24))
-        store.submit_load(2, names(4, 900), range(10, 14))
-    for stream in streams:
-        Gate(stream).release()
+    with store_gate(store), load_gate(store):
+        if is_load and pool != "host" and point == "exec_h2d":
+            point = "exec_d2h"
+        if not is_load and pool != "host" and point == "exec_d2h":
+            point = "exec_h2d"
+        emulator.inject(point, 1, ILLEGAL_ADDRESS, asynchronous=True)
+        if is_load:
+            store.submit_load(2, names(4, 900), range(10, 14))
+            store.submit_store(3, names(4), range(20, 24))
+        else:
+            store.submit_store(3, names(4), range(20, 24))
+            store.submit_load(2, names(4, 900), range(10, 14))
     until(emulator.sticky, "the context is lost")
     ends: dict[int, bool] = {}
     until(lambda: ends.update((end.job_id, end.success) for end in store.poll()) or len(ends) == 2, "both jobs ended")
@@ -2042,20 +2013,19 @@ def test_an_interrupted_close_leaves_memory_under_copies(primary, emulator, monk
     monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", helpers.PATIENCE_S)
     store = make_store(primary)
     stream = store.engine.store_stream
-    Gate(stream).hold()
-    store.submit_store(1, names(2), [0, 1])
-    under_way(store, stream, emulator)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for close in (store.close, store._release):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(KeyboardInterrupt):
-                close()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert registration.left()
-    Gate(stream).release()
+    with Gate(stream):
+        store.submit_store(1, names(2), [0, 1])
+        under_way(store, stream, emulator)
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            for close in (store.close, store._release):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(KeyboardInterrupt):
+                    close()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert registration.left()
     assert store.engine.store_stream.engine.close(helpers.PATIENCE_S), "the copies ended"
     assert emulator.sticky() == 0, "they found their memory gone"
     store.engine.close()
@@ -2079,7 +2049,7 @@ def test_memory_that_is_left_is_pinned_no_further(primary, emulator, monkeypatch
     under_way(store, store.engine.store_stream, emulator)
     store.close()
     gate.set()
-    until(lambda: not is_pinning(), "its thread has ended")
+    until(lambda: not helpers.threads("async-tier-pin"), "its thread has ended")
     assert store.arena.ready <= 16
 
 
@@ -2126,7 +2096,7 @@ def test_a_tier_may_end_on_the_thread_that_pins_its_memory(primary, monkeypatch,
     assert closed.wait(helpers.PATIENCE_S)
     assert "still being pinned" in caplog.text
     assert ctypes.string_at(store.arena.rows.address, 1), "what is pinned stays mapped"
-    until(lambda: not is_pinning(), "its thread has ended")
+    until(lambda: not helpers.threads("async-tier-pin"), "its thread has ended")
     with store.engine.context:
         assert not store.engine.driver.is_pinned(primary.ctypes.data), "the rest was given back"
     store.arena.registration.unpin()
@@ -2207,8 +2177,7 @@ def test_the_end_of_one_thing_does_not_depend_on_that_of_another(primary, pool, 
     with pytest.raises(RuntimeError, match="badly"):
         store._release()
     if pool == "host":
-        place = ctypes.c_void_p(store.arena.rows.address)
-        assert ctypes.CDLL(None).msync(place, 1, 1) == -1, "it is unmapped"  # 1: MS_ASYNC
+        assert ctypes.CDLL(None).msync(ctypes.c_void_p(store.arena.rows.address), 1, 1) == -1, "it is unmapped"
     assert path.read_text().endswith("]\n")
 
 
@@ -2250,12 +2219,11 @@ def test_the_engines_thread_is_punctual(primary):
 def test_a_copy_that_does_not_end_is_told_while_somebody_waits_for_it(primary, pool, monkeypatch, emulator, caplog):
     monkeypatch.setattr(block_store, "LATE_S", 0.02)
     store = make_store(primary, pool=pool)
-    store_gate(store).hold()
-    store.submit_store(1, names(2), [0, 1])
-    draining = threading.Thread(target=store.drain, daemon=True)
-    draining.start()
-    until(lambda: caplog.records, "it is told")
-    store_gate(store).release()
+    with store_gate(store):
+        store.submit_store(1, names(2), [0, 1])
+        draining = threading.Thread(target=store.drain, daemon=True)
+        draining.start()
+        until(lambda: caplog.records, "it is told")
     draining.join(helpers.PATIENCE_S)
     assert "has not ended" in caplog.text
     assert [(end.job_id, end.success) for end in store.poll()] == [(1, True)]
@@ -2270,15 +2238,14 @@ def test_a_copy_that_does_not_end_is_told_once(primary, pool, small_pieces, monk
     assert finish(store) == {0: True}
     until(lambda: store.engine.seconds_under_way == 0.0, "nothing is under way")
     monkeypatch.setattr(block_store, "LATE_S", 0.02)
-    store_gate(store).hold()
-    store.submit_store(1, names(2), [0, 1])
-    until(lambda: store.poll() or caplog.records, "it is told")
-    for _ in range(3):
-        store.poll()
-        store.end_step()
-    assert len(caplog.records) == 1
-    assert "has not ended" in caplog.text
-    store_gate(store).release()
+    with store_gate(store):
+        store.submit_store(1, names(2), [0, 1])
+        until(lambda: store.poll() or caplog.records, "it is told")
+        for _ in range(3):
+            store.poll()
+            store.end_step()
+        assert len(caplog.records) == 1
+        assert "has not ended" in caplog.text
     assert finish(store) == {1: True}
     until(lambda: store.engine.seconds_under_way == 0.0, "nothing is under way")
     assert len(caplog.records) == 1

@@ -104,17 +104,13 @@ def test_only_these_rooms_know_cuda(name, path):
     assert not knows or name in CUDA
 
 
-def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
-
-
 def private_names() -> set[str]:
     """Those of the package: of functions, classes, attributes and variables."""
     nodes = [node for _, path in modules() for node in ast.walk(ast.parse(path.read_text()))]
     names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return {name for name in names if is_private(name)}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
 
 
 def names_reached(tree: ast.AST) -> Iterator[tuple[int, str]]:

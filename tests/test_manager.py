@@ -123,10 +123,9 @@ def test_constructs_where_the_reference_tier_does():
 
 
 def test_counts_blocks_that_are_ready(tier):
-    store_gate(tier).hold()
-    tier.submit_store(job(1, keys(0, 1), [0, 1]))
-    assert tier.get_num_blocks() == 0
-    store_gate(tier).release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0, 1), [0, 1]))
+        assert tier.get_num_blocks() == 0
     finish(tier)
     assert tier.get_num_blocks() == tier.get_num_chunks() == 2
 
@@ -164,14 +163,13 @@ def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
 
 
 def test_r1_drain_is_what_waits(tier):
-    store_gate(tier).hold()
-    tier.submit_store(job(1, keys(0), [0]))
-    draining = threading.Thread(target=tier.drain_jobs, daemon=True)
-    draining.start()
-    # It cannot have returned: its stream is held. Let go, it must.
-    assert tier.has_pending_work()
-    assert draining.is_alive()
-    store_gate(tier).release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0), [0]))
+        draining = threading.Thread(target=tier.drain_jobs, daemon=True)
+        draining.start()
+        # It cannot have returned: its stream is held. Let go, it must.
+        assert tier.has_pending_work()
+        assert draining.is_alive()
     draining.join(PATIENCE_S)
     assert not draining.is_alive()
     assert [result.job_id for result in tier.get_finished_jobs()] == [1]
@@ -315,13 +313,12 @@ def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names
 
 def test_r3_a_full_tier_and_present_keys_are_successes_of_no_bytes(primary):
     tier = make_tier(primary, blocks=2)
-    store_gate(tier).hold()
-    tier.submit_store(job(1, keys(0, 1), [0, 1]))
-    tier.submit_store(job(2, keys(0, 1), [0, 1]))
-    tier.submit_store(job(3, keys(2), [2]))
-    now = {result.job_id: result for result in tier.get_finished_jobs()}
-    assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
-    store_gate(tier).release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0, 1), [0, 1]))
+        tier.submit_store(job(2, keys(0, 1), [0, 1]))
+        tier.submit_store(job(3, keys(2), [2]))
+        now = {result.job_id: result for result in tier.get_finished_jobs()}
+        assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
     now |= finish(tier)
     if "transfer_bytes" in helpers.RESULT_FIELDS:
         assert {job_id: result.transfer_bytes for job_id, result in now.items()} == {1: 128, 2: 0, 3: 0}
@@ -415,12 +412,11 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
     tier = make_tier(primary, blocks=2)
     before = primary.copy()
     store(tier, 1, keys(0, 1), [0, 1])
-    load_gate(tier).hold()
-    tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
-    tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
-    assert tier.get_num_blocks() == 0
-    tier.submit_store(job(4, keys(2, 3), [2, 3]))
-    load_gate(tier).release()
+    with load_gate(tier):
+        tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
+        tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
+        assert tier.get_num_blocks() == 0
+        tier.submit_store(job(4, keys(2, 3), [2, 3]))
     results = finish(tier)
     assert results[2].success
     assert np.array_equal(primary[[10, 11]], before[[0, 1]])
@@ -432,12 +428,11 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
 
 def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
     tier = make_tier(primary, blocks=1)
-    store_gate(tier).hold()
-    tier.submit_store(job(1, keys(0), [0]))
-    tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
-    tier.submit_store(job(3, keys(1), [1]))
-    assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
-    store_gate(tier).release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0), [0]))
+        tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
+        tier.submit_store(job(3, keys(1), [1]))
+        assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
     finish(tier)
     assert tier.get_num_blocks() == 0
     assert tier.statistics().rows_used == 0
@@ -446,10 +441,9 @@ def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
 
 def test_r6_a_job_failed_in_part_is_reported_after_its_copies(tier):
     store(tier, 1, keys(0), [0])
-    load_gate(tier).hold()
-    tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
-    assert list(tier.get_finished_jobs()) == []
-    load_gate(tier).release()
+    with load_gate(tier):
+        tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
+        assert list(tier.get_finished_jobs()) == []
     assert not finish(tier)[2].success
 
 

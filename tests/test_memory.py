@@ -388,8 +388,7 @@ def test_an_arena_nobody_closes_ends_its_claim(room: Path):
 def test_memory_that_is_kept_for_ever_stays_claimed(room: Path):
     before = descriptors()
     arena = Arena(600, MIB)
-    ((claim, _),) = descriptors() - before
-    address = arena.rows.address
+    ((claim, _),), address = descriptors() - before, arena.rows.address
     arena.keep_for_ever()
     arena.close()
     del arena

@@ -305,11 +305,10 @@ def test_rows_named_by_number_arrive_in_the_order_asked_for(threads: int, row_by
 def test_the_lists_of_rows_are_free_when_copy_rows_returns(engine: HostEngine):
     source, target = randomised(8, 64), aligned(8 * 64).reshape(8, 64)
     places, order = list(range(8)), list(range(8))[::-1]
-    Gate(engine.load_stream).hold()
-    event = engine.load_stream.copy_rows(rows(target), places, rows(source), order)
-    places.clear()
-    order[:] = [99] * 8
-    Gate(engine.load_stream).release()
+    with Gate(engine.load_stream):
+        event = engine.load_stream.copy_rows(rows(target), places, rows(source), order)
+        places.clear()
+        order[:] = [99] * 8
     event.synchronize()
     assert np.array_equal(target, source[::-1])
 
@@ -394,11 +393,10 @@ def test_a_job_without_bytes_is_done_at_once(engine: HostEngine):
 def test_the_arrays_of_addresses_are_free_when_copy_returns(engine: HostEngine):
     source, target = randomised(8, 64), aligned(8 * 64).reshape(8, 64)
     sizes, destinations, sources = np.full(8, 64, np.uint64), rows_of(target), rows_of(source)
-    Gate(engine.load_stream).hold()
-    event = engine.load_stream.copy(destinations, sources, sizes)
-    for array in (destinations, sources, sizes):
-        array[:] = 1
-    Gate(engine.load_stream).release()
+    with Gate(engine.load_stream):
+        event = engine.load_stream.copy(destinations, sources, sizes)
+        for array in (destinations, sources, sizes):
+            array[:] = 1
     event.synchronize()
     assert np.array_equal(target, source)
 
@@ -444,15 +442,14 @@ def test_an_event_says_done_only_when_every_piece_has_arrived():
 
 def test_copy_returns_while_its_stream_is_held(engine: HostEngine):
     target = aligned(SOURCE.size)
-    Gate(engine.store_stream).hold()
-    event = move(engine.store_stream, target, SOURCE)
-    assert event.is_done is False
-    assert event.failed is False
-    assert event.seconds == 0.0
-    move(engine.load_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
-    assert event.is_done is False
-    assert (target == FILL).all()
-    Gate(engine.store_stream).release()
+    with Gate(engine.store_stream):
+        event = move(engine.store_stream, target, SOURCE)
+        assert event.is_done is False
+        assert event.failed is False
+        assert event.seconds == 0.0
+        move(engine.load_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
+        assert event.is_done is False
+        assert (target == FILL).all()
     event.synchronize()
     assert event.is_done is True
     assert event.failed is False
@@ -468,11 +465,10 @@ def test_seconds_are_those_of_the_copies(engine: HostEngine):
 
 def test_seconds_leave_out_the_time_in_the_queue(streams: list[HostStream]):
     """The clock starts with the first copy."""
-    Gate(streams[1]).hold()
-    waiting = move(streams[1], SCRATCH[:64], SOURCE[:64])
-    move(streams[2], SCRATCH, SOURCE).synchronize()
-    queued = time.monotonic_ns()
-    Gate(streams[1]).release()
+    with Gate(streams[1]):
+        waiting = move(streams[1], SCRATCH[:64], SOURCE[:64])
+        move(streams[2], SCRATCH, SOURCE).synchronize()
+        queued = time.monotonic_ns()
     waiting.synchronize()
     assert waiting.seconds * 1e9 <= time.monotonic_ns() - queued
 
@@ -486,11 +482,10 @@ def test_synchronize_returns_at_once_when_done(engine: HostEngine):
 
 
 def test_an_event_has_the_times_of_its_copies(engine: HostEngine):
-    Gate(engine.store_stream).hold()
-    event = move(engine.store_stream, SCRATCH, SOURCE)
-    assert event.spans == []
-    released = time.monotonic_ns()
-    Gate(engine.store_stream).release()
+    with Gate(engine.store_stream):
+        event = move(engine.store_stream, SCRATCH, SOURCE)
+        assert event.spans == []
+        released = time.monotonic_ns()
     event.synchronize()
     ((leg, start, end),) = event.spans
     assert leg == "copy"
@@ -610,13 +605,12 @@ def test_a_piece_takes_as_many_rows_as_make_up_its_bytes(streams: list[HostStrea
 def test_a_piece_of_very_small_copies_is_bounded_by_their_number(streams: list[HostStream]):
     """So that no thread holds the lock for long."""
     source, target = randomised(3000, 2), aligned(3000 * 2).reshape(3000, 2)
-    Gate(streams[1]).hold()
-    event = streams[1].copy(rows_of(target), rows_of(source), 1)
-    Gate(streams[1]).step()
-    fence(streams)
-    assert np.array_equal(target[:1024, 0], source[:1024, 0])
-    assert (target[1024:] == FILL).all()
-    Gate(streams[1]).release()
+    with Gate(streams[1]) as gate:
+        event = streams[1].copy(rows_of(target), rows_of(source), 1)
+        gate.step()
+        fence(streams)
+        assert np.array_equal(target[:1024, 0], source[:1024, 0])
+        assert (target[1024:] == FILL).all()
     event.synchronize()
     assert np.array_equal(target[:, 0], source[:, 0])
 
@@ -639,14 +633,13 @@ def resident(memory: Rows) -> int:
 def test_r1_population_goes_by_the_piece(streams: list[HostStream]):
     """It holds the lock of the memory map: the scheduler's thread, which may need it for malloc, waits that long."""
     arena = Arena(4, PIECE)
-    Gate(streams[1]).hold()
-    event = streams[1].engine.populate(1, arena.rows.address, 4 * PIECE)
-    for done in (1, 2, 3):
-        Gate(streams[1]).step()
-        fence(streams)
-        assert resident(arena.rows) == done * PIECE
-        assert not event.is_done
-    Gate(streams[1]).release()
+    with Gate(streams[1]) as gate:
+        event = streams[1].engine.populate(1, arena.rows.address, 4 * PIECE)
+        for done in (1, 2, 3):
+            gate.step()
+            fence(streams)
+            assert resident(arena.rows) == done * PIECE
+            assert not event.is_done
     event.synchronize()
     assert resident(arena.rows) == 4 * PIECE
     arena.close()
@@ -660,29 +653,26 @@ def test_a_load_is_copied_while_a_store_before_it_is_half_done(streams: list[Hos
     load_stream, store_stream = streams[1], streams[2]
     before, stored, loaded = randomised(4 * PIECE, seed=7), randomised(4 * PIECE, seed=8), aligned(4 * PIECE)
     row = before.copy()
-    Gate(store_stream).hold()
-    store = move(store_stream, row, stored)
-    Gate(store_stream).step()
-    fence(streams)
-    move(load_stream, loaded, row).synchronize()
-    assert not store.is_done
-    assert np.array_equal(loaded[:PIECE], stored[:PIECE])
-    assert np.array_equal(loaded[PIECE:], before[PIECE:])
-    Gate(store_stream).release()
+    with Gate(store_stream) as gate:
+        store = move(store_stream, row, stored)
+        gate.step()
+        fence(streams)
+        move(load_stream, loaded, row).synchronize()
+        assert not store.is_done
+        assert np.array_equal(loaded[:PIECE], stored[:PIECE])
+        assert np.array_equal(loaded[PIECE:], before[PIECE:])
     store.synchronize()
     assert np.array_equal(row, stored)
 
 
 def test_a_load_ends_while_a_store_before_it_is_held_half_done(engine: HostEngine):
     target, source = aligned(4 * PIECE), randomised(4 * PIECE)
-    Gate(engine.store_stream).hold()
-    Gate(engine.load_stream).hold()
-    store, load = move(engine.store_stream, target, source), move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
-    Gate(engine.store_stream).step(2)
-    Gate(engine.load_stream).release()
-    load.synchronize()
-    assert not store.is_done
-    Gate(engine.store_stream).release()
+    with Gate(engine.store_stream) as gate:
+        with Gate(engine.load_stream):
+            store, load = move(engine.store_stream, target, source), move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
+            gate.step(2)
+        load.synchronize()
+        assert not store.is_done
     store.synchronize()
     assert np.array_equal(target, source)
 
@@ -723,12 +713,11 @@ def test_r7_population_comes_last(engine: HostEngine):
     population = HostStream(engine.load_stream.engine, 2)
     assert first_of(engine.store_stream, population) == "sooner"
     arena = Arena(4, PIECE)
-    Gate(population).hold()
-    event = engine.populate(arena.rows)
-    move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
-    assert not event.is_done
-    assert resident(arena.rows) == 0
-    Gate(population).release()
+    with Gate(population):
+        event = engine.populate(arena.rows)
+        move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
+        assert not event.is_done
+        assert resident(arena.rows) == 0
     event.synchronize()
     assert resident(arena.rows) == 4 * PIECE
     arena.close()
@@ -756,11 +745,10 @@ def test_a_job_on_an_ordered_stream_reads_what_the_one_before_it_wrote(threads: 
     places = [randomised(3 * PIECE // 4096, 4096, seed=seed) for seed in range(8)]
     expected = places[0].copy()
     order = np.arange(len(expected))
-    Gate(engine.load_stream).hold()
-    for source, target in itertools.pairwise(places):
-        order = order[::-1]  # begin with what the one before ends with
-        event = engine.load_stream.copy(rows_of(target, order), rows_of(source, order), 4096)
-    Gate(engine.load_stream).release()
+    with Gate(engine.load_stream):
+        for source, target in itertools.pairwise(places):
+            order = order[::-1]  # begin with what the one before ends with
+            event = engine.load_stream.copy(rows_of(target, order), rows_of(source, order), 4096)
     event.synchronize()
     assert np.array_equal(places[-1], expected)
     engine.close()
@@ -1218,11 +1206,10 @@ def test_a_core_that_is_dropped_ends_its_threads_and_its_events_stay():
 
 def test_an_event_may_be_dropped_before_its_copies_end(engine: HostEngine):
     target = aligned(SOURCE.size)
-    Gate(engine.load_stream).hold()
-    move(engine.load_stream, target, SOURCE)
-    gc.collect()
-    last = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
-    Gate(engine.load_stream).release()
+    with Gate(engine.load_stream):
+        move(engine.load_stream, target, SOURCE)
+        gc.collect()
+        last = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     last.synchronize()
     assert np.array_equal(target, SOURCE)
 

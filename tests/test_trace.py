@@ -51,10 +51,9 @@ def by_hand(monkeypatch) -> None:
 def test_a_tier_traces_its_jobs_and_steps(path):
     tier = make_tier(primary_rows(32, ROW_BYTES), blocks=16, trace_path=str(path))
     started = time.monotonic_ns()
-    store_gate(tier).hold()
-    tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
-    helpers.end_step(tier)
-    store_gate(tier).release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
+        helpers.end_step(tier)
     helpers.finish(tier)
     tier.get_stats()
     tier.submit_load(job(2, keys(0), [9], load=True))
@@ -77,14 +76,9 @@ def test_a_tier_traces_its_jobs_and_steps(path):
     assert events(path, "rows used")[-1]["args"] == {"rows": 3}
 
 
-def writers() -> list[threading.Thread]:
-    """The threads that write traces."""
-    return [thread for thread in threading.enumerate() if thread.name == "async-tier-trace"]
-
-
 def test_off_by_default():
     store = BlockStore(Rows.of_view(memoryview(primary_rows(2))))
-    assert not writers()
+    assert not helpers.threads("async-tier-trace")
     store.close()
 
 
@@ -300,13 +294,13 @@ def test_the_garbage_collector_may_end_it_on_its_own_thread(path, monkeypatch):
     real = json.dumps
 
     def dumps(event, **more):
-        if threading.current_thread() in writers():
+        if threading.current_thread() in helpers.threads("async-tier-trace"):
             writer.close()
         return real(event, **more)
 
     monkeypatch.setattr(trace.json, "dumps", dumps)
     writer.slice("store copy", 0, MS)
-    until(lambda: not writers(), "its thread has ended")
+    until(lambda: not helpers.threads("async-tier-trace"), "its thread has ended")
     assert [event["ph"] for event in events(path, "store copy")] == ["b", "e"]
 
 
