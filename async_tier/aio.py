@@ -193,6 +193,11 @@ class AsyncBlockStore:
         """Blocks that can be loaded."""
         return self.block_store.num_blocks
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether every job has ended and nobody waits for one: as if there had never been any."""
+        return not (self._open or self._storing or self._waiting or self._drains)
+
     def statistics(self) -> Statistics:
         """A snapshot; see block_store.Statistics."""
         return self.block_store.statistics()

@@ -414,6 +414,21 @@ class BlockStore:
         """Whether jobs are waiting for `poll` that had nothing to copy, so that no event tells of them."""
         return bool(self._finished)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called. Jobs that are submitted from then on fail."""
+        return self._closed
+
+    @property
+    def stores_in_flight(self) -> tuple[CopyEvent, ...]:
+        """The ends of the copies of stores that are queued and not yet polled to their end, the oldest first."""
+        return tuple(job.event for job in self._stores)
+
+    @property
+    def loads_in_flight(self) -> tuple[CopyEvent, ...]:
+        """The same of loads."""
+        return tuple(job.event for job in self._loads)
+
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
         self.engine.signal(fd)

@@ -222,12 +222,13 @@ class HostOffloadingWorker(OffloadingWorker):
             self._pages(kv_cache.tensor, kv_cache.page_size_bytes, region) for kv_cache in kv_caches.tensors
         ]
         self._groups = kv_caches.group_data_refs
-        self._region: SharedOffloadRegion | None = region
+        self.region: SharedOffloadRegion | None = region
         self.engine = HostEngine(threads, ordered=True, cpus=cpus_before_openmp())
         # The jobs not reported yet, by stream, oldest first.
         self._stores: deque[_Transfer] = deque()
         self._loads: deque[_Transfer] = deque()
-        self._events: dict[int, CopyEvent] = {}
+        # Of the jobs not reported yet, by id. To be read by anyone, changed here only.
+        self.events: dict[int, CopyEvent] = {}
         self._finalizer = weakref.finalize(self, _end, self.engine, region)
 
     def _pages(self, tensor: torch.Tensor, page_bytes: int, region: SharedOffloadRegion) -> _Pages:
@@ -255,14 +256,14 @@ class HostOffloadingWorker(OffloadingWorker):
         for queue in (self._stores, self._loads):
             while queue and queue[0].event.is_done:
                 transfer = queue.popleft()
-                del self._events[transfer.job_id]
+                del self.events[transfer.job_id]
                 results.append(TransferResult(transfer.job_id, True, transfer.size, transfer.event.seconds))
         return results
 
     def wait(self, job_ids: set[int]) -> None:
         """Block until these jobs have ended. Each is still reported; unknown and reported ids are ignored."""
         for job_id in job_ids:
-            event = self._events.get(job_id)
+            event = self.events.get(job_id)
             if event is not None:
                 event.synchronize()
 
@@ -272,10 +273,10 @@ class HostOffloadingWorker(OffloadingWorker):
         self.engine.close()
         for queue in (self._stores, self._loads):
             queue.clear()
-        self._events.clear()
-        if self._region is not None:
-            self._region.cleanup()
-            self._region = None
+        self.events.clear()
+        if self.region is not None:
+            self.region.cleanup()
+            self.region = None
 
     def _submit(
         self,
@@ -287,7 +288,7 @@ class HostOffloadingWorker(OffloadingWorker):
         sizes: np.ndarray,
     ) -> None:
         event = stream.copy(destinations, sources, sizes)
-        self._events[job_id] = event
+        self.events[job_id] = event
         queue.append(_Transfer(job_id, event, int(sizes.sum())))
 
     def _addresses(

@@ -86,11 +86,16 @@ class LeastRecentlyUsed(EvictionPolicy):
     # Blocks tried as a parent. Not all are held: of a group with a sliding window vLLM stores only the last ones.
     _MAX_PARENT_DISTANCE = 128
     # Far more than run at a time. Bounded, because a caller may never finish its sequences.
-    _MAX_SEQUENCES = 1 << 14
+    MAX_SEQUENCES = 1 << 14
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
         super().__init__(rows, pins)
         self.clear()
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences it knows the last block of: at most MAX_SEQUENCES."""
+        return len(self._last)
 
     def clear(self) -> None:
         count = len(self._pins)
@@ -244,7 +249,7 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _note_last(self, sequence: str | None, key: bytes) -> None:
         if sequence is not None:
             self._last[sequence] = key
-            if len(self._last) > self._MAX_SEQUENCES:
+            if len(self._last) > self.MAX_SEQUENCES:
                 self._last.popitem(last=False)
 
     # --------------------------------------------------------------------------------------- leaves, by their last use

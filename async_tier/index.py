@@ -51,6 +51,11 @@ class BlockIndex:
         """Rows that are not free: READY, FILLING, or ORPHAN and still pinned."""
         return self._fresh - len(self._free)
 
+    @property
+    def policy(self) -> EvictionPolicy:
+        """What decides which block goes."""
+        return self._policy
+
     def state(self, key: bytes) -> int:
         """FREE (not here), FILLING or READY."""
         row = self._row_of.get(key, -1)

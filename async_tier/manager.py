@@ -228,6 +228,11 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """`get_num_blocks`, as vLLM 0.30 and later call it."""
         return self.get_num_blocks()
 
+    @property
+    def promises(self) -> Promises:
+        """What vLLM was told of and has not taken up. To be read only."""
+        return self._promises
+
     def statistics(self) -> Statistics:
         """Counts since construction; see Statistics."""
         return self.block_store.statistics()

@@ -113,17 +113,16 @@ def emulator():
 
 
 def _hold_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`hold`, `step` and `release` of a CudaStream hold the device: the engine queues what it may, and that waits."""
+    """A gate of a CudaStream holds the device: the engine queues what it may, and that waits."""
     from async_tier.streams import cuda
 
-    def control(name: str):
-        def method(stream: cuda.CudaStream) -> None:
-            for handle in stream.handles:
-                getattr(_emulator, name)(handle)
+    def limit(stream: cuda.CudaStream, pieces: int) -> None:
+        for handle in stream.handles:
+            if pieces > 0:
+                _emulator.step(handle, pieces)
+            else:
+                (_emulator.release if pieces else _emulator.hold)(handle)
 
-        return method
-
-    for name in ("hold", "step", "release"):
-        monkeypatch.setattr(cuda.CudaStream, name, control(name))
+    monkeypatch.setattr(cuda.CudaStream, "limit", limit)
     # Else a test that shuts down with a stream held takes that long.
     monkeypatch.setattr(cuda, "CLOSE_TIMEOUT_S", 0.2)

@@ -55,6 +55,7 @@ from vllm.v1.worker.utils import allocate_kv_cache
 from async_tier.cpu_backend import HostOffloadingWorker
 from async_tier.manager import AsyncSecondaryTierManager
 from async_tier.streams.host import HostStream
+from async_tier.testing import Gate
 from tests.helpers import until
 
 # Tokens are 0 to VOCABULARY - 1. One in so many that the model samples ends its request.
@@ -375,7 +376,7 @@ class Copies:
         self.name = name
         self.early = False
         self.stalled = 0
-        self._stream = stream
+        self._gate = Gate(stream)
         self._events: deque[Any] = deque()
         self._held = False
         for method in ("copy", "copy_rows"):
@@ -400,20 +401,20 @@ class Copies:
 
     def hold(self) -> None:
         self._held = True
-        self._stream.hold()
+        self._gate.hold()
 
     def release(self) -> None:
         """Let everything go, and what comes, at the threads' pace."""
         self._held = False
         self._events.clear()
-        self._stream.release()
+        self._gate.release()
 
     def go(self, jobs: int | None = None) -> int:
         """Let `jobs` jobs go, by default all, and wait for their ends; how many there were."""
         gone = 0
         while self.waiting and gone != jobs:
             # A job of the sizes that are used here is one piece.
-            self._stream.step(1)
+            self._gate.step(1)
             self._events.popleft().synchronize()
             gone += 1
         return gone
@@ -424,7 +425,7 @@ class Copies:
         if awaited is not None:
             events = events[: max((at + 1 for at, event in enumerate(events) if event in awaited), default=0)]
         if events:
-            self._stream.step(len(events))
+            self._gate.step(len(events))
         return events
 
 
@@ -738,7 +739,7 @@ class Engine:
         wait, drain_jobs = worker.wait, tier.drain_jobs
 
         def wait_for_held(job_ids: set[int]) -> None:
-            events = [worker._events[job_id] for job_id in job_ids & worker._events.keys()]
+            events = [worker.events[job_id] for job_id in job_ids & worker.events.keys()]
             for name in ("worker.load", "worker.store"):
                 self.copies[name].start(events)
             wait(job_ids)
@@ -1024,7 +1025,7 @@ class Engine:
             requests=len(scheduler.requests),
             batches=len(self.core.batch_queue or ()) + self.executor.steps_submitted,
             connector_jobs=len(connector._jobs),
-            worker_jobs=len(self.worker._events) + len(self.model.connector.connector_worker._unsubmitted_store_jobs),
+            worker_jobs=len(self.worker.events) + len(self.model.connector.connector_worker._unsubmitted_store_jobs),
             manager_jobs=len(self.manager._jobs),
             manager_requests=len(self.manager._req_state),
             tier_jobs=self.statistics().jobs_in_flight,
@@ -1044,9 +1045,9 @@ class Engine:
         statistics = self.statistics()
         assert not statistics.faults, statistics
         assert not statistics.failed_jobs, statistics
-        promises = self.tier._promises
-        left = [promises._total, promises._promises, promises._loads, promises._preempted]
-        assert not any(left), f"still promised: {left}"
+        promises = self.tier.promises
+        assert not promises.total, f"still promised: {promises.by_request}"
+        assert not promises.known_requests
         assert not self.live, self.describe()
 
     # ------------------------------------------------------------------------------------------------------------ end

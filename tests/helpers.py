@@ -18,6 +18,7 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, 
 
 from async_tier.block_store import BlockStore
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.testing import load_gate, store_gate
 from tests.rows import zero_rows
 
 # Far beyond what anything here takes; only a failure waits that long.
@@ -77,13 +78,13 @@ def forget() -> None:
 
 def close_stores() -> None:
     """Close what the test has left open, also with a stream held, and also where another one cannot be closed."""
-    still_open = [store for store in _stores if not store._closed]
+    still_open = [store for store in _stores if not store.is_closed]
     with contextlib.ExitStack() as ends:  # the last one first
         for store in still_open:
             ends.callback(store.close)
         for store in still_open:
-            ends.callback(store.engine.load_stream.release)
-            ends.callback(store.engine.store_stream.release)
+            ends.callback(load_gate(store).release)
+            ends.callback(store_gate(store).release)
 
 
 def free_primaries() -> None:
@@ -97,7 +98,7 @@ def free_primaries() -> None:
 
 
 def _close_again(engine: Any) -> None:
-    engine._free_all(threading.Event(), None)
+    engine.free_all(threading.Event(), None)
     engine.is_quiet = True
 
 
@@ -140,9 +141,12 @@ def end_step(tier: Any, new: Sequence[str] = ()) -> None:
 
 
 def held(tier: AsyncSecondaryTierManager, names: Sequence[bytes]) -> list[bool]:
-    """Which of `names` the tier would serve; their pins are let go of."""
-    answers = [tier.lookup(name, request("asks")) is LookupResult.HIT for name in names]
-    tier.block_store._step_hits.clear()  # only asking: does not count as a use
+    """Which of `names` the tier would serve, one by one."""
+    answers = []
+    for name in names:
+        answers.append(tier.lookup(name, request("asks")) is LookupResult.HIT)
+        if answers[-1]:
+            tier.block_store.withdraw_hit("asks")  # only asking: does not count as a use
     end_step(tier)
     return answers
 
@@ -163,6 +167,11 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0)
+
+
+def threads(name: str) -> list[threading.Thread]:
+    """Python's threads of this name."""
+    return [thread for thread in threading.enumerate() if thread.name == name]
 
 
 class Region:

@@ -22,6 +22,7 @@ from async_tier.aio import AsyncBlockStore, TransferError
 from async_tier.block_store import LATE_S, BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
+from async_tier.testing import load_gate, store_gate
 from tests import helpers
 from tests.helpers import key, keys
 from tests.rows import primary_rows
@@ -152,10 +153,9 @@ async def test_a_sequence_longer_than_the_tier_keeps_its_start_and_goes_when_it_
 
 async def test_a_sequence_may_be_finished_while_it_is_stored(primary):
     async with open_store(primary, blocks=4) as store:
-        store.block_store.engine.store_stream.hold()
-        storing = await begun(store.store(keys(0, 1, 2, 3), [0, 1, 2, 3], "request"))
-        store.finish_sequence("request")
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            storing = await begun(store.store(keys(0, 1, 2, 3), [0, 1, 2, 3], "request"))
+            store.finish_sequence("request")
         assert await storing == 4 * ROW_BYTES
         assert await store.load(keys(0, 1, 2, 3), [8, 9, 10, 11]) == tuple(keys(0, 1, 2, 3))
         assert await store.store(keys(4, 5, 6, 7), [4, 5, 6, 7], "request") == 4 * ROW_BYTES
@@ -171,15 +171,14 @@ async def test_tasks_that_share_a_name_share_the_sequence_and_leave_nothing_behi
             finally:
                 store.finish_sequence("request")
 
-        store.block_store.engine.store_stream.hold()
-        tasks = [asyncio.ensure_future(use(first)) for first in (0, 10, 20)]
-        await asyncio.sleep(0)
-        tasks[2].cancel()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            tasks = [asyncio.ensure_future(use(first)) for first in (0, 10, 20)]
+            await asyncio.sleep(0)
+            tasks[2].cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(end) for end in ends] == [type(None), type(None), asyncio.CancelledError]
         await store.drain()
-        assert nothing_is_left(store)
+        assert store.is_idle
         assert await store.store(keys(*range(30, 38)), range(8), "request") == 8 * ROW_BYTES
 
 
@@ -189,19 +188,19 @@ async def test_a_sequence_may_be_finished_at_any_time(primary):
     await store.store(keys(0), [0], "request")
     store.finish_sequence("request")
     store.finish_sequence("request")
-    store.block_store.engine.store_stream.hold()
-    storing = await begun(store.store(keys(1), [1], "request"))
-    closing = await begun(store.close())
-    store.finish_sequence("request")
-    store.block_store.engine.store_stream.release()
+    with store_gate(store):
+        storing = await begun(store.store(keys(1), [1], "request"))
+        closing = await begun(store.close())
+        store.finish_sequence("request")
     await closing
     assert await storing == ROW_BYTES
     store.finish_sequence("request")
 
 
-def nothing_is_left(store: AsyncBlockStore) -> bool:
-    """Whether the store is as if it had never had a job."""
-    return not (store._open or store._storing or store._waiting or store._drains)
+def eventfds() -> set[int]:
+    """Those that this process has."""
+    names = os.listdir("/proc/self/fd")
+    return {int(name) for name in names if "eventfd" in os.path.realpath(f"/proc/self/fd/{name}")}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ async def test_rows_that_are_wrong_are_refused_in_words_and_nothing_is_lost(prim
         for call in (store.store(keys(1), rows), store.load(keys(0), rows)):
             with pytest.raises(ValueError, match=words):
                 await call
-        assert nothing_is_left(store)
+        assert store.is_idle
         assert await store.load(keys(0), [9]) == (key(0),)
         assert store.statistics().failed_jobs == store.statistics().faults == 0
 
@@ -239,7 +238,7 @@ async def test_keys_that_are_none_leave_nothing_behind(primary, names, words):
         for call in (store.store(names, [0]), store.load(names, [0])):
             with pytest.raises(TypeError, match=words):
                 await call
-        assert nothing_is_left(store)
+        assert store.is_idle
 
 
 @pytest.mark.parametrize(
@@ -263,7 +262,7 @@ async def test_keys_may_come_in_any_collection(primary):
 @pytest.mark.host_only
 async def test_a_failed_store_of_keys_from_an_iterator_says_so(primary):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(iter(keys(0, 1)), [0, 1]))
         store.block_store.engine.close()
         with pytest.raises(TransferError, match="the store of 2 blocks failed"):
@@ -275,16 +274,16 @@ async def test_keys_and_rows_may_be_changed_while_awaited(primary, waits_for_its
     before = primary.copy()
     async with open_store(primary) as store:
         names, rows = keys(0, 1), np.array([0, 1])
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(names, rows))
         names[:], rows[:] = keys(2, 3), [2, 3]
         if not waits_for_its_store:
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             await storing
         names, rows = keys(0, 1), np.array([8, 9])
         loading = await begun(store.load(names, rows))
         names[:], rows[:] = keys(2, 3), [2, 3]
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         assert await loading == tuple(keys(0, 1))
         assert np.array_equal(primary[8:10], before[0:2])
         assert np.array_equal(primary[:8], before[:8])
@@ -294,27 +293,26 @@ async def test_a_load_waits_for_a_store_of_its_keys(primary):
     before = primary.copy()
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store.block_store.engine.store_stream.hold()
-        storing = [
-            asyncio.ensure_future(store.store(names, rows))
-            for names, rows in ((keys(1), [1]), (keys(1, 2), [1, 2]), (keys(3), [3]))
-        ]
-        await asyncio.sleep(0)
-        loading = await begun(store.load(keys(0, 1, 2, 77), [10, 11, 12, 13]))
-        assert await store.load(keys(0), [20]) == (key(0),), "what waits for no store passes it"
-        assert not loading.done()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            storing = [
+                asyncio.ensure_future(store.store(names, rows))
+                for names, rows in ((keys(1), [1]), (keys(1, 2), [1, 2]), (keys(3), [3]))
+            ]
+            await asyncio.sleep(0)
+            loading = await begun(store.load(keys(0, 1, 2, 77), [10, 11, 12, 13]))
+            assert await store.load(keys(0), [20]) == (key(0),), "what waits for no store passes it"
+            assert not loading.done()
         assert await loading == tuple(keys(0, 1, 2))
         assert np.array_equal(primary[10:13], before[0:3])
         assert await asyncio.gather(*storing) == [ROW_BYTES] * 3
         assert store.num_blocks == store.statistics().rows_used == 4
-        assert nothing_is_left(store)
+        assert store.is_idle
 
 
 @pytest.mark.host_only
 async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         storing = await begun(store.store(keys(0), [0]))
         loading = await begun(store.load(keys(0), [9]))
         store.block_store.engine.close()
@@ -326,11 +324,10 @@ async def test_a_load_of_what_could_not_be_stored_finds_nothing(primary):
 @pytest.mark.parametrize("ends_by", ["drain", "close"])
 async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
-        storing = await begun(store.store(keys(0), [0]))
-        loading = await begun(store.load(keys(0), [9]))
-        ending = await begun(getattr(store, ends_by)())
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            storing = await begun(store.store(keys(0), [0]))
+            loading = await begun(store.load(keys(0), [9]))
+            ending = await begun(getattr(store, ends_by)())
         await ending
         assert await storing == ROW_BYTES
         assert await loading == (key(0),)
@@ -339,27 +336,26 @@ async def test_a_load_that_waits_for_its_store_is_waited_for(primary, ends_by):
 async def test_a_load_that_waits_for_its_store_can_be_withdrawn(primary):
     before = primary.copy()
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
-        storing = await begun(store.store(keys(0), [0]))
-        loading = await begun(store.load(keys(0), [9]))
-        draining = await begun(store.drain())
-        loading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await loading
-        assert not storing.done()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            storing = await begun(store.store(keys(0), [0]))
+            loading = await begun(store.load(keys(0), [9]))
+            draining = await begun(store.drain())
+            loading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await loading
+            assert not storing.done()
         await draining
         assert await storing == ROW_BYTES
         assert np.array_equal(primary[9], before[9])
-        assert nothing_is_left(store)
+        assert store.is_idle
 
 
 @pytest.mark.host_only
 async def test_copies_that_fail_reach_whoever_waits(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        for stream in (store.block_store.engine.load_stream, store.block_store.engine.store_stream):
-            stream.hold()
+        load_gate(store).hold()
+        store_gate(store).hold()
         storing = asyncio.ensure_future(store.store(keys(1), [1]))
         loading = await begun(store.load(keys(0), [9]))
         store.block_store.engine.close()  # cuts them off
@@ -379,17 +375,16 @@ async def test_thousands_of_jobs_at_once(primary):
         found = await asyncio.gather(*(store.load([key(at)], [at % 64]) for at in range(5000)))
         assert found == [(key(at),) for at in range(5000)]
         assert np.array_equal(primary, before)
-        assert nothing_is_left(store)
+        assert store.is_idle
 
 
 async def test_stores_and_loads_go_on_while_others_wait(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store.block_store.engine.store_stream.hold()
-        waiting = await begun(store.store(keys(1), [1]))
-        assert await store.load(keys(0), [9]) == (key(0),)
-        assert not waiting.done()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            waiting = await begun(store.store(keys(1), [1]))
+            assert await store.load(keys(0), [9]) == (key(0),)
+            assert not waiting.done()
         assert await waiting == ROW_BYTES
 
 
@@ -400,18 +395,17 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        stream = store.block_store.engine.load_stream if is_load else store.block_store.engine.store_stream
-        stream.hold()
-        call = store.load(keys(0), [9]) if is_load else store.store(keys(1), [1])
-        task = await begun(call)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert store.statistics().jobs_in_flight == 1
-        stream.release()
+        gate = load_gate(store) if is_load else store_gate(store)
+        with gate:
+            call = store.load(keys(0), [9]) if is_load else store.store(keys(1), [1])
+            task = await begun(call)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert store.statistics().jobs_in_flight == 1
         await store.drain()
         assert store.statistics().jobs_in_flight == 0
-        assert nothing_is_left(store)
+        assert store.is_idle
         if is_load:
             assert np.array_equal(primary[9], before[0])
         else:
@@ -425,12 +419,11 @@ async def test_cancelling_an_await_cancels_no_copy_and_leaks_no_row(primary, is_
 async def test_drain_waits_for_what_was_submitted(primary):
     async with open_store(primary) as store:
         await store.drain()
-        store.block_store.engine.store_stream.hold()
-        tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(3)]
-        await asyncio.sleep(0)
-        draining = await begun(store.drain())
-        assert not draining.done()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(3)]
+            await asyncio.sleep(0)
+            draining = await begun(store.drain())
+            assert not draining.done()
         await draining
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 3
 
@@ -438,14 +431,13 @@ async def test_drain_waits_for_what_was_submitted(primary):
 async def test_drain_waits_for_jobs_that_later_ones_have_passed(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        store.block_store.engine.store_stream.hold()
-        storing = asyncio.ensure_future(store.store(keys(1), [1]))
-        loading = await begun(store.load(keys(0), [9]))
-        draining = asyncio.ensure_future(store.drain())
-        await loading
-        await asyncio.sleep(0)
-        assert not draining.done()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            storing = asyncio.ensure_future(store.store(keys(1), [1]))
+            loading = await begun(store.load(keys(0), [9]))
+            draining = asyncio.ensure_future(store.drain())
+            await loading
+            await asyncio.sleep(0)
+            assert not draining.done()
         await draining
         assert await storing == ROW_BYTES
 
@@ -453,45 +445,40 @@ async def test_drain_waits_for_jobs_that_later_ones_have_passed(primary):
 async def test_drain_does_not_wait_for_what_was_submitted_after_it(primary):
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
-        for stream in (store.block_store.engine.load_stream, store.block_store.engine.store_stream):
-            stream.hold()
-        before = await begun(store.store(keys(1), [1]))
-        draining = await begun(store.drain())
-        after = await begun(store.load(keys(0), [9]))
-        store.block_store.engine.store_stream.release()
-        await draining
-        assert before.done()
-        assert not after.done()
-        store.block_store.engine.load_stream.release()
+        with load_gate(store):
+            with store_gate(store):
+                before = await begun(store.store(keys(1), [1]))
+                draining = await begun(store.drain())
+                after = await begun(store.load(keys(0), [9]))
+            await draining
+            assert before.done()
+            assert not after.done()
         assert await after == (key(0),)
 
 
 async def test_what_a_drain_costs_does_not_grow_with_the_jobs_in_flight(primary, monkeypatch):
     async with open_store(primary, blocks=200) as store:
-        store.block_store.engine.store_stream.hold()
-        tasks = [asyncio.ensure_future(store.store([key(at)], [0])) for at in range(200)]
-        await asyncio.sleep(0)
-        hung_on: list[object] = []
-        real = asyncio.wait
-        monkeypatch.setattr(asyncio, "wait", lambda futures, **more: hung_on.extend(futures) or real(futures, **more))
-        draining = [asyncio.ensure_future(store.drain()) for _ in range(100)]
-        await asyncio.sleep(0)
-        hung_on += [each for end in store._waiting.values() for each in (end._callbacks or ())]
-        assert len(hung_on) <= len(tasks), "no more than what each await has of its own job"
-        draining[7].cancel()
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            tasks = [asyncio.ensure_future(store.store([key(at)], [0])) for at in range(200)]
+            await asyncio.sleep(0)
+            calls: list[object] = []
+            loop, soon = asyncio.get_running_loop(), asyncio.get_running_loop().call_soon
+            monkeypatch.setattr(loop, "call_soon", lambda *call, **more: calls.append(call) or soon(*call, **more))
+            draining = [asyncio.ensure_future(store.drain()) for _ in range(100)]
+            await asyncio.sleep(0)
+            draining[7].cancel()
         ends = await asyncio.gather(*draining, return_exceptions=True)
         assert [at for at, end in enumerate(ends) if end is not None] == [7]
+        assert len(calls) < 10 * (len(tasks) + len(draining)), "nobody is told of each job but who awaits it"
         assert all(task.done() for task in tasks)
 
 
 async def test_closing_waits_for_jobs_in_flight(primary):
     store = open_store(primary)
-    store.block_store.engine.store_stream.hold()
-    task = await begun(store.store(keys(0), [0]))
-    closing = await begun(store.close())
-    assert not closing.done()
-    store.block_store.engine.store_stream.release()
+    with store_gate(store):
+        task = await begun(store.store(keys(0), [0]))
+        closing = await begun(store.close())
+        assert not closing.done()
     await closing
     assert await task == ROW_BYTES
     await store.close()
@@ -499,15 +486,14 @@ async def test_closing_waits_for_jobs_in_flight(primary):
 
 async def test_closing_goes_on_when_its_await_is_cancelled(primary):
     store = open_store(primary)
-    store.block_store.engine.store_stream.hold()
-    task = await begun(store.store(keys(0), [0]))
-    closing = await begun(store.close())
-    closing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await closing
-    store.block_store.engine.store_stream.release()
+    with store_gate(store):
+        task = await begun(store.store(keys(0), [0]))
+        closing = await begun(store.close())
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
     assert await task == ROW_BYTES
-    await turns(lambda: store.block_store._closed, "it is closed all the same")
+    await turns(lambda: store.block_store.is_closed, "it is closed all the same")
 
 
 def let_go_in_drain(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +502,7 @@ def let_go_in_drain(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> 
 
     def wait() -> None:
         monkeypatch.setattr(store.block_store, "drain", drain)
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         drain()
 
     monkeypatch.setattr(store.block_store, "drain", wait)
@@ -528,7 +514,7 @@ def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, mo
 
     async def main() -> None:
         made.append(store := open_store(primary))
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         let_go_in_drain(store, monkeypatch)
         jobs = [asyncio.ensure_future(store.store(keys(0), [0])), asyncio.ensure_future(store.close())]
         for _ in range(turns):
@@ -537,19 +523,20 @@ def test_closing_waits_for_jobs_also_where_the_loop_ends_before_them(primary, mo
 
     asyncio.run(main())
     (store,) = made
-    assert store.block_store._closed
+    assert store.block_store.is_closed
     assert store.statistics().blocks_stored == 1
-    assert nothing_is_left(store)
+    assert store.is_idle
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
 def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, turns):
+    before = eventfds()
     made: list[AsyncBlockStore] = []
 
     async def use() -> None:
         async with open_store(primary) as store:
             made.append(store)
-            store.block_store.engine.store_stream.hold()
+            store_gate(store).hold()
             await store.store(keys(0), [0])
 
     async def main() -> None:
@@ -558,15 +545,14 @@ def test_a_task_that_is_cancelled_when_the_loop_ends_closes_its_store(primary, t
         task.cancel()
         for _ in range(turns):
             await asyncio.sleep(0)
-        made[0].block_store.engine.store_stream.release()
+        store_gate(made[0]).release()
 
     asyncio.run(main())
     (store,) = made
-    assert store.block_store._closed
+    assert store.block_store.is_closed
     assert store.statistics().blocks_stored == 1
-    assert nothing_is_left(store)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(store._eventfd)
+    assert store.is_idle
+    assert eventfds() <= before
 
 
 def test_a_load_that_waits_when_the_loop_ends_is_withdrawn(primary):
@@ -576,17 +562,16 @@ def test_a_load_that_waits_when_the_loop_ends_is_withdrawn(primary):
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
         made.append(store := open_store(primary))
-        store.block_store.engine.store_stream.hold()
-        jobs = [asyncio.ensure_future(call) for call in (store.store(keys(0), [0]), store.load(keys(0), [9]))]
-        jobs.append(asyncio.ensure_future(store.close()))
-        await asyncio.sleep(0)
-        assert not any(job.done() for job in jobs)
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            jobs = [asyncio.ensure_future(call) for call in (store.store(keys(0), [0]), store.load(keys(0), [9]))]
+            jobs.append(asyncio.ensure_future(store.close()))
+            await asyncio.sleep(0)
+            assert not any(job.done() for job in jobs)
 
     asyncio.run(main())
     (store,) = made
-    assert store.block_store._closed
-    assert nothing_is_left(store)
+    assert store.block_store.is_closed
+    assert store.is_idle
     assert complaints == []
 
 
@@ -601,12 +586,13 @@ def test_a_store_that_nobody_closes_says_so_and_leaves_nothing(primary):
     with pytest.warns(ResourceWarning, match="an AsyncBlockStore was not closed") as warned:
         left = asyncio.run(main())
     assert len(warned) == 3
-    assert all(store._closed for store in left)
+    assert all(store.is_closed for store in left)
     del left
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_a_store_that_cannot_close_gives_its_eventfd_back(primary, monkeypatch):
+    before = eventfds()
     store = open_store(primary)
 
     signals: list[int] = []
@@ -621,8 +607,7 @@ async def test_a_store_that_cannot_close_gives_its_eventfd_back(primary, monkeyp
         with pytest.raises(OSError, match="out of luck"):
             await store.close()
     assert signals == [-1], "its number may be another file's soon"
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(store._eventfd)
+    assert eventfds() <= before
 
 
 @pytest.mark.parametrize("view", [lambda rows: rows, memoryview], ids=["array", "memoryview"])
@@ -839,28 +824,29 @@ def polls_of(store: AsyncBlockStore, monkeypatch: pytest.MonkeyPatch) -> list[in
     return polls
 
 
+async def stay_idle(polls: list[int]) -> None:
+    """What must not happen has no event to wait for."""
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert polls == []
+
+
 async def test_an_idle_store_does_nothing(primary, monkeypatch):
+    monkeypatch.setattr("async_tier.aio.RETRY_S", 0.0)
     async with open_store(primary) as store:
         await store.store(keys(0), [0])
         await store.load(keys(77), [0])
         with monkeypatch.context() as patch:
-            polls = polls_of(store, patch)
-            for _ in range(1000):  # what must not happen has no event to wait for
-                await asyncio.sleep(0)
-            assert polls == []
-            assert store._retry is None
+            await stay_idle(polls_of(store, patch))
 
 
 async def test_a_closed_store_is_not_asked_any_more(primary, monkeypatch):
     store = open_store(primary)
     task = await begun(store.store(keys(0), [0]))
-    store.block_store._stores[0].event.synchronize()
+    store.block_store.stores_in_flight[0].synchronize()
     await store.store([], [])  # ends at once, and takes the end of the other along, which has signalled
     await store.close()
-    polls = polls_of(store, monkeypatch)
-    for _ in range(1000):
-        await asyncio.sleep(0)
-    assert polls == []
+    await stay_idle(polls_of(store, monkeypatch))
     assert await task == ROW_BYTES
 
 
@@ -868,33 +854,31 @@ async def test_the_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
     async with open_store(primary) as store:
         polls = polls_of(store, monkeypatch)
         with monkeypatch.context() as patch:
-            later = store._loop.call_later
+            loop, later = asyncio.get_running_loop(), asyncio.get_running_loop().call_later
             patch.setattr(
-                store._loop,
+                loop,
                 "call_later",
                 lambda delay, *rest: later(delay, *rest) if delay == LATE_S else pytest.fail("a timer was set"),
             )
-            store.block_store.engine.store_stream.hold()
-            task = asyncio.ensure_future(store.store(keys(0), [0]))
-            for _ in range(100):
-                await asyncio.sleep(0)
-            assert polls == []
-            store.block_store.engine.store_stream.release()
+            with store_gate(store):
+                task = asyncio.ensure_future(store.store(keys(0), [0]))
+                await stay_idle(polls)
             await task
             assert len(polls) == 1
 
 
 async def test_what_does_not_end_is_looked_after_all_the_same(primary, monkeypatch):
     """Nobody is woken by it, and the log is to say so."""
-    monkeypatch.setattr("async_tier.block_store.LATE_S", 1e-3)
+    monkeypatch.setattr("async_tier.block_store.LATE_S", 0.0)
     async with open_store(primary) as store:
         polls = polls_of(store, monkeypatch)
-        store.block_store.engine.store_stream.hold()
-        task = await begun(store.store(keys(0), [0]))
-        await turns(lambda: len(polls) > 2, "it is looked after")
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            task = await begun(store.store(keys(0), [0]))
+            await turns(lambda: len(polls) > 2, "it is looked after")
         await task
-        await turns(lambda: store._watch is None, "there is nothing to look after any more")
+        await asyncio.sleep(0)  # the last look
+        polls.clear()
+        await stay_idle(polls)
 
 
 async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):
@@ -908,51 +892,52 @@ async def test_jobs_that_ended_since_are_one_wakeup(primary, monkeypatch):
 
 
 async def test_a_forked_child_leaves_the_eventfd_to_its_parent(primary):
+    before = eventfds()
     async with open_store(primary) as store:
-        assert not os.get_inheritable(store._eventfd)
-        store.block_store.engine.store_stream.hold()
-        task = await begun(store.store(keys(0), [0]))
-        child = os.fork()
-        if child == 0:
-            try:
-                asyncio.run(store.close())
-            except RuntimeError as error:
-                os.close(store._eventfd)
-                os._exit(0 if "another event loop" in str(error) else 1)
-            finally:
-                os._exit(2)
-        ends: list[int] = []
+        (eventfd,) = eventfds() - before
+        assert not os.get_inheritable(eventfd)
+        with store_gate(store):
+            task = await begun(store.store(keys(0), [0]))
+            child = os.fork()
+            if child == 0:
+                try:
+                    asyncio.run(store.close())
+                except RuntimeError as error:
+                    os.close(eventfd)
+                    os._exit(0 if "another event loop" in str(error) else 1)
+                finally:
+                    os._exit(2)
+            ends: list[int] = []
 
-        def has_ended() -> bool:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                ends.append(os.waitstatus_to_exitcode(status))
-            return bool(ends)
+            def has_ended() -> bool:
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    ends.append(os.waitstatus_to_exitcode(status))
+                return bool(ends)
 
-        await turns(has_ended, "the child ends")
-        assert ends == [0]
-        store.block_store.engine.store_stream.release()
+            await turns(has_ended, "the child ends")
+            assert ends == [0]
         assert await task == ROW_BYTES
 
 
 @pytest.mark.host_only
 async def test_what_ends_while_it_is_asked_wakes_the_loop_again(primary, monkeypatch):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         tasks = [asyncio.ensure_future(store.store(keys(at), [at])) for at in range(2)]
         await asyncio.sleep(0)
-        first, second = (job.event for job in store.block_store._stores)
+        first, second = store.block_store.stores_in_flight
         poll = store.block_store.poll
 
         def ask() -> list[Any]:
             ends = poll()
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             second.synchronize()  # it has signalled, and nobody has asked
             monkeypatch.setattr(store.block_store, "poll", poll)
             return ends
 
         monkeypatch.setattr(store.block_store, "poll", ask)
-        store.block_store.engine.store_stream.step()
+        store_gate(store).step()
         first.synchronize()
         assert await asyncio.gather(*tasks) == [ROW_BYTES] * 2
 
@@ -969,33 +954,32 @@ async def test_a_load_of_what_is_not_there_is_an_answer_and_no_failure(primary, 
 
 async def test_an_error_while_asking_reaches_whoever_waits(primary, monkeypatch):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
-        calls = [store.store(keys(0), [0]), store.store(keys(1), [1]), store.load(keys(1), [9]), store.drain()]
-        tasks = [asyncio.ensure_future(call) for call in calls]
-        await asyncio.sleep(0)
-        with monkeypatch.context() as patch:
-            patch.setattr(store.block_store, "poll", fails)
-            store._collect()
-            for task in tasks:
-                with pytest.raises(OSError, match="out of luck"):
-                    await task
-        assert store.statistics().load_jobs == 0, "its stores go on"
-        draining = await begun(store.drain())
-        assert not draining.done(), "the copies go on, and are waited for"
-        store.block_store.engine.store_stream.release()
+        with store_gate(store):
+            calls = [store.store(keys(0), [0]), store.store(keys(1), [1]), store.load(keys(1), [9]), store.drain()]
+            tasks = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.sleep(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(store.block_store, "poll", fails)
+                tasks.append(asyncio.ensure_future(store.store([], [])))  # ends at once, and so all are asked
+                for task in tasks:
+                    with pytest.raises(OSError, match="out of luck"):
+                        await task
+            assert store.statistics().load_jobs == 0, "its stores go on"
+            draining = await begun(store.drain())
+            assert not draining.done(), "the copies go on, and are waited for"
         await draining
         assert store.statistics().blocks_stored == 2
-        assert nothing_is_left(store)
+        assert store.is_idle
         assert await store.load(keys(0, 1), [8, 9]) == tuple(keys(0, 1))
 
 
 async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, monkeypatch):
     async with open_store(primary) as store:
-        store.block_store.engine.store_stream.hold()
+        store_gate(store).hold()
         task = await begun(store.store(keys(0), [0]))
         with monkeypatch.context() as patch:
             patch.setattr(store.block_store, "poll", fails)
-            store.block_store.engine.store_stream.release()
+            store_gate(store).release()
             with pytest.raises(OSError, match="out of luck"):
                 await task  # the engine has signalled, and will not again
         await store.drain()
@@ -1004,24 +988,25 @@ async def test_what_ended_when_it_could_not_be_asked_is_found_later(primary, mon
 
 @pytest.mark.parametrize("still_fails", [False, True])
 async def test_closing_waits_for_jobs_that_could_not_be_asked(primary, monkeypatch, still_fails):
+    monkeypatch.setattr("async_tier.aio.RETRY_S", 0.0)
     store = open_store(primary)
-    store.block_store.engine.store_stream.hold()
+    store_gate(store).hold()
     task = await begun(store.store(keys(0), [0]))
     with monkeypatch.context() as patch:
         patch.setattr(store.block_store, "poll", fails)
-        store._collect()
-        with pytest.raises(OSError, match="out of luck"):
-            await task
+        for call in (store.store([], []), task):  # the first ends at once, and so all are asked
+            with pytest.raises(OSError, match="out of luck"):
+                await call
         if still_fails:
             let_go_in_drain(store, patch)
             await store.close()
     if not still_fails:
         closing = await begun(store.close())
         assert not closing.done()
-        store.block_store.engine.store_stream.release()
+        store_gate(store).release()
         await closing
     assert store.statistics().blocks_stored == 1
-    assert store._retry is None or store._retry.cancelled()
+    await stay_idle(polls_of(store, monkeypatch))
 
 
 def fails() -> None:

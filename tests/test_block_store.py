@@ -80,8 +80,9 @@ def test_what_a_sequence_stores_continues_what_it_has_looked_up(store: BlockStor
 def test_lookups_of_those_who_end_no_step_leave_nothing_behind(store: BlockStore):
     for number in range(1000):
         store.lookup(key(number % 4), f"request {number}")
-    assert not store._step_hits
-    assert not store.index._step_pins
+    store.index.use = store.index.unpin = MagicMock()
+    store.end_step()
+    store.index.use.assert_not_called()
 
 
 def test_a_sequence_that_is_finished_makes_room_at_its_own_cost(store: BlockStore):

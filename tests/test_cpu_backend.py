@@ -57,6 +57,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier.config import SPEC_KEYS, TIER_KEYS
 from async_tier.cpu_backend import CPUBackendTieringSpec, HostOffloadingWorker
+from async_tier.testing import Gate, load_gate, store_gate
 from async_tier.text import brief
 from async_tier.vllm.primary_file import PrimaryFile
 from tests.engine import Engine
@@ -400,10 +401,10 @@ def held_jobs(world: World) -> dict[str, Callable[[], None]]:
     engine = world.worker.engine
     streams = {"store": engine.store_stream, "load": engine.load_stream}
     for stream in streams.values():
-        stream.hold()
+        Gate(stream).hold()
     world.store(1, [0], [0])
     world.load(2, [1, 2], [1, 2])
-    return {name: stream.release for name, stream in streams.items()}
+    return {name: Gate(stream).release for name, stream in streams.items()}
 
 
 def test_a_job_is_not_reported_before_its_bytes_have_moved(flat):
@@ -425,11 +426,10 @@ def test_a_job_whose_stream_lets_go_is_reported_once_whatever_else_is_held(flat,
 
 def test_a_job_is_not_reported_with_a_part_of_its_bytes(make_flat):
     world = make_flat(page=PIECE)
-    world.worker.engine.store_stream.hold()
-    world.store(1, [0, 2], [0, 5])  # two pieces
-    world.worker.engine.store_stream.step()
-    assert world.reported() == []
-    world.worker.engine.store_stream.release()
+    with store_gate(world.worker) as gate:
+        world.store(1, [0, 2], [0, 5])  # two pieces
+        gate.step()
+        assert world.reported() == []
     assert world.finish(1) == [1]
 
 
@@ -448,13 +448,13 @@ class MovesWhenAwaited:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        stream.hold()
+        Gate(stream).hold()
 
     def copy(self, destinations: np.ndarray, sources: np.ndarray, size: Any) -> Any:
         return _AwaitedEvent(self._stream, self._stream.copy(destinations, sources, size))
 
-    def release(self) -> None:
-        self._stream.release()
+    def limit(self, pieces: int) -> None:
+        self._stream.limit(pieces)
 
 
 class _AwaitedEvent:
@@ -463,7 +463,7 @@ class _AwaitedEvent:
         self._event = event
 
     def synchronize(self) -> None:
-        self._stream.release()
+        Gate(self._stream).release()
         self._event.synchronize()
 
     def __getattr__(self, name: str) -> Any:
@@ -480,22 +480,21 @@ def test_wait_blocks_while_the_stream_is_held(make_flat):
     world = make_flat(page=PIECE)
     stream = world.worker.engine.store_stream
     before = world.memory.copy()
-    stream.hold()
-    world.store(1, [0, 2, 4], [0, 5, 9])
-    calling = threading.Event()
-    landed: list[bool] = []
+    with Gate(stream) as gate:
+        world.store(1, [0, 2, 4], [0, 5, 9])
+        calling = threading.Event()
+        landed: list[bool] = []
 
-    def wait() -> None:
-        calling.set()
-        world.worker.wait({1})
-        landed.append(np.array_equal(world.memory.primary[[0, 5, 9]], before.caches[0][[0, 2, 4]]))
+        def wait() -> None:
+            calling.set()
+            world.worker.wait({1})
+            landed.append(np.array_equal(world.memory.primary[[0, 5, 9]], before.caches[0][[0, 2, 4]]))
 
-    waiting = threading.Thread(target=wait, daemon=True)
-    waiting.start()
-    assert calling.wait(PATIENCE_S)
-    stream.step(2)  # of three pieces
-    assert waiting.is_alive()
-    stream.release()
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        assert calling.wait(PATIENCE_S)
+        gate.step(2)  # of three pieces
+        assert waiting.is_alive()
     waiting.join(PATIENCE_S)
     assert landed == [True]
 
@@ -550,16 +549,15 @@ def test_of_two_jobs_that_write_one_place_the_later_wins(make_flat, is_store, ro
     stream = engine.store_stream if is_store else engine.load_stream
     places = np.random.default_rng(round_).permutation(count)
     contested = places[-1]
-    stream.hold()
-    if is_store:
-        world.store(1, places[::-1], places)
-        world.store(2, [count], [contested])
-        written, source = world.memory.primary, before.caches[0]
-    else:
-        world.load(1, places[::-1], places)
-        world.load(2, [count], [contested])
-        written, source = world.memory.caches[0], before.primary
-    stream.release()
+    with Gate(stream):
+        if is_store:
+            world.store(1, places[::-1], places)
+            world.store(2, [count], [contested])
+            written, source = world.memory.primary, before.caches[0]
+        else:
+            world.load(1, places[::-1], places)
+            world.load(2, [count], [contested])
+            written, source = world.memory.caches[0], before.primary
     assert world.finish(2) == [1, 2]
     assert np.array_equal(written[contested], source[count])
     assert np.array_equal(written[places[:-1]], source[places[:0:-1]])
@@ -567,7 +565,7 @@ def test_of_two_jobs_that_write_one_place_the_later_wins(make_flat, is_store, ro
 
 def test_a_load_does_not_queue_behind_stores(flat):
     before = flat.memory.copy()
-    flat.worker.engine.store_stream.hold()
+    store_gate(flat.worker).hold()
     flat.store(1, [0], [0])
     flat.load(2, [7], [7])
     assert flat.finish(2) == [2]
@@ -576,7 +574,7 @@ def test_a_load_does_not_queue_behind_stores(flat):
 
 def test_a_store_does_not_queue_behind_loads(flat):
     before = flat.memory.copy()
-    flat.worker.engine.load_stream.hold()
+    load_gate(flat.worker).hold()
     flat.load(1, [7], [7])
     flat.store(2, [0], [0])
     assert flat.finish(2) == [2]
@@ -591,15 +589,12 @@ def test_a_free_thread_takes_a_load_before_a_store(make_flat):
     engine, block, chunk = world.worker.engine, count, count + 1
     busy = False
     for job_id in range(0, 90, 3):
-        engine.store_stream.hold()
-        engine.load_stream.hold()
-        world.memory.caches[0][block] = 1
-        world.memory.primary[count] = 2
-        world.store(job_id, range(count)[::-1], range(count))
-        world.store(job_id + 1, [block], [chunk])
-        world.load(job_id + 2, [count], [block])
-        engine.store_stream.release()
-        engine.load_stream.release()
+        with Gate(engine.load_stream), Gate(engine.store_stream):
+            world.memory.caches[0][block] = 1
+            world.memory.primary[count] = 2
+            world.store(job_id, range(count)[::-1], range(count))
+            world.store(job_id + 1, [block], [chunk])
+            world.load(job_id + 2, [count], [block])
         # Only if the one thread was still busy with the first store did it find both.
         busy = world.worker.get_finished() == []
         world.finish(job_id, job_id + 1, job_id + 2)
@@ -647,8 +642,8 @@ def store_then_give_its_block_away(world: World) -> None:
     connector.handle_preemptions(metadata())  # the next step submits it
     connector.handle_preemptions(metadata(flush={1}))
     world.memory.caches[0][3] = 77
-    world.worker.engine.store_stream.release()
-    world.worker._stores[0].event.synchronize()
+    store_gate(world.worker).release()
+    world.worker.events[1].synchronize()
 
 
 def test_the_fence_a_block_given_away_after_the_flush_was_stored_whole(flat):
@@ -675,20 +670,19 @@ def test_the_fence_holds_for_a_store_of_the_step_that_flushes_it(flat):
 def test_the_fence_holds_while_the_connector_blocks_in_another_thread(flat):
     before = flat.memory.copy()
     stream, connector = flat.worker.engine.store_stream, make_connector(flat)
-    stream.hold()
-    connector.prepare_store_kv(metadata(stores={1: (3, 5), 2: (4, 6)}))
-    calling = threading.Event()
+    with Gate(stream):
+        connector.prepare_store_kv(metadata(stores={1: (3, 5), 2: (4, 6)}))
+        calling = threading.Event()
 
-    def flush_and_reuse() -> None:
-        calling.set()
-        connector.handle_preemptions(metadata(flush={1, 2}))
-        flat.memory.caches[0][[3, 4]] = 77
+        def flush_and_reuse() -> None:
+            calling.set()
+            connector.handle_preemptions(metadata(flush={1, 2}))
+            flat.memory.caches[0][[3, 4]] = 77
 
-    step = threading.Thread(target=flush_and_reuse, daemon=True)
-    step.start()
-    assert calling.wait(PATIENCE_S)
-    assert step.is_alive()
-    stream.release()
+        step = threading.Thread(target=flush_and_reuse, daemon=True)
+        step.start()
+        assert calling.wait(PATIENCE_S)
+        assert step.is_alive()
     step.join(PATIENCE_S)
     assert not step.is_alive()
     assert (flat.memory.caches[0][[3, 4]] == 77).all()
@@ -709,12 +703,11 @@ def test_the_connector_gets_a_store_that_it_flushed_reported_once(flat):
 def test_the_connector_resumes_a_request_only_when_its_load_has_landed(flat):
     before = flat.memory.copy()
     connector, stream = make_connector(flat), flat.worker.engine.load_stream
-    stream.hold()
-    flat.memory.caches[0][8] = 0  # as the step zeroes new blocks, before it starts transfers
-    connector.start_kv_transfers(metadata(loads={1: (2, 8)}))
-    assert returns(lambda: connector.get_finished(set())) == (set(), set())
-    stream.release()
-    flat.worker._loads[0].event.synchronize()
+    with Gate(stream):
+        flat.memory.caches[0][8] = 0  # as the step zeroes new blocks, before it starts transfers
+        connector.start_kv_transfers(metadata(loads={1: (2, 8)}))
+        assert returns(lambda: connector.get_finished(set())) == (set(), set())
+    flat.worker.wait({1})
     assert connector.get_finished(set()) == (set(), {"request 1"})
     assert np.array_equal(flat.memory.caches[0][8], before.primary[2])
 
@@ -989,7 +982,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 def inode_of(spec: CPUBackendTieringSpec, role: str) -> int:
     """The file that a member has mapped."""
-    region = spec._scheduler_mmap if role == "scheduler" else spec._host_worker._region
+    region = spec._scheduler_mmap if role == "scheduler" else spec.get_worker(make_kv_caches()).region
     address = f"{region._base.data_ptr():x}-"
     (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(address)]
     return int(line.split()[4])
@@ -1134,12 +1127,12 @@ def test_of_two_engines_that_start_at_once_one_is_refused(engine_id):
 def test_the_first_member_that_ends_takes_the_name_so_that_another_engine_can_start(start, engine_id):
     first = start("scheduler", rank=0, world_size=2)
     ending, staying = start(rank=0, world_size=2), start(rank=1, world_size=2)
-    ending._host_worker.shutdown()
+    ending.get_worker(make_kv_caches()).shutdown()
     assert not files_of(engine_id)
     other = start(rank=0, world_size=2)
     assert inode_of(other, "worker") != inode_of(staying, "worker") == inode_of(first, "scheduler")
     # Nor does the end of the others take the new file's name.
-    staying._host_worker.shutdown()
+    staying.get_worker(make_kv_caches()).shutdown()
     first.get_manager().shutdown()
     del first
     gc.collect()
@@ -1201,7 +1194,7 @@ def test_a_start_that_the_tiers_configuration_refuses_leaves_nothing(engine_id, 
             spec.get_manager()
         assert bool(files_of(engine_id)) is with_worker  # the worker has its file until it ends
         if with_worker:
-            spec._host_worker.shutdown()
+            spec.get_worker(make_kv_caches()).shutdown()
     del spec
     assert not files_of(engine_id)
     assert descriptors() <= before
@@ -1243,12 +1236,12 @@ def test_engines_that_are_dropped_without_shutdown_leave_no_descriptor_and_no_fi
 def test_a_worker_that_is_dropped_ends_its_copies_before_it_lets_go_of_the_primary(make_flat):
     world = make_flat()
     stream, ended = world.worker.engine.store_stream, []
-    stream.hold()
+    Gate(stream).hold()
     world.store(1, [0], [0])
-    event, region = world.worker._stores[0].event, world.worker._region
+    event, region = world.worker.events[1], world.worker.region
     cleanup = region.cleanup
     region.cleanup = lambda: (ended.append(event.is_done), cleanup())
-    world.spec._host_worker = world.worker = None
+    world.spec = world.worker = None
     gc.collect()
     assert ended == [True]
     world.worker = MagicMock()  # for the fixture
@@ -1257,7 +1250,7 @@ def test_a_worker_that_is_dropped_ends_its_copies_before_it_lets_go_of_the_prima
 @pytest.mark.parametrize("role", ["worker", "scheduler"])
 def test_shutdown_lets_another_engine_of_the_same_name_start(start, engine_id, role):
     first = start(role)
-    member = first.get_manager() if role == "scheduler" else first._host_worker
+    member = first.get_manager() if role == "scheduler" else first.get_worker(make_kv_caches())
     member.shutdown()
     assert not files_of(engine_id)
     start(role)
@@ -1300,7 +1293,7 @@ def test_shutdown_leaves_nothing_in_shared_memory(make_world, caplog):
     submit(world.worker, 1, True, blocks, chunks)
     submit(world.worker, 2, False, blocks, chunks)
     world.finish(1, 2)
-    mapping = world.worker._region.mmap_obj
+    mapping = world.worker.region.mmap_obj
     world.worker.shutdown()
     assert mapping.closed
     assert not os.path.exists(world.path)
@@ -1316,11 +1309,11 @@ def test_shutdown_can_be_called_again(make_world, caplog):
 
 
 def test_shutdown_ends_copies_before_it_lets_go_of_the_primary(flat):
-    flat.worker.engine.store_stream.hold()
+    store_gate(flat.worker).hold()
     flat.store(1, [0], [0])
-    event, region = flat.worker._stores[0].event, flat.worker._region
+    event, region = flat.worker.events[1], flat.worker.region
     ended: list[bool] = []
-    flat.worker._region = SimpleNamespace(cleanup=lambda: (ended.append(event.is_done), region.cleanup()))
+    flat.worker.region = SimpleNamespace(cleanup=lambda: (ended.append(event.is_done), region.cleanup()))
     returns(flat.worker.shutdown)
     assert ended == [True]
     assert not os.path.exists(flat.path)

@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.testing import Gate, load_gate
 from tests import helpers
 from tests.helpers import key, request
 
@@ -192,14 +193,13 @@ def test_transfers_of_the_worker_and_of_the_tier_overlap(pool, emulator, shm):
     machine = Machine(pool, groups=1, primary_blocks=8)
     first, second = [key(1), key(2)], [key(3), key(4)]
     stream = machine.tier.block_store.engine.store_stream
-    stream.hold()
-    machine.offload(first)
-    assert machine.tier.statistics().jobs_in_flight == 1
-    machine.offload(second)
-    machine.fetch(second, first=16)
-    assert machine.in_cache(second, first=16) == [True, True]
-    assert machine.tier.get_num_blocks() == 0
-    stream.release()
+    with Gate(stream):
+        machine.offload(first)
+        assert machine.tier.statistics().jobs_in_flight == 1
+        machine.offload(second)
+        machine.fetch(second, first=16)
+        assert machine.in_cache(second, first=16) == [True, True]
+        assert machine.tier.get_num_blocks() == 0
     machine.tier.block_store.drain()
     machine.step()
     assert machine.tier.get_num_blocks() == 4
@@ -218,19 +218,17 @@ def test_the_control_sees_a_row_that_is_read_too_early(emulator, shm):
     machine.tier.block_store.drain()
     machine.step()
     store = machine.tier.block_store
-    store.engine.load_stream.hold()
-    real = store.poll
+    with load_gate(store):
+        copy_rows = store.engine.load_stream.copy_rows
 
-    def impatient():
-        for job in store._loads:
-            job.event = SimpleNamespace(is_done=True, failed=False, seconds=0.0)
-        return real()
+        def impatient(*rows):
+            copy_rows(*rows)
+            return SimpleNamespace(is_done=True, failed=False, seconds=0.0)
 
-    store.poll = impatient
-    store.drain = lambda: None
-    machine.fetch(names, first=16)
-    assert machine.in_cache(names, first=16) == [False, False]
-    del store.poll, store.drain
-    store.engine.load_stream.release()
+        store.engine.load_stream.copy_rows = impatient
+        store.drain = lambda: None
+        machine.fetch(names, first=16)
+        assert machine.in_cache(names, first=16) == [False, False]
+        del store.engine.load_stream.copy_rows, store.drain
     torch.cuda.synchronize()
     machine.close()

@@ -88,20 +88,26 @@ class IndexMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = BlockIndex(self.CAPACITY, self.policy)
+        self.index = BlockIndex(self.CAPACITY, self.make_policy)
         self.stores: list[dict[bytes, int]] = []
         self.loads: list[list[int]] = []
+        self.hits: list[int] = []
+
+    def make_policy(self, row_of, pins):
+        """The policy, which is handed the index's own account."""
+        self.row_of, self.pins = row_of, pins
+        return self.policy(row_of, pins)
 
     @rule(keys=KEYS, sequence=SEQUENCES)
     def reserve(self, keys, sequence):
-        pinned = [row for row, pins in enumerate(self.index._pins) if pins]
-        pins = list(self.index._pins)
+        pins = list(self.pins)
+        pinned = [row for row, count in enumerate(pins) if count]
         here = {key: self.index.state(key) for key in keys}
         taken = dict(zip(*self.index.reserve(keys, sequence, None), strict=True))
         assert not set(taken.values()) & set(pinned), "a pinned row was reused"
         assert all(here[key] == FREE for key in taken)
         assert len(set(taken.values())) == len(taken)
-        assert all(self.index._pins[row] == pins[row] for row in pinned)
+        assert all(self.pins[row] == pins[row] for row in pinned)
         self.stores.append(taken)
 
     @precondition(lambda self: self.stores)
@@ -112,7 +118,7 @@ class IndexMachine(RuleBasedStateMachine):
             self.index.mark_ready(taken.values())
         else:
             self.index.drop_filling(list(taken), list(taken.values()))
-            assert all(self.index._row_of.get(key) != row for key, row in taken.items())
+            assert all(self.row_of.get(key) != row for key, row in taken.items())
 
     @rule(keys=KEYS)
     def start_load(self, keys):
@@ -138,11 +144,15 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(keys=KEYS)
     def hit(self, keys):
         for key in keys:
-            assert self.index.pin_hit(key) == (self.index.state(key) == READY)
+            is_hit = self.index.pin_hit(key)
+            assert is_hit == (self.index.state(key) == READY)
+            if is_hit:
+                self.hits.append(self.row_of[key])
 
     @rule()
     def end_step(self):
         self.index.end_step()
+        self.hits.clear()
 
     @rule(sequence=st.sampled_from(["r1", "r2", "r3"]))
     def finish(self, sequence):
@@ -156,16 +166,14 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def accounts_agree(self):
         index = self.index
-        held = list(index._row_of.values())
+        held = list(self.row_of.values())
         assert len(set(held)) == len(held)
-        assert len(set(index._free)) == len(index._free)
-        assert not set(held) & set(index._free)
         expected = [0] * self.CAPACITY
-        for rows in [*(taken.values() for taken in self.stores), *self.loads, index._step_pins]:
+        for rows in [*(taken.values() for taken in self.stores), *self.loads, self.hits]:
             for row in rows:
                 expected[row] += 1
-        assert index._pins == expected
-        filling = sum(1 for key in index._row_of if index.state(key) != READY)
+        assert self.pins == expected
+        filling = sum(1 for key in self.row_of if index.state(key) != READY)
         assert index.filling == filling
         used = set(held) | {row for row, pins in enumerate(expected) if pins}
         assert index.rows_used == len(used)
@@ -177,7 +185,8 @@ class IndexMachine(RuleBasedStateMachine):
             self.index.unpin(rows)
         for taken in self.stores:
             self.index.mark_ready(taken.values())
-        assert len(self.index.reserve([b"new %d" % at for at in range(self.CAPACITY)], None, None)[1]) == self.CAPACITY
+        _, rows = self.index.reserve([b"new %d" % at for at in range(self.CAPACITY)], None, None)
+        assert sorted(rows) == list(range(self.CAPACITY))
 
 
 class PlainIndexMachine(IndexMachine):

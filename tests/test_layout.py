@@ -34,6 +34,15 @@ ALIASES = ("arena", "timeline")
 VLLM_FLOORS = 2
 CUDA = {"engines", "memory.device", "memory.pinned", "memory.registration", "streams.cuda", "streams.cuda_driver"}
 
+# Private names that tests look into: each with its reason, by the file's name where it is for one file.
+REACHED = {
+    "_native": "the C core is tested as it is",
+    "_jobs": "vLLM's manager and its connector have one, too",
+    "_release": "a store's finalizer: what it raises the garbage collector keeps to itself",
+    "test_benchmarks.py": "what is private there is the benchmarks'",
+    "test_replay.py": "what is private there is the benchmarks'",
+}
+
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 
@@ -95,6 +104,39 @@ def test_only_these_rooms_know_cuda(name, path):
     assert not knows or name in CUDA
 
 
+def private_names() -> set[str]:
+    """Those of the package: of functions, classes, attributes and variables."""
+    nodes = [node for _, path in modules() for node in ast.walk(ast.parse(path.read_text()))]
+    names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
+def names_reached(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of what is looked up in something else than `self` and `cls`, imported from here, or patched."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("async_tier"):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+            strings = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            yield from ((node.lineno, text.rpartition(".")[2]) for text in strings if isinstance(text, str))
+
+
+def test_tests_look_at_what_is_public():
+    names = private_names() - REACHED.keys()
+    found = [
+        f"{path.name}:{line}: {name}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path.name not in REACHED
+        for line, name in names_reached(ast.parse(path.read_text()))
+        if name in names
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -107,6 +149,7 @@ def test_only_these_rooms_know_cuda(name, path):
         "config.TierConfig",
         "eviction.EvictionPolicy",
         "order.SequenceOrder",
+        "testing.store_gate",
         "arena.Rows",
         "timeline.main",
     ],

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -19,7 +20,9 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
+from async_tier.block_store import Finished
 from async_tier.manager import AsyncSecondaryTierManager
+from async_tier.testing import load_gate, store_gate
 from async_tier.vllm import compat
 from tests import helpers
 from tests.helpers import (
@@ -120,10 +123,9 @@ def test_constructs_where_the_reference_tier_does():
 
 
 def test_counts_blocks_that_are_ready(tier):
-    tier.block_store.engine.store_stream.hold()
-    tier.submit_store(job(1, keys(0, 1), [0, 1]))
-    assert tier.get_num_blocks() == 0
-    tier.block_store.engine.store_stream.release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0, 1), [0, 1]))
+        assert tier.get_num_blocks() == 0
     finish(tier)
     assert tier.get_num_blocks() == tier.get_num_chunks() == 2
 
@@ -142,8 +144,8 @@ def test_medium_and_locality_are_vllms(primary):
 
 def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
     store(tier, 1, keys(0, 1), [0, 1])
-    tier.block_store.engine.load_stream.hold()
-    tier.block_store.engine.store_stream.hold()
+    load_gate(tier).hold()
+    store_gate(tier).hold()
 
     def a_step():
         context = request("r")
@@ -161,14 +163,13 @@ def test_r1_nothing_waits_for_bytes_to_move(tier, primary):
 
 
 def test_r1_drain_is_what_waits(tier):
-    tier.block_store.engine.store_stream.hold()
-    tier.submit_store(job(1, keys(0), [0]))
-    draining = threading.Thread(target=tier.drain_jobs, daemon=True)
-    draining.start()
-    # It cannot have returned: its stream is held. Let go, it must.
-    assert tier.has_pending_work()
-    assert draining.is_alive()
-    tier.block_store.engine.store_stream.release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0), [0]))
+        draining = threading.Thread(target=tier.drain_jobs, daemon=True)
+        draining.start()
+        # It cannot have returned: its stream is held. Let go, it must.
+        assert tier.has_pending_work()
+        assert draining.is_alive()
     draining.join(PATIENCE_S)
     assert not draining.is_alive()
     assert [result.job_id for result in tier.get_finished_jobs()] == [1]
@@ -222,7 +223,7 @@ def test_r2_a_job_whose_end_meets_an_error_is_reported_as_failed(tier, is_load):
 
 def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
     tier = make_tier(primary, blocks=4)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     returns(lambda: tier.shutdown() or True)
     tier.submit_store(job(2, keys(1), [1]))
@@ -246,7 +247,7 @@ def test_r3_hooks_do_not_raise_either(tier):
     tier.block_store.index.finish = tier.block_store.index.clear = MagicMock(side_effect=OSError)
     tier.on_new_request(object())
     tier.on_request_finished(request("r"))
-    tier._on_reset()
+    reset(tier)
     assert tier.statistics().faults == 3
     del tier.block_store.index.finish, tier.block_store.index.clear
 
@@ -312,13 +313,12 @@ def test_r3_keys_that_are_none_fail_the_job_and_leave_nothing_behind(tier, names
 
 def test_r3_a_full_tier_and_present_keys_are_successes_of_no_bytes(primary):
     tier = make_tier(primary, blocks=2)
-    tier.block_store.engine.store_stream.hold()
-    tier.submit_store(job(1, keys(0, 1), [0, 1]))
-    tier.submit_store(job(2, keys(0, 1), [0, 1]))
-    tier.submit_store(job(3, keys(2), [2]))
-    now = {result.job_id: result for result in tier.get_finished_jobs()}
-    assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
-    tier.block_store.engine.store_stream.release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0, 1), [0, 1]))
+        tier.submit_store(job(2, keys(0, 1), [0, 1]))
+        tier.submit_store(job(3, keys(2), [2]))
+        now = {result.job_id: result for result in tier.get_finished_jobs()}
+        assert {job_id: result.success for job_id, result in now.items()} == {2: True, 3: True}
     now |= finish(tier)
     if "transfer_bytes" in helpers.RESULT_FIELDS:
         assert {job_id: result.transfer_bytes for job_id, result in now.items()} == {1: 128, 2: 0, 3: 0}
@@ -412,12 +412,11 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
     tier = make_tier(primary, blocks=2)
     before = primary.copy()
     store(tier, 1, keys(0, 1), [0, 1])
-    tier.block_store.engine.load_stream.hold()
-    tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
-    tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
-    assert tier.get_num_blocks() == 0
-    tier.submit_store(job(4, keys(2, 3), [2, 3]))
-    tier.block_store.engine.load_stream.release()
+    with load_gate(tier):
+        tier.submit_load(job(2, keys(0, 1), [10, 11], load=True))
+        tier.submit_load(job(3, keys(0, 1), [99, 99], load=True))  # fails, so the keys are gone while they are read
+        assert tier.get_num_blocks() == 0
+        tier.submit_store(job(4, keys(2, 3), [2, 3]))
     results = finish(tier)
     assert results[2].success
     assert np.array_equal(primary[[10, 11]], before[[0, 1]])
@@ -429,12 +428,11 @@ def test_r6_a_row_that_a_load_reads_is_not_reused(primary):
 
 def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
     tier = make_tier(primary, blocks=1)
-    tier.block_store.engine.store_stream.hold()
-    tier.submit_store(job(1, keys(0), [0]))
-    tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
-    tier.submit_store(job(3, keys(1), [1]))
-    assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
-    tier.block_store.engine.store_stream.release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0), [0]))
+        tier.submit_load(job(2, keys(0), [9], load=True))  # fails, so the key is gone while it is filled
+        tier.submit_store(job(3, keys(1), [1]))
+        assert {result.job_id: result.success for result in tier.get_finished_jobs()} == {2: False, 3: True}
     finish(tier)
     assert tier.get_num_blocks() == 0
     assert tier.statistics().rows_used == 0
@@ -443,10 +441,9 @@ def test_r6_a_row_that_a_store_fills_is_not_reused(primary):
 
 def test_r6_a_job_failed_in_part_is_reported_after_its_copies(tier):
     store(tier, 1, keys(0), [0])
-    tier.block_store.engine.load_stream.hold()
-    tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
-    assert list(tier.get_finished_jobs()) == []
-    tier.block_store.engine.load_stream.release()
+    with load_gate(tier):
+        tier.submit_load(job(2, keys(0, 77), [10, 11], load=True))
+        assert list(tier.get_finished_jobs()) == []
     assert not finish(tier)[2].success
 
 
@@ -458,7 +455,7 @@ def test_r6_a_failed_store_leaves_no_key_and_no_row(tier):
 
 
 def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     assert tier.lookup(key(0), request("r")) is MISS
     tier.submit_load(job(2, keys(0), [9], load=True))
@@ -468,10 +465,10 @@ def test_r6_a_block_on_its_way_is_a_miss_and_its_load_fails(tier):
 def test_r7_loads_do_not_wait_for_stores(tier, primary):
     before = primary.copy()
     store(tier, 1, keys(0), [0])
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(2, keys(1, 2, 3), [1, 2, 3]))
     tier.submit_load(job(3, keys(0), [20], load=True))
-    tier.block_store._loads[0].event.synchronize()
+    tier.block_store.loads_in_flight[0].synchronize()
     assert [result.job_id for result in tier.get_finished_jobs()] == [3]
     assert np.array_equal(primary[20], before[0])
 
@@ -650,12 +647,14 @@ class TestDetector:
         assert all(0 <= seconds < 1000 for seconds, _ in told), told
         world.close()
 
-    def test_r10_what_it_is_told_is_the_stores_own_whatever_ends_with_it(self, primary):
+    def test_r10_what_it_is_told_is_the_stores_own_whatever_ends_with_it(self, primary, monkeypatch):
         told = []
         detector = MagicMock()
         detector.update = lambda submitted, size: told.append(time.monotonic() - submitted)
         tier = make_tier(primary, blocks=8, backpressure_detector=detector)
-        tier._detector.set_store_seconds([100.0])  # of a poll after which nobody told the detector
+        with monkeypatch.context() as patched:  # a poll after which nobody told the detector
+            patched.setattr(tier.block_store, "poll", lambda: [Finished(0, True, bytes=64, seconds=100.0)])
+            tier.get_finished_jobs()
         store(tier, 1, keys(0), [0])
         tier.bp_detector.update(time.monotonic() - 500, 1)
         assert told.pop() < 100
@@ -691,16 +690,17 @@ def threads() -> int:
 
 def test_r11_shutdown_is_idempotent_and_lets_go_of_the_primary(primary):
     before = threads()
-    view = memoryview(primary)
-    tier = AsyncSecondaryTierManager(MagicMock(), view, "async")
+    views = [memoryview(primary)]
+    tier = AsyncSecondaryTierManager(MagicMock(), views[0], "async")
     store(tier, 1, keys(0), [0])
     tier.shutdown()
     tier.shutdown()
     until(lambda: threads() <= before, "the tier's threads are gone")
-    assert tier._primary_kv_view is not view
-    assert view.nbytes, "vLLM's memoryview is not ours to release"
+    assert views[0].nbytes, "vLLM's memoryview is not ours to release"
     assert tier.lookup(key(0), request("r")) is MISS
-    view.release()
+    is_alive = weakref.ref(views[0])
+    views.clear()
+    assert is_alive() is None
 
 
 def test_r11_vllms_region_closes_after_shutdown(caplog, monkeypatch):
@@ -756,7 +756,7 @@ def test_r11_r12_repeated_construction_leaks_nothing(primary):
 def test_a_tier_that_nobody_shuts_down_ends_with_its_object(primary):
     before = threads()
     tier = make_tier(primary, blocks=4)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(job(1, keys(0), [0]))
     helpers.forget()
     del tier
@@ -897,7 +897,7 @@ def test_what_a_request_leaves_behind_ends_with_it(tier):
         tier.on_request_finished(context)
         end_step(tier)
     assert tier.block_store.orders == {}
-    assert not tier.block_store.index._policy._last
+    assert tier.block_store.index.policy.sequences == 0
 
 
 # ------------------------------------------------------------------------------------------------- refusals, in words
@@ -1090,7 +1090,7 @@ def test_copies_that_fail_have_a_line_too(tier, is_load, caplog):
 
 def test_a_job_that_is_cut_off_says_so(primary, caplog):
     tier = make_tier(primary, blocks=4)
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     for number in range(3):
         tier.submit_store(job(number, keys(number), [number]))
     returns(lambda: tier.shutdown() or True)
@@ -1124,15 +1124,13 @@ def test_a_reason_is_one_line(tier, caplog):
     del tier.block_store.index.reserve
 
 
-def test_r2_no_job_is_lost_for_its_promise(tier, caplog):
-    real = tier._promises.note_end
-    tier._promises.note_end = MagicMock(side_effect=[OSError("out of luck"), None])
+def test_r2_no_job_is_lost_for_its_promise(tier, caplog, monkeypatch):
+    monkeypatch.setattr(tier.promises, "note_end", MagicMock(side_effect=[OSError("out of luck"), None]))
     tier.submit_store(job(1, keys(0), [0]))
     tier.submit_store(job(2, keys(1), [1]))
     assert {job_id: result.success for job_id, result in finish(tier).items()} == {1: True, 2: True}
     assert tier.statistics().faults == 1
     assert said(caplog) == ["The tier could not keep account of a promise: OSError: out of luck"]
-    tier._promises.note_end = real
 
 
 @pytest.mark.parametrize("method", ["lookup", "end_step", "touch", "submit_load"])

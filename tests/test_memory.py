@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import os
@@ -303,17 +304,17 @@ def test_pages_that_come_while_it_is_looked_count_at_least_once(monkeypatch: pyt
     """Of 1000 bytes 600 are another tier's, who gets half of its pages between the two looks."""
     pages = 0
 
-    def holders() -> Iterator[claims._Holder]:
+    def holders() -> Iterator[claims.Holder]:
         nonlocal pages
         without, pages = 600 - pages, 300
-        yield claims._Holder(11, "engine", 600, without)
+        yield claims.Holder(11, "engine", 600, without)
 
     def available() -> Iterator[tuple[str, int, None]]:
         nonlocal pages
         left, pages = 1000 - pages, 300
         yield "the machine", left, None
 
-    monkeypatch.setattr(claims, "_holders", holders)
+    monkeypatch.setattr(claims, "find_holders", holders)
     monkeypatch.setattr(system, "available_memory", available)
     with pytest.raises(MemoryError):
         refuse_if_unavailable(500)
@@ -385,20 +386,21 @@ def test_an_arena_nobody_closes_ends_its_claim(room: Path):
 
 
 def test_memory_that_is_kept_for_ever_stays_claimed(room: Path):
+    before = descriptors()
     arena = Arena(600, MIB)
-    claim, address = arena._release.peek()[2][2], arena.rows.address
+    ((claim, _),), address = descriptors() - before, arena.rows.address
     arena.abandon_memory()
     arena.close()
     del arena
     gc.collect()
     assert "process" in refused()
-    os.close(claim)
-    host._libc.munmap(address, 600 * MIB)
+    os.close(int(claim))
+    ctypes.CDLL(None).munmap(ctypes.c_void_p(address), ctypes.c_size_t(600 * MIB))
 
 
 def test_an_arena_has_all_its_pages_when_it_was_populated(room: Path):
     def without_pages() -> list[int]:
-        return [holder.without_pages for holder in claims._holders()]
+        return [holder.without_pages for holder in claims.find_holders()]
 
     first, second = Arena(7, 300_007), Arena(3, 2 * MIB)
     sizes = 7 * 300_007, 6 * MIB

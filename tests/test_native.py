@@ -34,6 +34,7 @@ from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream
 from async_tier.streams.rows import Rows
+from async_tier.testing import Gate
 from async_tier.vllm.openmp import cpus_before_openmp
 
 # Far beyond what anything here takes; only a failure waits that long.
@@ -156,6 +157,7 @@ PRELUDE = """
 import os, sys, threading, json
 import numpy as np
 from async_tier.streams.host import HostEngine
+from async_tier.testing import Gate
 source, target = np.ones(1 << 20, np.uint8), np.zeros(1 << 20, np.uint8)
 def copy(stream, times=1):
     one = np.ones(times, np.uint64)
@@ -303,11 +305,10 @@ def test_rows_named_by_number_arrive_in_the_order_asked_for(threads: int, row_by
 def test_the_lists_of_rows_are_free_when_copy_rows_returns(engine: HostEngine):
     source, target = randomised(8, 64), aligned(8 * 64).reshape(8, 64)
     places, order = list(range(8)), list(range(8))[::-1]
-    engine.load_stream.hold()
-    event = engine.load_stream.copy_rows(rows(target), places, rows(source), order)
-    places.clear()
-    order[:] = [99] * 8
-    engine.load_stream.release()
+    with Gate(engine.load_stream):
+        event = engine.load_stream.copy_rows(rows(target), places, rows(source), order)
+        places.clear()
+        order[:] = [99] * 8
     event.synchronize()
     assert np.array_equal(target, source[::-1])
 
@@ -322,7 +323,7 @@ def test_rows_beside_each_other_on_both_sides_are_as_apart(engine: HostEngine):
 
 
 def test_no_rows_are_done_at_once(engine: HostEngine):
-    engine.load_stream.hold()
+    Gate(engine.load_stream).hold()
     assert engine.load_stream.copy_rows(rows(SOURCE.reshape(2, -1)), [], rows(SOURCE.reshape(2, -1)), []).is_done
 
 
@@ -375,7 +376,7 @@ def test_neighbours_on_one_side_only_are_not_joined(engine: HostEngine):
 
 
 def test_a_job_without_bytes_is_done_at_once(engine: HostEngine):
-    engine.load_stream.hold()
+    Gate(engine.load_stream).hold()
     none = np.array([], np.uint64)
     for event in (
         engine.load_stream.copy(none, none, 64),
@@ -392,11 +393,10 @@ def test_a_job_without_bytes_is_done_at_once(engine: HostEngine):
 def test_the_arrays_of_addresses_are_free_when_copy_returns(engine: HostEngine):
     source, target = randomised(8, 64), aligned(8 * 64).reshape(8, 64)
     sizes, destinations, sources = np.full(8, 64, np.uint64), rows_of(target), rows_of(source)
-    engine.load_stream.hold()
-    event = engine.load_stream.copy(destinations, sources, sizes)
-    for array in (destinations, sources, sizes):
-        array[:] = 1
-    engine.load_stream.release()
+    with Gate(engine.load_stream):
+        event = engine.load_stream.copy(destinations, sources, sizes)
+        for array in (destinations, sources, sizes):
+            array[:] = 1
     event.synchronize()
     assert np.array_equal(target, source)
 
@@ -442,15 +442,14 @@ def test_an_event_says_done_only_when_every_piece_has_arrived():
 
 def test_copy_returns_while_its_stream_is_held(engine: HostEngine):
     target = aligned(SOURCE.size)
-    engine.store_stream.hold()
-    event = move(engine.store_stream, target, SOURCE)
-    assert event.is_done is False
-    assert event.failed is False
-    assert event.seconds == 0.0
-    move(engine.load_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
-    assert event.is_done is False
-    assert (target == FILL).all()
-    engine.store_stream.release()
+    with Gate(engine.store_stream):
+        event = move(engine.store_stream, target, SOURCE)
+        assert event.is_done is False
+        assert event.failed is False
+        assert event.seconds == 0.0
+        move(engine.load_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
+        assert event.is_done is False
+        assert (target == FILL).all()
     event.synchronize()
     assert event.is_done is True
     assert event.failed is False
@@ -466,11 +465,10 @@ def test_seconds_are_those_of_the_copies(engine: HostEngine):
 
 def test_seconds_leave_out_the_time_in_the_queue(streams: list[HostStream]):
     """The clock starts with the first copy."""
-    streams[1].hold()
-    waiting = move(streams[1], SCRATCH[:64], SOURCE[:64])
-    move(streams[2], SCRATCH, SOURCE).synchronize()
-    queued = time.monotonic_ns()
-    streams[1].release()
+    with Gate(streams[1]):
+        waiting = move(streams[1], SCRATCH[:64], SOURCE[:64])
+        move(streams[2], SCRATCH, SOURCE).synchronize()
+        queued = time.monotonic_ns()
     waiting.synchronize()
     assert waiting.seconds * 1e9 <= time.monotonic_ns() - queued
 
@@ -478,17 +476,16 @@ def test_seconds_leave_out_the_time_in_the_queue(streams: list[HostStream]):
 def test_synchronize_returns_at_once_when_done(engine: HostEngine):
     event = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     event.synchronize()
-    engine.load_stream.hold()
+    Gate(engine.load_stream).hold()
     event.synchronize()
     assert event.is_done
 
 
 def test_an_event_has_the_times_of_its_copies(engine: HostEngine):
-    engine.store_stream.hold()
-    event = move(engine.store_stream, SCRATCH, SOURCE)
-    assert event.spans == []
-    released = time.monotonic_ns()
-    engine.store_stream.release()
+    with Gate(engine.store_stream):
+        event = move(engine.store_stream, SCRATCH, SOURCE)
+        assert event.spans == []
+        released = time.monotonic_ns()
     event.synchronize()
     ((leg, start, end),) = event.spans
     assert leg == "copy"
@@ -519,7 +516,7 @@ def test_the_end_of_a_job_is_signalled(engine: HostEngine, eventfd: int):
 def test_also_of_jobs_that_are_cut_off(eventfd: int):
     engine = HostEngine(1)
     engine.signal(eventfd)
-    engine.store_stream.hold()
+    Gate(engine.store_stream).hold()
     move(engine.store_stream, SCRATCH, SOURCE)
     engine.close()
     assert os.eventfd_read(eventfd) == 1
@@ -577,15 +574,15 @@ def test_a_signal_that_nobody_reads_blocks_no_thread(engine: HostEngine, eventfd
 
 def test_a_step_lets_one_piece_of_a_large_copy_go(streams: list[HostStream]):
     source, target = randomised(4 * PIECE), aligned(4 * PIECE)
-    streams[1].hold()
+    Gate(streams[1]).hold()
     event = move(streams[1], target, source)
     for done in (1, 3):
-        streams[1].step(1 if done == 1 else 2)
+        Gate(streams[1]).step(1 if done == 1 else 2)
         fence(streams)
         assert np.array_equal(target[: done * PIECE], source[: done * PIECE])
         assert (target[done * PIECE :] == FILL).all()
         assert not event.is_done
-    streams[1].step()
+    Gate(streams[1]).step()
     event.synchronize()
     assert np.array_equal(target, source)
 
@@ -594,13 +591,13 @@ def test_a_piece_takes_as_many_rows_as_make_up_its_bytes(streams: list[HostStrea
     count = PIECE // (512 << 10)
     source, target = randomised(2 * count + 1, 512 << 10), aligned((2 * count + 1) * (512 << 10)).reshape(-1, 512 << 10)
     order = np.arange(len(target))[::-1]
-    streams[1].hold()
+    Gate(streams[1]).hold()
     event = streams[1].copy(rows_of(target, order), rows_of(source, order), source.shape[1])
-    streams[1].step()
+    Gate(streams[1]).step()
     fence(streams)
     assert np.array_equal(target[count + 1 :], source[count + 1 :])
     assert (target[: count + 1] == FILL).all()
-    streams[1].step(2)
+    Gate(streams[1]).step(2)
     event.synchronize()
     assert np.array_equal(target, source)
 
@@ -608,19 +605,18 @@ def test_a_piece_takes_as_many_rows_as_make_up_its_bytes(streams: list[HostStrea
 def test_a_piece_of_very_small_copies_is_bounded_by_their_number(streams: list[HostStream]):
     """So that no thread holds the lock for long."""
     source, target = randomised(3000, 2), aligned(3000 * 2).reshape(3000, 2)
-    streams[1].hold()
-    event = streams[1].copy(rows_of(target), rows_of(source), 1)
-    streams[1].step()
-    fence(streams)
-    assert np.array_equal(target[:1024, 0], source[:1024, 0])
-    assert (target[1024:] == FILL).all()
-    streams[1].release()
+    with Gate(streams[1]) as gate:
+        event = streams[1].copy(rows_of(target), rows_of(source), 1)
+        gate.step()
+        fence(streams)
+        assert np.array_equal(target[:1024, 0], source[:1024, 0])
+        assert (target[1024:] == FILL).all()
     event.synchronize()
     assert np.array_equal(target[:, 0], source[:, 0])
 
 
 def test_holding_one_stream_leaves_the_others(engine: HostEngine):
-    engine.load_stream.hold()
+    Gate(engine.load_stream).hold()
     held = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
     assert not held.is_done
@@ -637,14 +633,13 @@ def resident(memory: Rows) -> int:
 def test_r1_population_goes_by_the_piece(streams: list[HostStream]):
     """It holds the lock of the memory map: the scheduler's thread, which may need it for malloc, waits that long."""
     arena = Arena(4, PIECE)
-    streams[1].hold()
-    event = streams[1]._engine.populate(1, arena.rows.address, 4 * PIECE)
-    for done in (1, 2, 3):
-        streams[1].step()
-        fence(streams)
-        assert resident(arena.rows) == done * PIECE
-        assert not event.is_done
-    streams[1].release()
+    with Gate(streams[1]) as gate:
+        event = streams[1].engine.populate(1, arena.rows.address, 4 * PIECE)
+        for done in (1, 2, 3):
+            gate.step()
+            fence(streams)
+            assert resident(arena.rows) == done * PIECE
+            assert not event.is_done
     event.synchronize()
     assert resident(arena.rows) == 4 * PIECE
     arena.close()
@@ -658,29 +653,26 @@ def test_a_load_is_copied_while_a_store_before_it_is_half_done(streams: list[Hos
     load_stream, store_stream = streams[1], streams[2]
     before, stored, loaded = randomised(4 * PIECE, seed=7), randomised(4 * PIECE, seed=8), aligned(4 * PIECE)
     row = before.copy()
-    store_stream.hold()
-    store = move(store_stream, row, stored)
-    store_stream.step()
-    fence(streams)
-    move(load_stream, loaded, row).synchronize()
-    assert not store.is_done
-    assert np.array_equal(loaded[:PIECE], stored[:PIECE])
-    assert np.array_equal(loaded[PIECE:], before[PIECE:])
-    store_stream.release()
+    with Gate(store_stream) as gate:
+        store = move(store_stream, row, stored)
+        gate.step()
+        fence(streams)
+        move(load_stream, loaded, row).synchronize()
+        assert not store.is_done
+        assert np.array_equal(loaded[:PIECE], stored[:PIECE])
+        assert np.array_equal(loaded[PIECE:], before[PIECE:])
     store.synchronize()
     assert np.array_equal(row, stored)
 
 
 def test_a_load_ends_while_a_store_before_it_is_held_half_done(engine: HostEngine):
     target, source = aligned(4 * PIECE), randomised(4 * PIECE)
-    engine.store_stream.hold()
-    engine.load_stream.hold()
-    store, load = move(engine.store_stream, target, source), move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
-    engine.store_stream.step(2)
-    engine.load_stream.release()
-    load.synchronize()
-    assert not store.is_done
-    engine.store_stream.release()
+    with Gate(engine.store_stream) as gate:
+        with Gate(engine.load_stream):
+            store, load = move(engine.store_stream, target, source), move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
+            gate.step(2)
+        load.synchronize()
+        assert not store.is_done
     store.synchronize()
     assert np.array_equal(target, source)
 
@@ -718,15 +710,14 @@ def test_a_free_thread_does_not_take_stores_before_loads(engine: HostEngine):
 
 
 def test_r7_population_comes_last(engine: HostEngine):
-    population = HostStream(engine._engine, 2)
+    population = HostStream(engine.load_stream.engine, 2)
     assert first_of(engine.store_stream, population) == "sooner"
     arena = Arena(4, PIECE)
-    population.hold()
-    event = engine.populate(arena.rows)
-    move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
-    assert not event.is_done
-    assert resident(arena.rows) == 0
-    population.release()
+    with Gate(population):
+        event = engine.populate(arena.rows)
+        move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
+        assert not event.is_done
+        assert resident(arena.rows) == 0
     event.synchronize()
     assert resident(arena.rows) == 4 * PIECE
     arena.close()
@@ -754,11 +745,10 @@ def test_a_job_on_an_ordered_stream_reads_what_the_one_before_it_wrote(threads: 
     places = [randomised(3 * PIECE // 4096, 4096, seed=seed) for seed in range(8)]
     expected = places[0].copy()
     order = np.arange(len(expected))
-    engine.load_stream.hold()
-    for source, target in itertools.pairwise(places):
-        order = order[::-1]  # begin with what the one before ends with
-        event = engine.load_stream.copy(rows_of(target, order), rows_of(source, order), 4096)
-    engine.load_stream.release()
+    with Gate(engine.load_stream):
+        for source, target in itertools.pairwise(places):
+            order = order[::-1]  # begin with what the one before ends with
+            event = engine.load_stream.copy(rows_of(target, order), rows_of(source, order), 4096)
     event.synchronize()
     assert np.array_equal(places[-1], expected)
     engine.close()
@@ -766,7 +756,7 @@ def test_a_job_on_an_ordered_stream_reads_what_the_one_before_it_wrote(threads: 
 
 def test_ordered_streams_do_not_wait_for_each_other():
     engine = HostEngine(1, ordered=True)
-    engine.load_stream.hold()
+    Gate(engine.load_stream).hold()
     held = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     move(engine.store_stream, SCRATCH[:64], SOURCE[:64]).synchronize()
     assert not held.is_done
@@ -779,12 +769,12 @@ def test_ordered_streams_do_not_wait_for_each_other():
 def test_synchronize_lets_other_python_threads_run():
     done = run_python("""
         engine = HostEngine(1)
-        engine.load_stream.hold()
+        Gate(engine.load_stream).hold()
         event = copy(engine.load_stream)
         waiting = threading.Event()
         def release():
             waiting.wait()
-            engine.load_stream.release()
+            Gate(engine.load_stream).release()
         threading.Thread(target=release).start()
         sys.setswitchinterval(1000)  # from here on the thread gets the GIL from synchronize or not at all
         waiting.set()
@@ -822,7 +812,7 @@ def test_synchronize_hears_ctrl_c():
         import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run without Ctrl-C
         engine = HostEngine(1)
-        engine.load_stream.hold()
+        Gate(engine.load_stream).hold()
         event = copy(engine.load_stream)
         print("waiting", flush=True)
         event.synchronize()
@@ -996,7 +986,7 @@ def in_child(function: Callable[[], object]) -> str:
 
 @pytest.fixture
 def open_event(engine: HostEngine) -> CopyEvent:
-    engine.store_stream.hold()
+    Gate(engine.store_stream).hold()
     return move(engine.store_stream, SCRATCH[:64], SOURCE[:64])
 
 
@@ -1017,7 +1007,7 @@ def test_a_child_is_told_that_an_open_event_never_ends(open_event: CopyEvent):
 
 
 def test_a_child_is_told_that_it_cannot_hold(engine: HostEngine):
-    assert in_child(engine.load_stream.hold).startswith("RuntimeError")
+    assert in_child(Gate(engine.load_stream).hold).startswith("RuntimeError")
 
 
 def test_a_child_can_ask_an_event_that_had_ended(engine: HostEngine):
@@ -1028,7 +1018,7 @@ def test_a_child_can_ask_an_event_that_had_ended(engine: HostEngine):
 
 def test_close_returns_in_a_child_and_leaves_the_parents_engine(engine: HostEngine, open_event: CopyEvent):
     assert in_child(lambda: (engine.close(), engine.close())) == "(None, None)"
-    engine.store_stream.release()
+    Gate(engine.store_stream).release()
     open_event.synchronize()
     assert not open_event.failed
     check_exact(lambda *job: copy_with(engine, *job), 5000, 1, 2)
@@ -1074,7 +1064,7 @@ def test_what_is_closed_in_a_child_has_failed_there(engine: HostEngine, open_eve
     told = in_child(lambda: (engine.close(), open_event.synchronize(), open_event.is_done, open_event.failed))
     assert told == "(None, True, True, True)"
     assert not open_event.is_done
-    engine.store_stream.release()
+    Gate(engine.store_stream).release()
     open_event.synchronize()
     assert not open_event.failed
 
@@ -1093,8 +1083,8 @@ def test_a_child_of_a_child_is_told_too():
 def test_close_fails_what_is_queued():
     engine = HostEngine(2)
     target = aligned(64)
-    engine.load_stream.hold()
-    engine.store_stream.hold()
+    Gate(engine.load_stream).hold()
+    Gate(engine.store_stream).hold()
     events = [move(stream, target, SOURCE[:64]) for stream in (engine.load_stream, engine.store_stream) * 2]
     engine.close()
     for event in events:
@@ -1129,11 +1119,11 @@ def test_close_waits_for_the_piece_that_is_being_copied():
 
 def test_close_fails_a_stepped_job_with_its_first_piece_there(streams: list[HostStream]):
     target, source = aligned(2 * PIECE), SOURCE[: 2 * PIECE]
-    streams[1].hold()
+    Gate(streams[1]).hold()
     event = move(streams[1], target, source)
-    streams[1].step()
+    Gate(streams[1]).step()
     fence(streams)
-    streams[1]._engine.close()
+    streams[1].engine.close()
     assert event.failed
     assert np.array_equal(target[:PIECE], source[:PIECE])
     assert (target[PIECE:] == FILL).all()
@@ -1150,11 +1140,11 @@ def test_close_leaves_what_is_done():
 
 def test_close_cuts_population_off(streams: list[HostStream]):
     arena = Arena(4, PIECE)
-    streams[1].hold()
-    event = streams[1]._engine.populate(1, arena.rows.address, 4 * PIECE)
-    streams[1].step()
+    Gate(streams[1]).hold()
+    event = streams[1].engine.populate(1, arena.rows.address, 4 * PIECE)
+    Gate(streams[1]).step()
     fence(streams)
-    streams[1]._engine.close()
+    streams[1].engine.close()
     assert event.failed
     assert resident(arena.rows) == PIECE
     arena.close()
@@ -1162,7 +1152,7 @@ def test_close_cuts_population_off(streams: list[HostStream]):
 
 def test_close_wakes_a_thread_in_synchronize():
     engine = HostEngine(1)
-    engine.load_stream.hold()
+    Gate(engine.load_stream).hold()
     event = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     waiter = threading.Thread(target=event.synchronize, daemon=True)
     waiter.start()
@@ -1193,7 +1183,7 @@ def test_a_copy_after_close_has_failed(bytes_asked: int):
 def test_an_engine_that_is_dropped_ends_its_threads():
     engine = HostEngine(2)
     threads, stream = engine.thread_ids, engine.load_stream
-    stream.hold()
+    Gate(stream).hold()
     event = move(stream, SCRATCH[:64], SOURCE[:64])
     del engine
     gc.collect()
@@ -1216,11 +1206,10 @@ def test_a_core_that_is_dropped_ends_its_threads_and_its_events_stay():
 
 def test_an_event_may_be_dropped_before_its_copies_end(engine: HostEngine):
     target = aligned(SOURCE.size)
-    engine.load_stream.hold()
-    move(engine.load_stream, target, SOURCE)
-    gc.collect()
-    last = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
-    engine.load_stream.release()
+    with Gate(engine.load_stream):
+        move(engine.load_stream, target, SOURCE)
+        gc.collect()
+        last = move(engine.load_stream, SCRATCH[:64], SOURCE[:64])
     last.synchronize()
     assert np.array_equal(target, SOURCE)
 
@@ -1241,7 +1230,7 @@ def test_the_interpreter_ends_well_with_copies_under_way(held: bool):
     done = run_python(f"""
         engine = HostEngine(2)
         if {held}:
-            engine.store_stream.hold()
+            Gate(engine.store_stream).hold()
         event = copy(engine.store_stream, 10**6)  # minutes
     """)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

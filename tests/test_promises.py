@@ -91,7 +91,7 @@ class Scheduler:
         for job in self.ended:
             self.promises.note_end(job, True)
         self.promises.end_step(scheduled)
-        assert self.promises._total == sum(each.size for each in self.promises._promises.values()) <= self.rows
+        assert self.promises.total == sum(self.promises.by_request.values()) <= self.rows
         return scheduled
 
     def run(self, waiting: dict[str, list[bytes]], most: int = 1000) -> dict[str, int]:
@@ -279,9 +279,9 @@ def test_a_promise_to_a_request_that_was_preempted_is_void_sooner():
     assert RESUMED_STEPS <= steps <= 2 * RESUMED_STEPS + 1
     assert scheduler.moved == 16
     scheduler.promises.void("a")  # a store of it that was under way ends
-    assert scheduler.promises._preempted
+    assert "a" in scheduler.promises.known_requests
     scheduler.promises.finish("a")
-    assert not scheduler.promises._preempted
+    assert "a" not in scheduler.promises.known_requests
 
 
 def test_who_has_waited_too_long_is_refused():
@@ -353,7 +353,7 @@ def test_nothing_is_kept_of_requests_that_never_end():
     for number in range(4 * STALE_STEPS):
         account.ask(f"r{number}", blocks("a", 1)[0], None)
         account.end_step()
-    assert len(account._promises) <= 2 * STALE_STEPS
+    assert len(account.known_requests) <= 2 * STALE_STEPS
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -398,6 +398,5 @@ def test_everybody_is_scheduled_whatever_others_do(seed):
         for name in done:
             assert step - since[name] < 6 * PATIENCE_STEPS
             del waiting[name]
-        assert scheduler.promises._total == sum(each.size for each in scheduler.promises._promises.values())
-        assert scheduler.promises._total <= scheduler.rows
+        assert scheduler.promises.total == sum(scheduler.promises.by_request.values()) <= scheduler.rows
     assert all(step - since[name] < 2 * PATIENCE_STEPS for name in waiting if name not in starved)

@@ -25,6 +25,7 @@ import unittest
 import numpy as np
 import pytest
 
+from async_tier.testing import store_gate
 from tests import helpers
 
 made = []
@@ -41,7 +42,7 @@ def test_leaves_it_open(engine):
 @pytest.mark.each_engine
 def test_leaves_a_stream_held(engine):
     (tier,) = tiers()
-    tier.block_store.engine.store_stream.hold()
+    store_gate(tier).hold()
     tier.submit_store(helpers.job(1, helpers.keys(0), [0]))
 
 @pytest.mark.each_engine

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import io
 import itertools
 import json
 import os
@@ -19,6 +21,7 @@ from async_tier.config import TierConfig
 from async_tier.observe import timeline, trace
 from async_tier.observe.trace import TraceWriter
 from async_tier.streams.rows import Rows
+from async_tier.testing import store_gate
 from tests import helpers
 from tests.helpers import job, keys, make_tier, until
 from tests.rows import primary_rows
@@ -40,18 +43,17 @@ def events(path: Path, name: str) -> list[dict]:
 
 @pytest.fixture
 def by_hand(monkeypatch) -> None:
-    """Writers write when told to, by `_write`, and when closed."""
-    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 3600.0)
+    """Writers write when told to, and when closed."""
+    monkeypatch.setattr(trace, "WRITE_INTERVAL_S", 3600.0)
 
 
 @pytest.mark.each_engine
 def test_a_tier_traces_its_jobs_and_steps(path):
     tier = make_tier(primary_rows(32, ROW_BYTES), blocks=16, trace_path=str(path))
     started = time.monotonic_ns()
-    tier.block_store.engine.store_stream.hold()
-    tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
-    helpers.end_step(tier)
-    tier.block_store.engine.store_stream.release()
+    with store_gate(tier):
+        tier.submit_store(job(1, keys(0, 1, 2), [0, 1, 2]))
+        helpers.end_step(tier)
     helpers.finish(tier)
     tier.get_stats()
     tier.submit_load(job(2, keys(0), [9], load=True))
@@ -76,14 +78,14 @@ def test_a_tier_traces_its_jobs_and_steps(path):
 
 def test_off_by_default():
     store = BlockStore(Rows.of_view(memoryview(primary_rows(2))))
-    assert store._trace is None
+    assert not helpers.threads("async-tier-trace")
     store.close()
 
 
 def test_the_name_may_have_the_process_in_it(tmp_path):
     writer = TraceWriter(str(tmp_path / "trace-{pid}.json"))
     writer.close()
-    assert writer.path.name == f"trace-{writer._pid}.json"
+    assert writer.path.name == f"trace-{os.getpid()}.json"
     assert writer.path.exists()
 
 
@@ -100,7 +102,9 @@ def test_a_file_that_cannot_be_made_is_refused_in_words(tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_start_is_refused_in_words(path, monkeypatch):
-    monkeypatch.setattr(trace, "_open_exclusively", lambda path: open("/dev/full", "w"))  # noqa: SIM115 - the writer has it
+    full = open("/dev/full", "w")  # noqa: SIM115 - closed by the writer
+    full.truncate = lambda size: None  # a device has no length
+    monkeypatch.setattr(trace.Path, "open", lambda path, mode: full)
     with pytest.raises(ValueError, match=r"^trace_path '.*' cannot be written: No space left"):
         TraceWriter(str(path))
 
@@ -112,8 +116,8 @@ def test_the_file_is_bounded(path, monkeypatch, caplog):
     for _ in range(2):
         for at in range(1000):
             writer.step(at, at + 1)
-        writer._write()
-        assert not writer._events, "nothing is kept for a file that is full"
+        writer.write()
+        assert not writer.events, "nothing is kept for a file that is full"
     writer.close()
     assert 10_240 < path.stat().st_size < 11_000
     assert 50 < len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) < 200
@@ -123,25 +127,28 @@ def test_the_file_is_bounded(path, monkeypatch, caplog):
 @pytest.mark.usefixtures("by_hand")
 def test_a_disk_that_is_full_ends_the_trace_and_nothing_else(path, caplog):
     writer = TraceWriter(str(path))
-    real, writer._file = writer._file, open("/dev/full", "w")  # noqa: SIM115 - closed by the writer
-    real.close()
+    (descriptor,) = (
+        each for each in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{each}") == str(path)
+    )
+    with open("/dev/full", "w") as full:
+        os.dup2(full.fileno(), int(descriptor))
     for at in range(2):
         writer.step(at, at + 1)
-        writer._write()
-        assert not writer._events
+        writer.write()
+        assert not writer.events
     writer.close()
     assert len(caplog.messages) == 1
     assert "No space left" in caplog.text
 
 
 def test_what_cannot_be_written_ends_the_trace_and_nothing_else(path, monkeypatch, caplog):
-    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
+    monkeypatch.setattr(trace, "WRITE_INTERVAL_S", 0.001)
     writer = TraceWriter(str(path))
     writer.step(0, MS)
     writer.counter("rows used", 0, rows=object())
     until(lambda: caplog.messages, "it is said")
     writer.step(1, 2)
-    assert not writer._events, "nothing is kept that nobody would write"
+    assert not writer.events, "nothing is kept that nobody would write"
     writer.close()
     (message,) = caplog.messages
     assert message.startswith(f"The trace {path} ends here: ")
@@ -151,9 +158,9 @@ def test_what_cannot_be_written_ends_the_trace_and_nothing_else(path, monkeypatc
 @pytest.mark.usefixtures("by_hand")
 def test_what_is_given_in_the_middle_of_a_write_is_not_lost(path):
     writer = TraceWriter(str(path))
-    append = writer._events.append  # the caller has come that far
+    append = writer.events.append  # the caller has come that far
     writer.step(0, MS)
-    writer._write()
+    writer.write()
     append({"ph": "X", "name": "late", "ts": 0.0, "dur": 1.0})
     writer.close()
     assert len(events(path, "late")) == len(events(path, "step")) == 1
@@ -236,7 +243,7 @@ def test_the_clocks_are_compared_when_nothing_ran_in_between(monkeypatch):
             return now + ahead
 
     monkeypatch.setattr(trace, "time", Clock)
-    assert trace._clock_offset_ns() == ahead + 500 // 2
+    assert trace.clock_offset_ns() == ahead + 500 // 2
     assert next(delays) == 900_000, "the third time was good"
 
 
@@ -251,7 +258,7 @@ def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(path):
 
 
 def test_what_is_given_is_written_while_the_tier_lives(path, monkeypatch):
-    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
+    monkeypatch.setattr(trace, "WRITE_INTERVAL_S", 0.001)
     writer = TraceWriter(str(path))
     writer.step(0, 1)
     until(lambda: '"step"' in path.read_text(), "the step is in the file")
@@ -265,9 +272,13 @@ def test_a_forked_child_leaves_the_file_to_its_parent(path):
     child = os.fork()
     if child == 0:
         try:
+            # Its lock may have been another thread's when the child was forked.
+            threading.Event.set = lambda event: os._exit(1)
             writer.close()
-            writer._file.close()
-            os._exit(writer._stop.is_set())  # its lock may have been another thread's when the child was forked
+            for each in gc.get_objects():
+                if isinstance(each, io.TextIOWrapper) and each.name == str(path):
+                    each.close()
+                    os._exit(0)
         finally:
             os._exit(2)
     _, status = os.waitpid(child, 0)
@@ -278,27 +289,24 @@ def test_a_forked_child_leaves_the_file_to_its_parent(path):
 
 
 def test_the_garbage_collector_may_end_it_on_its_own_thread(path, monkeypatch):
-    monkeypatch.setattr(trace, "_WRITE_INTERVAL_S", 0.001)
+    monkeypatch.setattr(trace, "WRITE_INTERVAL_S", 0.001)
     writer = TraceWriter(str(path))
     real = json.dumps
 
     def dumps(event, **more):
-        if threading.current_thread() is writer._writer:
+        if threading.current_thread() in helpers.threads("async-tier-trace"):
             writer.close()
         return real(event, **more)
 
     monkeypatch.setattr(trace.json, "dumps", dumps)
     writer.slice("store copy", 0, MS)
-    writer._writer.join(helpers.PATIENCE_S)
-    assert not writer._writer.is_alive()
+    until(lambda: not helpers.threads("async-tier-trace"), "its thread has ended")
     assert [event["ph"] for event in events(path, "store copy")] == ["b", "e"]
 
 
-def test_a_trace_that_fails_does_not_lose_the_job(path):
+def test_a_trace_that_fails_does_not_lose_the_job(path, monkeypatch):
+    monkeypatch.setattr(trace.TierTrace, "ended", MagicMock(side_effect=KeyError("store")))
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
-    tier.block_store._trace._writer = None
-    tier.block_store._trace._in_flight.clear()
-    tier.block_store._trace.submitted = lambda *_: trace.Submitted("store", 1, 64, 0)
     tier.submit_store(job(1, keys(0), [0]))
     assert helpers.finish(tier)[1].success
     assert tier.statistics().faults == 1
@@ -306,9 +314,9 @@ def test_a_trace_that_fails_does_not_lose_the_job(path):
     assert helpers.finish(tier)[2].success
 
 
-def test_a_trace_that_fails_when_a_job_is_submitted_does_not_report_it_twice(path):
+def test_a_trace_that_fails_when_a_job_is_submitted_does_not_report_it_twice(path, monkeypatch):
+    monkeypatch.setattr(trace.TierTrace, "submitted", MagicMock(side_effect=MemoryError("out of luck")))
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
-    tier.block_store._trace.submitted = MagicMock(side_effect=MemoryError("out of luck"))
     tier.submit_store(job(1, keys(0), [0]))
     tier.block_store.drain()
     assert [(result.job_id, result.success) for result in tier.get_finished_jobs()] == [(1, True)]
@@ -337,11 +345,10 @@ def test_of_steps_without_results_the_last_few_are_kept(path):
     tier = make_tier(primary_rows(4), blocks=2, trace_path=str(path))
     for _ in range(100):
         helpers.end_step(tier)
-    assert len(tier.block_store._trace._scheduled) == trace.TierTrace._MAX_STEPS
     for _ in range(100):
         tier.get_stats()
     tier.shutdown()
-    assert len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) == trace.TierTrace._MAX_STEPS
+    assert len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) == trace.TierTrace.MAX_STEPS
 
 
 def test_the_trace_says_what_became_of_each_job(path):

@@ -66,7 +66,7 @@ def claim(address: int, size: int) -> int | None:
 
 def refuse_if_unavailable(size: int) -> None:
     """Raise MemoryError if `size` bytes are more than is available: better now than an out-of-memory kill later."""
-    holders = list(_holders())  # read first, so that pages that come in between count twice and never as available
+    holders = list(find_holders())  # read first, so that pages that come in between count twice and never as available
     for limit, available, group in machine.available_memory():
         under = [
             holder for holder in holders if group is None or group in machine.cgroups(str(holder.process), "memory")
@@ -82,7 +82,7 @@ def refuse_if_unavailable(size: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Holder:
+class Holder:
     """A process with tiers. size: bytes that they claimed. without_pages: those of them that have no pages yet."""
 
     process: int
@@ -91,7 +91,7 @@ class _Holder:
     without_pages: int
 
 
-def _holders() -> Iterator[_Holder]:
+def find_holders() -> Iterator[Holder]:
     """The processes with claims, as far as they can be seen."""
     pattern = re.compile(rf"@{NAME}/(\d+)/(\d+)/(\d+)/(\d+)/(\d+)$", re.MULTILINE)
     claims: dict[int, list[tuple[int, int]]] = {}
@@ -104,7 +104,7 @@ def _holders() -> Iterator[_Holder]:
                     claims.setdefault(process, []).append((address, address + size))
     for process, ranges in claims.items():
         with contextlib.suppress(OSError):
-            yield _Holder(
+            yield Holder(
                 process=process,
                 name=(machine.ROOT / f"proc/{process}/comm").read_text(errors="replace").strip(),
                 size=sum(end - start for start, end in ranges),

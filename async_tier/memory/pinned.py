@@ -20,7 +20,7 @@ PINNER_TIMEOUT_S = 5.0
 
 
 class PinnedArena:
-    """Host memory that a background thread pins range by range. `ready` rows are pinned so far.
+    """Host memory that a background thread pins range by range (`registration`). `ready` rows are pinned so far.
 
     The memory is an `Arena` and not torch's pinned memory, because freeing that can abort the process if the CUDA
     context is lost. Raises as Arena does, and as `Registration.register_next` if the first ranges are refused.
@@ -30,24 +30,24 @@ class PinnedArena:
         self._arena = Arena(count, row_bytes)
         self.rows = self._arena.rows
         _prefer_near_node(engine, self.rows)
-        self._registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
+        self.registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
         try:
             while not self.ready:  # a row may be larger than a range
-                self._registration.register_next()
+                self.registration.register_next()
             self._pinner.start()
         except BaseException:
-            if not self._registration.unpin_or_abandon():
+            if not self.registration.unpin_or_abandon():
                 self._arena.abandon_memory()
             self._arena.close()
             raise
-        engine.add_rows(self.rows, self._registration)
+        engine.add_rows(self.rows, self.registration)
         engine.add_pinned(self)
 
     @property
     def ready(self) -> int:
-        return self._registration.rows_ready
+        return self.registration.rows_ready
 
     def close(self) -> None:
         """Free the memory, after the engine was closed, unless it was abandoned. Idempotent."""
@@ -60,18 +60,18 @@ class PinnedArena:
         self._pinner.join(PINNER_TIMEOUT_S)
         if self._pinner.is_alive():
             raise RuntimeError("its memory is still being pinned")
-        self._registration.unpin()
+        self.registration.unpin()
 
     def abandon_memory(self) -> None:
         """See cuda.Pinned."""
         self._stop.set()
-        self._registration.abandon_memory()
+        self.registration.abandon_memory()
         self._arena.abandon_memory()
 
     def _pin(self) -> None:
         try:
-            while not self._registration.is_complete and not self._stop.wait(self._registration.range_seconds):
-                self._registration.register_next()
+            while not self.registration.is_complete and not self._stop.wait(self.registration.range_seconds):
+                self.registration.register_next()
         except RuntimeError as error:
             logger.warning(
                 "The tier holds %d blocks and not %d, because CUDA refused to pin more of its memory: %s",

@@ -131,7 +131,7 @@ class Registration:
         self.range_starts = [*self.range_starts[: self._done], start, *later]
 
     def _pin(self, start: int, end: int) -> None:
-        with self._context, _locked():
+        with self._context, locked():
             began = time.monotonic()
             try:
                 self._driver.register(start, end - start)
@@ -172,7 +172,7 @@ class Registration:
         with self._context:
             for each in self._used:
                 try:
-                    with _locked():
+                    with locked():
                         self._unpin_range(each)
                 except RuntimeError as error:
                     refusal = refusal or error
@@ -203,8 +203,19 @@ class Registration:
         _abandoned.update(self._used)  # without the lock, which a hanging call may hold
 
 
+def in_use() -> set[Range]:
+    """What registrations of this process have pinned and not unpinned: a copy."""
+    return {*_users, *_mappings}
+
+
+def abandoned() -> set[Range]:
+    """What of that was left as it is, because copies may be under way: a copy."""
+    return set(_abandoned)
+
+
 @contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
+    """While nobody else in this process pins or unpins. RuntimeError after LOCK_TIMEOUT_S."""
     if not _lock.acquire(timeout=LOCK_TIMEOUT_S):
         raise RuntimeError("another tier of this process takes too long to pin or unpin its memory")
     try:

@@ -43,7 +43,7 @@ _TRIMESTER_S = 3 * 2_629_746
 # The size of the file, at most: 60 to 75 thousand jobs, of some 900 bytes with one leg and 1,150 with two.
 MAX_BYTES = 64 << 20
 # How often events are written to the file.
-_WRITE_INTERVAL_S = 1.0
+WRITE_INTERVAL_S = 1.0
 # Two clocks are compared: how far apart they may be read, and how often that is tried.
 _CLOCK_ERROR_NS = 10_000
 _CLOCK_TRIES = 5
@@ -57,7 +57,7 @@ def clock_base_ns(now_ns: int) -> int:
     return now_ns // (_TRIMESTER_S * 10**9) * _TRIMESTER_S * 10**9
 
 
-def _clock_offset_ns() -> int:
+def clock_offset_ns() -> int:
     """By how many ns the time since the epoch is ahead of CLOCK_MONOTONIC."""
     for _ in range(_CLOCK_TRIES):
         before = time.monotonic_ns()
@@ -91,10 +91,10 @@ class TraceWriter:
             ) from error
         except OSError as error:
             raise ValueError(f"trace_path {brief(path)} cannot be written: {error.strerror}") from error
-        offset = _clock_offset_ns()
+        offset = clock_offset_ns()
         self._offset_ns = offset - clock_base_ns(time.monotonic_ns() + offset)
         # Appended to by the tier's thread, taken from by the writer.
-        self._events: deque[dict[str, Any]] = deque()
+        self.events: deque[dict[str, Any]] = deque()
         self._is_over = False
         self._slices = 0
         self._stop = threading.Event()
@@ -127,7 +127,7 @@ class TraceWriter:
 
     def _add(self, phase: str, name: str, at_ns: int, **more: Any) -> None:
         if not self._is_over:
-            self._events.append(
+            self.events.append(
                 {"ph": phase, "name": name, "ts": (at_ns + self._offset_ns) / 1000, "pid": self._pid, **more}
             )
 
@@ -135,9 +135,9 @@ class TraceWriter:
         return json.dumps({"ph": "M", "name": what, "pid": self._pid, "tid": thread, "args": {"name": name}})
 
     def _write_until_stopped(self) -> None:
-        while not self._stop.wait(_WRITE_INTERVAL_S):
-            self._write()
-        self._write()
+        while not self._stop.wait(WRITE_INTERVAL_S):
+            self.write()
+        self.write()
         self._is_over = True
         with contextlib.suppress(OSError):
             self._file.write("\n]\n")
@@ -147,13 +147,14 @@ class TraceWriter:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write what was given so far. By the writer's thread, every WRITE_INTERVAL_S."""
         if self._is_over:
             return
         try:
-            while self._events and not self._is_over:
+            while self.events and not self._is_over:
                 # `default`: json does not accept numpy's integers.
-                self._written += self._file.write(",\n" + json.dumps(self._events.popleft(), default=int))
+                self._written += self._file.write(",\n" + json.dumps(self.events.popleft(), default=int))
                 if self._written > MAX_BYTES:
                     self._end_early(f"it has its {format_size(MAX_BYTES)}")
             self._file.flush()
@@ -163,7 +164,7 @@ class TraceWriter:
     def _end_early(self, why: object) -> None:
         """Drop all events from now on, because they cannot be written."""
         self._is_over = True
-        self._events.clear()
+        self.events.clear()
         logger.warning("The trace %s ends here: %s", self.path, why)
 
 
@@ -198,12 +199,12 @@ class TierTrace:
     """Records a tier's jobs and steps in a trace."""
 
     # Steps that are scheduled and have no results yet, at most. Asynchronous scheduling has two. The oldest is dropped.
-    _MAX_STEPS = 8
+    MAX_STEPS = 8
 
     def __init__(self, writer: TraceWriter) -> None:
         self._writer = writer
         self._in_flight = {"load": 0, "store": 0}
-        self._scheduled: deque[int] = deque(maxlen=self._MAX_STEPS)
+        self._scheduled: deque[int] = deque(maxlen=self.MAX_STEPS)
         self._last_results_ns = 0
 
     def submitted(self, kind: str, blocks: int, size: int) -> Submitted:

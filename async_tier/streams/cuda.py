@@ -90,7 +90,8 @@ class CudaEngine:
         # Whether no copy is known to be under way after the end; if not, memory must stay as it is.
         self.is_quiet = True
         self._closed = False
-        self._registrations: dict[int, Registered | None] = {}
+        # By address of the rows; None for device memory. To be read by anyone, changed here only.
+        self.registrations: dict[int, Registered | None] = {}
         # What `close` unpins and frees.
         self._pinned: list[Pinned] = []
         self._memory: list[int] = []
@@ -108,7 +109,7 @@ class CudaEngine:
                 (max_inflight_store_bytes, slots, staging and staging + slots * piece_bytes),
             )
         except BaseException:
-            self._free_all(threading.Event(), None)
+            self.free_all(threading.Event(), None)
             raise
         self.has_batch = self._native.has_batch
         self.load_stream = CudaStream(self._native, 0, self.range_alignment_of)
@@ -136,11 +137,11 @@ class CudaEngine:
 
     def add_rows(self, rows: Rows, registration: Registered | None) -> None:
         """Make rows known to the streams. registration: how they were pinned; None for device memory."""
-        self._registrations[rows.address] = registration
+        self.registrations[rows.address] = registration
 
     def range_alignment_of(self, rows: Rows) -> int:
         """See Registered.range_alignment; 0 for device memory. Raises KeyError for rows that were not added."""
-        registration = self._registrations[rows.address]
+        registration = self.registrations[rows.address]
         return 0 if registration is None else registration.range_alignment
 
     def signal(self, fd: int) -> None:
@@ -171,10 +172,10 @@ class CudaEngine:
     # ------------------------------------------------------------------------------------------------------- details
 
     def _free_all_in_thread(self) -> None:
-        """`_free_all` in a thread, because unpinning was seen to hang (pytorch/pytorch#132520)."""
+        """`free_all` in a thread, because unpinning was seen to hang (pytorch/pytorch#132520)."""
         unpinned = threading.Event()
         arguments = (unpinned, self._native.refusal)
-        thread = threading.Thread(target=self._free_all, args=arguments, name="async-tier-close", daemon=True)
+        thread = threading.Thread(target=self.free_all, args=arguments, name="async-tier-close", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # from Python 3.12 on, if the process is ending, which frees everything
@@ -187,8 +188,11 @@ class CudaEngine:
             logger.error("CUDA has not unpinned the CUDA engine's memory in time, which is left as it is")
             self._abandon_memory()
 
-    def _free_all(self, unpinned: threading.Event, refusal: str | None) -> None:
-        """Unpin, set `unpinned`, then free. Goes on after a refusal, and logs the first. refusal: an earlier one."""
+    def free_all(self, unpinned: threading.Event, refusal: str | None) -> None:
+        """Unpin, set `unpinned`, then free. Goes on after a refusal, and logs the first. refusal: an earlier one.
+
+        `close` does it. Call it only if copies have ended which `close` could not wait for.
+        """
         refusals: list[object] = [] if refusal is None else [refusal]
 
         def attempt(action: Callable[..., None], *arguments: int) -> bool:

@@ -27,7 +27,7 @@ _POPULATION = 2
 class HostStream(RowStream):
     """One queue of a HostEngine. A piece is at most 2 MiB."""
 
-    _engine: _native.HostEngine
+    engine: _native.HostEngine
 
     def copy(self, destinations: np.ndarray, sources: np.ndarray, size: int | np.ndarray) -> CopyEvent:
         """Queue copies from address `sources[i]` to address `destinations[i]`, arrays of shape (n,) and dtype uint64.
@@ -35,7 +35,7 @@ class HostStream(RowStream):
         `size` is the bytes of each copy: one number, or an array (n,) of uint64. The arrays may be changed once the
         call returns. Raises as `copy_rows` does.
         """
-        return self._engine.submit(self._queue, destinations, sources, size)
+        return self.engine.submit(self._queue, destinations, sources, size)
 
 
 class HostEngine:

@@ -8,12 +8,12 @@ from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.rows import Rows
 
-# For `limit`: no limit.
-_UNLIMITED = -1
+# For `RowStream.limit`: no limit.
+UNLIMITED = -1
 
 
 class RowStream:
-    """One queue of a native engine. alignment_of: gives `_native`'s `dst_alignment` and `src_alignment` of rows."""
+    """One queue of `engine`, a native one. alignment_of: gives `_native`'s `dst_alignment` and `src_alignment`."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class RowStream:
         queue: int,
         alignment_of: Callable[[Rows], int] | None = None,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._queue = queue
         self._alignment_of = alignment_of
 
@@ -29,7 +29,7 @@ class RowStream:
         self, destination: Rows, destination_rows: list[int], source: Rows, source_rows: list[int]
     ) -> CopyEvent:
         """See CopyStream.copy_rows. Raises RuntimeError in a forked child: the threads stayed with the parent."""
-        return self._engine.submit_rows(
+        return self.engine.submit_rows(
             self._queue,
             destination.address,
             destination.stride,
@@ -43,14 +43,6 @@ class RowStream:
             *(map(self._alignment_of, (destination, source)) if self._alignment_of else ()),
         )
 
-    def hold(self) -> None:
-        """For tests: start no further piece of this queue."""
-        self._engine.limit(self._queue, 0)
-
-    def step(self, pieces: int = 1) -> None:
-        """For tests: let this many more pieces of a held queue start; what is left of an earlier step is void."""
-        self._engine.limit(self._queue, pieces)
-
-    def release(self) -> None:
-        """For tests: end a `hold`."""
-        self._engine.limit(self._queue, _UNLIMITED)
+    def limit(self, pieces: int) -> None:
+        """Start at most `pieces` more pieces of this queue, or UNLIMITED. See `testing.Gate`."""
+        self.engine.limit(self._queue, pieces)

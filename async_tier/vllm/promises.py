@@ -100,6 +100,21 @@ class Promises:
         self.asking: str | None = None
         self.room = 0
 
+    @property
+    def total(self) -> int:
+        """Rows that are promised."""
+        return self._total
+
+    @property
+    def by_request(self) -> dict[str, int]:
+        """Rows that each request is promised: a copy."""
+        return {request: promise.size for request, promise in self._promises.items()}
+
+    @property
+    def known_requests(self) -> set[str]:
+        """Requests that account is kept of, for whatever reason: a copy."""
+        return {*self._promises, *self._loads.values(), *self._preempted}
+
     def ask(self, request: str, key: bytes, order: SequenceOrder | None) -> int:
         """KEEP, WAIT or REFUSE: the answer to the request's lookup of `key`, a block that is here."""
         self._count_granted()
