@@ -27,6 +27,7 @@ import torch
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine
 from async_tier.streams.rows import Rows
+from async_tier.testing import load_gate, store_gate
 from benchmarks import tiers
 from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure
 
@@ -114,19 +115,13 @@ class Copies:
     @property
     def can_be_held(self) -> bool:
         """Whether the engine's streams can be told to wait: those of copy threads."""
-        return hasattr(self.tier.block_store.engine.store_stream, "hold")
+        return hasattr(self.tier.block_store.engine.store_stream, "limit")
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nothing is copied until the end."""
-        streams: list[Any] = [self.tier.block_store.engine.store_stream, self.tier.block_store.engine.load_stream]
-        for stream in streams:
-            stream.hold()
-        try:
+        with store_gate(self.tier), load_gate(self.tier):
             yield
-        finally:
-            for stream in streams:
-                stream.release()
 
     def wait(self) -> None:
         """Until all that was submitted has been copied, without taking a core."""

@@ -28,6 +28,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from async_tier.block_store import BlockStore
 from async_tier.index import BlockIndex
 from async_tier.streams.rows import Rows
+from async_tier.testing import store_gate
 from benchmarks import tiers
 from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
@@ -216,8 +217,8 @@ def measure_polls(run: Run) -> dict[str, Spread]:
     for in_flight in IN_FLIGHT:
         with ExitStack() as stack:
             tier = tiers.ours(stack, primary, max(IN_FLIGHT))
-            stream = tier.block_store.engine.store_stream
-            stream.hold()
+            gate = store_gate(tier)
+            gate.hold()
             for key in tiers.block_keys(in_flight):
                 tier.submit_store(jobs.store([key], row))
             found[f"{in_flight} in flight, ours"] = microseconds(
@@ -225,7 +226,7 @@ def measure_polls(run: Run) -> dict[str, Spread]:
             )
             if tier.statistics().jobs_in_flight != in_flight:
                 raise RuntimeError("a job ended while the stream was held")
-            stream.release()
+            gate.release()
             tiers.wait(tier, in_flight)
     with ExitStack() as stack:
         fs = tiers.FileSystem(stack, primary).tier

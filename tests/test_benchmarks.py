@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from async_tier.streams.host import HostStream
+from async_tier.streams.row_stream import UNLIMITED
 from benchmarks import (
     bench,
     common,
@@ -1073,20 +1074,16 @@ def copies(monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch, fails):
     store = copies.tier.block_store
-    told = []
-    for name in ("hold", "release"):
-        call = getattr(HostStream, name)
-        monkeypatch.setattr(
-            HostStream, name, lambda stream, name=name, call=call: (told.append((stream, name)), call(stream))
-        )
+    told, limit = [], HostStream.limit
+    monkeypatch.setattr(HostStream, "limit", lambda *of: (told.append(of), limit(*of)))
     copies.prepare(4)
     with contextlib.suppress(ZeroDivisionError), copies.held():
-        assert set(told) == {(store.engine.store_stream, "hold"), (store.engine.load_stream, "hold")}
+        assert set(told) == {(store.engine.store_stream, 0), (store.engine.load_stream, 0)}
         told.clear()
         copies.submit(4)
         if fails:
             raise ZeroDivisionError
-    assert set(told) == {(store.engine.store_stream, "release"), (store.engine.load_stream, "release")}
+    assert set(told) == {(store.engine.store_stream, UNLIMITED), (store.engine.load_stream, UNLIMITED)}
     copies.wait()
     assert copies.is_over
 

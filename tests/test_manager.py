@@ -233,6 +233,8 @@ def test_r2_jobs_cut_off_by_shutdown_are_reported_as_failed(primary):
 def test_r3_no_method_raises_when_the_engine_does(tier, primary):
     store(tier, 1, keys(0), [0])
     tier.block_store.engine.store_stream = tier.block_store.engine.load_stream = FailingStream(refuses=True)
+    with pytest.raises(TypeError, match="engines, not a FailingStream"):
+        store_gate(tier)
     tier.submit_store(job(2, keys(1), [1]))
     tier.submit_load(job(3, keys(0), [2], load=True))
     assert {job_id: result.success for job_id, result in finish(tier).items()} == {2: False, 3: False}
