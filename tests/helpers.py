@@ -146,7 +146,7 @@ def held(tier: AsyncSecondaryTierManager, names: Sequence[bytes]) -> list[bool]:
     for name in names:
         answers.append(tier.lookup(name, request("asks")) is LookupResult.HIT)
         if answers[-1]:
-            tier.block_store.withdraw_hit("asks")  # only asking: does not count as a use
+            tier.block_store.undo_last_hit("asks")  # only asking: does not count as a use
     end_step(tier)
     return answers
 
