@@ -25,27 +25,18 @@ import numpy as np
 import pytest
 
 from async_tier.streams.host import HostStream
-from benchmarks import (
-    bench,
-    common,
-    copy_rate,
-    head_of_line,
-    model,
-    overlap,
-    server,
-    serving,
-    serving_parts,
-    serving_report,
-    tiers,
-)
-from benchmarks.common import Figure, Run
-from benchmarks.demo import BLOCK_TOKENS
-from benchmarks.head_of_line import ROW_BYTES, Latencies, NotFilled
-from benchmarks.serving import Answer, Contender
-from benchmarks.serving_parts import Parts
-from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
+from benchmarks.bench import copy_rate, head_of_line, overlap, serving, serving_parts, serving_report
+from benchmarks.bench import run as bench
+from benchmarks.bench.head_of_line import ROW_BYTES, Latencies, NotFilled
+from benchmarks.bench.serving import Answer, Contender
+from benchmarks.bench.serving_parts import Parts
+from benchmarks.bench.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
+from benchmarks.demo import model, server
+from benchmarks.demo.demo import BLOCK_TOKENS
+from benchmarks.shared import common, tiers
+from benchmarks.shared.common import Figure, Run
 
-ROOT = Path(bench.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 30
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -105,7 +96,7 @@ os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
-RUNNER = "import sys; from benchmarks.bench import Runner; Runner().run([sys.executable, '-c', *sys.argv[1:]])"
+RUNNER = "import sys; from benchmarks.bench.run import Runner; Runner().run([sys.executable, '-c', *sys.argv[1:]])"
 
 
 def word(process: subprocess.Popen) -> str:
@@ -209,7 +200,7 @@ def benchmarks(monkeypatch, tmp_path, signals):
 
     def run(_self, command: list[str]) -> int:
         ran.append(command)
-        name = command[2].removeprefix("benchmarks.")
+        name = command[2].removeprefix("benchmarks.bench.")
         status, figures = found[name]
         output = Path(command[command.index("--output") + 1])
         if figures is not None:
@@ -407,9 +398,9 @@ def test_a_run_with_failures_writes_them_and_fails(make_run, capsys):
     assert make_run("other").finish() == 0
 
 
-@pytest.mark.parametrize("name", ["bench", "head_of_line", "replay", "serving"])
+@pytest.mark.parametrize("name", ["run", "head_of_line", "replay", "serving"])
 def test_help_does_not_wait_for_vllm(name):
-    source = f"import sys, benchmarks.{name}; sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    source = f"import sys, benchmarks.bench.{name}; sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT).returncode == 0
 
 

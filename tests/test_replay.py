@@ -18,8 +18,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from benchmarks import policies, replay, tiering
-from benchmarks.plain_lru import PlainLru
+from benchmarks.bench import policies, replay
+from benchmarks.bench.plain_lru import PlainLru
+from benchmarks.shared import tiering
 
 WAIT_S = 30
 
@@ -197,7 +198,7 @@ def test_processes_end_at_once_when_their_work_is_given_up():
 
 ORPHANS = """
 import multiprocessing, os, signal
-from benchmarks import replay
+from benchmarks.bench import replay
 with replay.processes() as pool:
     worker = pool.submit(os.getpid).result()
     pool.submit(signal.pause)

@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from benchmarks import replay, tiering, traces
+from benchmarks.bench import replay
+from benchmarks.shared import tiering, traces
 
 # What a refusal of ids begins with.
 IDS = "'hash_ids' must be a list of integers or of strings that are hexadecimal numbers"

@@ -27,8 +27,8 @@ import torch
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine
 from async_tier.streams.rows import Rows
-from benchmarks import tiers
-from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure
+from benchmarks.shared import tiers
+from benchmarks.shared.common import QUARTILES, Figure, Run, Spread, arguments, figure
 
 KIB, MIB = 1 << 10, 1 << 20
 # Blocks of 16 tokens: of an 8B model (Llama 3.1, bfloat16: 128 KiB a token), and of one eight times smaller.

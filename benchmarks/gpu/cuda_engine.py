@@ -31,8 +31,8 @@ from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.rows import Rows
-from benchmarks.common import Figure, Run, Spread, arguments
-from benchmarks.gpu_figures import until
+from benchmarks.gpu.figures import until
+from benchmarks.shared.common import Figure, Run, Spread, arguments
 from tests.rows import zero_rows
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -29,13 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import serving_parts, serving_report
-from benchmarks.common import BUILD, TMPFS, Run, arguments
-from benchmarks.demo import BLOCK_TOKENS, FLOAT32_BYTES, documents
-from benchmarks.model import kv_bytes_per_token, smollm2
-from benchmarks.server import Server, launch
-from benchmarks.serving_parts import Parts
-from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
+from benchmarks.bench import serving_parts, serving_report
+from benchmarks.bench.serving_parts import Parts
+from benchmarks.bench.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
+from benchmarks.demo.demo import BLOCK_TOKENS, FLOAT32_BYTES, documents
+from benchmarks.demo.model import kv_bytes_per_token, smollm2
+from benchmarks.demo.server import Server, launch
+from benchmarks.shared.common import BUILD, TMPFS, Run, arguments
 
 CONVERSATIONS, TURNS, TOKENS = 4, 6, 1800
 # Of an answer: enough to see that texts are equal, few, because decoding is not what is measured.

@@ -21,8 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import replay
-from benchmarks.common import BUILD, TMPFS, Figure, machine, on_stop, table
+from benchmarks.bench import replay
+from benchmarks.shared.common import BUILD, TMPFS, Figure, machine, on_stop, table
 
 # By benchmark, in the order that they run in: the figures that it must have, without its name.
 FIGURES = {
@@ -148,7 +148,7 @@ def run(names: list[str], folder: Path, quick: bool, trace: Path | None) -> int:
     for name in names:
         print(f"== {name}", flush=True)
         output = folder / f"{name}.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(output)]
+        command = [sys.executable, "-m", f"benchmarks.bench.{name}", "--output", str(output)]
         command += ["--quick"] * quick
         if name == "replay" and trace is not None:
             command += ["--trace", str(trace.resolve())]

@@ -32,7 +32,7 @@ import numpy as np
 
 from async_tier.streams import _native
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
+BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 TMPFS = Path("/dev/shm")
 # Of a chance interval: samples drawn anew, and what of them is left out at either end, in percent.
 RESAMPLES, LEFT_OUT = 5000, 5

@@ -30,11 +30,11 @@ from async_tier.config import TierConfig
 from async_tier.streams.cuda_driver import CudaError, DeviceContext
 from async_tier.streams.rows import Rows
 from async_tier.text import format_size
-from benchmarks.gpu_driver import StreamDriver
+from benchmarks.gpu.driver import StreamDriver
 from tests.rows import zero_rows
 
 EMULATED = os.environ.get("ASYNC_TIER_CUDA") == "emulated"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 # Bytes that a copy under observation moves: a good part of a second on a GPU that others use, too.
 VOLUME = 16 * MIB if EMULATED else 1 << 30
@@ -168,7 +168,7 @@ import json, os, sys
 if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
     from tests import cuda_emulator
     cuda_emulator.load()
-from benchmarks import gpu_facts
+from benchmarks.gpu import facts as gpu_facts
 bench = gpu_facts.Bench()
 with bench.context:
     print(json.dumps(getattr(gpu_facts, sys.argv[1]).__wrapped__(bench)))
@@ -990,8 +990,8 @@ if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
     from tests import cuda_emulator
     emulator = cuda_emulator.load()
 import torch
-from benchmarks.gpu_driver import StreamDriver
-from benchmarks.gpu_facts import small_store
+from benchmarks.gpu.driver import StreamDriver
+from benchmarks.gpu.facts import small_store
 from async_tier.streams.cuda_driver import CudaError
 store, primary = small_store()
 store.submit_store(1, [b"a"], [0]); store.drain(); assert [end.success for end in store.poll()] == [True]

@@ -25,8 +25,8 @@ from async_tier.aio import AsyncBlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.host import default_threads
 from async_tier.text import format_size
-from benchmarks import tiers
-from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
+from benchmarks.shared import tiers
+from benchmarks.shared.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
 KIB, MIB = 1 << 10, 1 << 20
 GB = 1e-9

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from async_tier.observe import timeline
-from benchmarks.model import kv_bytes_per_token, smollm2
-from benchmarks.server import Server, serve
+from benchmarks.demo.model import kv_bytes_per_token, smollm2
+from benchmarks.demo.server import Server, serve
 
-BUILD = Path(__file__).resolve().parent.parent / "build"
+BUILD = Path(__file__).resolve().parents[2] / "build"
 BLOCK_TOKENS = 128
 FLOAT32_BYTES = 4
 MAX_TOKENS = 24

@@ -20,7 +20,7 @@ from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
 from async_tier.text import format_size
-from benchmarks.gpu_facts import EMULATED, MIB, VOLUME, Bench
+from benchmarks.gpu.facts import EMULATED, MIB, VOLUME, Bench
 from tests.rows import zero_rows
 
 # KV of 16 tokens of a model of 8B parameters: two bytes, K and V, 32 layers, 8 heads of 128.

@@ -32,8 +32,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Figure, Run, arguments, figure
-from benchmarks.traces import read_trace
+from benchmarks.shared.common import Figure, Run, arguments, figure
+from benchmarks.shared.traces import read_trace
 
 # Of the primary, by the largest request: so that one request's blocks are never in each other's way.
 PRIMARY_TO_REQUEST = 2
@@ -170,7 +170,7 @@ def objection(path: Path, quick: bool) -> str | None:
 
 def replay_hits(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int) -> tuple[int, int]:
     """Blocks that vLLM's manager had (in the primary, in the tier) of a whole trace; without a tier if it has none."""
-    from benchmarks.tiering import replay
+    from benchmarks.shared.tiering import replay
 
     hits = replay(requests, primary_blocks, tier_blocks)
     return hits.primary, hits.tier

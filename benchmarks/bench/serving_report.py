@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import serving_parts
-from benchmarks.common import Figure, Run, Spread, chance_interval, figure
-from benchmarks.demo import BLOCK_TOKENS
+from benchmarks.bench import serving_parts
+from benchmarks.demo.demo import BLOCK_TOKENS
+from benchmarks.shared.common import Figure, Run, Spread, chance_interval, figure
 
 if TYPE_CHECKING:
-    from benchmarks.serving import Answer, Contender
+    from benchmarks.bench.serving import Answer, Contender
 
 NO_OFFLOAD, PRIMARY, FS, OURS = "no offloading", "primary alone", "fs", "ours"
 # Of the overhead: our server and itself, with prompts that it does not offload.

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.common import Figure, Lazily, Run, arguments, chance_interval, figure
+from benchmarks.shared.common import Figure, Lazily, Run, arguments, chance_interval, figure
 
 if TYPE_CHECKING:
-    from benchmarks import tiers
+    from benchmarks.shared import tiers
 else:
-    tiers = Lazily("benchmarks.tiers")
+    tiers = Lazily("benchmarks.shared.tiers")
 
 KIB, MIB = 1 << 10, 1 << 20
 ROW_BYTES = 256 * KIB

@@ -31,8 +31,9 @@ if EMULATED:  # before anything imports torch
 
 import torch
 
-from benchmarks import gpu_bytes, gpu_figures
-from benchmarks.gpu_facts import FACTS, ROOT, Bench
+from benchmarks.gpu import bytes as gpu_bytes
+from benchmarks.gpu import figures as gpu_figures
+from benchmarks.gpu.facts import FACTS, ROOT, Bench
 
 # Attributes of a device that explain what was measured, by CUdevice_attribute.
 ATTRIBUTES = {

@@ -14,18 +14,18 @@ from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Figure, Run, arguments, figure
-from benchmarks.replay import QUICK_REQUESTS, REQUESTS, Trace, processes
+from benchmarks.bench.replay import QUICK_REQUESTS, REQUESTS, Trace, processes
+from benchmarks.shared.common import Figure, Run, arguments, figure
 
 PRIMARY_DIVISORS = (8, 4, 2)
-POLICIES = {"ours": "lru", "plain": "benchmarks.plain_lru:PlainLru"}
+POLICIES = {"ours": "lru", "plain": "benchmarks.bench.plain_lru:PlainLru"}
 # Hit ratio that ours may be below the plain one.
 MOST_BELOW = 0.01
 
 
 def replay_ratio(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int, policy: str) -> float:
     """Hits of primary and tier together, by block accesses, of a whole trace."""
-    from benchmarks.tiering import replay
+    from benchmarks.shared.tiering import replay
 
     return replay(requests, primary_blocks, tier_blocks, policy).ratio
 

@@ -28,8 +28,8 @@ from vllm.v1.kv_offload.base import LookupResult
 from async_tier.block_store import BlockStore
 from async_tier.index import BlockIndex
 from async_tier.streams.rows import Rows
-from benchmarks import tiers
-from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
+from benchmarks.shared import tiers
+from benchmarks.shared.common import QUARTILES, Figure, Run, Spread, arguments, figure, plot_spreads
 
 US, NS = 1e6, 1e9  # from seconds
 # A page: what O_DIRECT, which the fs tier prefers, can write.
@@ -444,7 +444,7 @@ def measure_policies(run: Run) -> dict[str, Spread]:
     with ExitStack() as stack:
         compared = {
             "ours": tiers.ours(stack, primary, HELD_BLOCKS),
-            "plain": tiers.ours(stack, primary, HELD_BLOCKS, eviction_policy="benchmarks.plain_lru:PlainLru"),
+            "plain": tiers.ours(stack, primary, HELD_BLOCKS, eviction_policy="benchmarks.bench.plain_lru:PlainLru"),
         }
         order, draw = list(compared.items()), random.Random(1)
         for number, keys in enumerate(tiers.groups(tiers.block_keys(HELD_BLOCKS + POLICY_JOBS * tiers.JOB_BLOCKS))):
