@@ -122,7 +122,7 @@ bench: setup
 	$(RUN) -m benchmarks.bench.run $(if $(TRACE),--trace '$(TRACE)')
 
 bench-cuda: setup-cuda
-	$(CUDA_RUN) -m benchmarks.gpu.cuda_engine
+	ASYNC_TIER_CUDA=$(or $(ASYNC_TIER_CUDA),emulated) $(CUDA_RUN) -m benchmarks.gpu.cuda_engine
 
 bench-replay: TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 bench-replay: setup

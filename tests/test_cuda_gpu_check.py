@@ -54,13 +54,12 @@ def test_what_fails_or_lacks_something_does_not_end_the_rest(tmp_path):
     }
 
 
-@pytest.mark.emulated
 def test_a_wait_that_gets_nowhere_ends(monkeypatch):
-    from benchmarks.gpu import figures as gpu_figures
+    from benchmarks.shared import stores
 
-    monkeypatch.setattr(gpu_figures, "PATIENCE_S", 0)
+    monkeypatch.setattr(stores, "PATIENCE_S", 0)
     with pytest.raises(TimeoutError, match="not within 0 s: the job ended"):
-        gpu_figures.until(lambda: False, "the job ended")
+        stores.until(lambda: False, "the job ended")
 
 
 @pytest.mark.emulated
