@@ -20,16 +20,12 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from benchmarks.shared.common import Figure, Lazily, Run, arguments, chance_interval, figure
-
-if TYPE_CHECKING:
-    from benchmarks.shared import tiers
-else:
-    tiers = Lazily("benchmarks.shared.tiers")
+from benchmarks.shared import tiers
+from benchmarks.shared.common import Figure, Run, arguments, chance_interval
 
 KIB, MIB = 1 << 10, 1 << 20
 ROW_BYTES = 256 * KIB
@@ -56,7 +52,7 @@ WARM_UPS = 20
 KEPT_JOBS = 16
 # Rows that are stored from, and then those that are loaded to.
 SOURCE_ROWS, TARGET_ROWS = 1024, 64
-P99_VS_IDLE = 2.0
+JOB_BYTES = tiers.JOB_BLOCKS * ROW_BYTES
 # The thread that polls takes a core; copy threads that have to share it wait for their turn in the middle of a piece.
 COPY_THREADS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))
 
@@ -74,13 +70,14 @@ class Contender:
         self._jobs = tiers.Jobs()
         self._draw = random.Random(1)
         self._queued_bytes = queued_bytes
-        self._job_bytes = tiers.JOB_BLOCKS * ROW_BYTES
         # Not yet reported: stores, and loads that have ended but are not yet taken note of.
         self._stores: set[int] = set()
         self._ended_loads: set[int] = set()
         # Bytes of stores that ended since the fs tier's files were removed.
         self._written = 0
-        self.store(warm_up_blocks)
+        for _ in range(warm_up_blocks // tiers.JOB_BLOCKS):
+            self._submit_store()
+            self.drain()
         self._kept = [tiers.block_keys(LOAD_BLOCKS) for _ in range(KEPT_JOBS)]
         for keys in self._kept:
             tiers.submit_alone(tier, self._jobs.store(keys, self._rows(LOAD_BLOCKS)))
@@ -90,49 +87,21 @@ class Contender:
     @property
     def queued(self) -> int:
         """Bytes of stores that are submitted and not reported."""
-        return len(self._stores) * self._job_bytes
+        return len(self._stores) * JOB_BYTES
 
-    def idle_load(self) -> float:
-        """Seconds from a load's submission until its end is seen."""
-        self._look_up()
-        return self._load()[0]
-
-    def load_behind_stores(self) -> tuple[float, int, int]:
-        """(seconds, bytes queued at the load's submission, bytes queued when its end was seen).
+    def load(self, is_behind_stores: bool) -> tuple[float, int, int]:
+        """(seconds until a load's end is seen, bytes queued at its submission, bytes queued when its end was seen).
 
         Raises NotFilled, in words, if the queue cannot be filled.
         """
-        self._look_up()
-        self._fill(self._queued_bytes)
-        return self._load()
-
-    def store(self, blocks: int) -> None:
-        """Store that many blocks, and wait."""
-        for _ in range(blocks // tiers.JOB_BLOCKS):
-            self._submit_store()
-            self.drain()
-
-    def drain(self) -> None:
-        while self._stores:
-            self._collect()
-        self.make_room(0)
-
-    def make_room(self, written: int) -> None:
-        """Remove what the fs tier has written, if it is so many bytes."""
-        if self.fs is not None and self._written >= written:
-            self.fs.remove_blocks()
-            self._collect()  # what has ended meanwhile, of which most is removed too
-            self._written = 0
-
-    def _look_up(self) -> None:
-        """As vLLM does before a load. Until the step has ended, stores do not evict what was hit."""
         if self.fs is None:  # which never evicts, and looks for files in its own time
+            # As vLLM does before a load. Until the step has ended, stores do not evict what was hit.
             context = tiers.request("asks")
             for keys in self._kept:
                 for key in keys:
                     self.tier.lookup(key, context)
-
-    def _load(self) -> tuple[float, int, int]:
+        if is_behind_stores:
+            self._fill()
         targets = np.arange(SOURCE_ROWS, SOURCE_ROWS + LOAD_BLOCKS, dtype=np.int32)
         job = self._jobs.load(self._draw.choice(self._kept), targets)
         self.tier.on_new_request(job.req_context)
@@ -148,10 +117,22 @@ class Contender:
         tiers.end_step(self.tier)
         return took, queued, self.queued
 
-    def _fill(self, size: int) -> None:
-        """Store until that many bytes are queued, and a little more."""
+    def drain(self) -> None:
+        while self._stores:
+            self._collect()
+        self.make_room(0)
+
+    def make_room(self, written: int) -> None:
+        """Remove what the fs tier has written, if it is so many bytes."""
+        if self.fs is not None and self._written >= written:
+            self.fs.remove_blocks()
+            self._collect()  # what has ended meanwhile, of which most is removed too
+            self._written = 0
+
+    def _fill(self) -> None:
+        """Store until as many bytes are queued as are asked for, and a little more."""
         deadline = time.monotonic() + FILL_S
-        size += SPARE_JOBS * self._job_bytes
+        size = self._queued_bytes + SPARE_JOBS * JOB_BYTES
         most = 0
         while self.queued < size:
             self._submit_store()
@@ -172,7 +153,7 @@ class Contender:
                 raise RuntimeError(f"job {result.job_id} of {type(self.tier).__name__} failed")
             if result.job_id in self._stores:
                 self._stores.remove(result.job_id)
-                self._written += self._job_bytes
+                self._written += JOB_BYTES
             else:
                 self._ended_loads.add(result.job_id)
 
@@ -182,17 +163,15 @@ class Contender:
 
 @dataclass
 class Latencies:
-    """Of one tier, in seconds; and what was queued while they were taken, in bytes.
+    """Of one tier, in seconds; and the least that was queued while they were taken, in bytes.
 
-    least_at_submission, least_at_end: of the samples that count. too_short, ended: samples refused, because less was
-    queued than asked for at the load's submission, or nothing any more at its end. tried, took_s: of all samples behind
-    stores. not_filled: why the queue was not filled any more.
+    too_short, ended: samples refused, because less was queued than asked for at the load's submission, or nothing any
+    more at its end. tried, took_s: of all samples behind stores. not_filled: why the queue was not filled any more.
     """
 
     idle: list[float] = field(default_factory=list)
     loaded: list[float] = field(default_factory=list)
-    least_at_submission: float = math.inf
-    least_at_end: float = math.inf
+    least_queued: float = math.inf
     too_short: int = 0
     ended: int = 0
     tried: int = 0
@@ -204,9 +183,9 @@ class Latencies:
         started = time.monotonic()
         deadline = started + seconds - self.took_s
         try:
-            contender.load_behind_stores()  # to warm up
+            contender.load(True)  # to warm up
             while len(self.loaded) < most and time.monotonic() < deadline:
-                took, at_submission, at_end = contender.load_behind_stores()
+                took, at_submission, at_end = contender.load(True)
                 self.tried += 1
                 if at_submission < queued_bytes:
                     self.too_short += 1
@@ -214,8 +193,7 @@ class Latencies:
                     self.ended += 1
                 else:
                     self.loaded.append(took)
-                    self.least_at_submission = min(at_submission, self.least_at_submission)
-                    self.least_at_end = min(at_end, self.least_at_end)
+                    self.least_queued = min(at_submission, self.least_queued)
                 contender.make_room(REMOVE_FROM_BYTES)
         except NotFilled as error:
             self.not_filled = f"; then {error}"
@@ -231,15 +209,25 @@ class Latencies:
             f"{FEWEST_FOR_QUARTILES} have to be left{self.not_filled}"
         )
 
+    def as_json(self, queued_bytes: int) -> dict[str, Any]:
+        return {
+            "idle_ms": milliseconds(self.idle),
+            "behind_stores_ms": milliseconds(self.loaded),
+            "samples": {"idle": len(self.idle), "behind_stores": len(self.loaded)},
+            "refused": {"less_queued_at_submission": self.too_short, "nothing_queued_at_end": self.ended},
+            "least_bytes_queued": self.least_queued if self.loaded else None,
+            "not_measured": self.objection(queued_bytes),
+        }
+
 
 def measure_tier(contender: Contender, samples: int, queued_bytes: int, seconds: float) -> Latencies:
     """`samples` loads on the idle tier, and as many behind stores if they do not take more than `seconds`."""
     found = Latencies()
     for _ in range(WARM_UPS):
-        contender.idle_load()
+        contender.load(False)
     while len(found.idle) < samples:
-        contender.idle_load()  # after the stores before it
-        found.idle += [contender.idle_load() for _ in range(min(TURN, samples - len(found.idle)))]
+        contender.load(False)  # after the stores before it
+        found.idle += [contender.load(False)[0] for _ in range(min(TURN, samples - len(found.idle)))]
         if found.took_s < seconds and not found.not_filled:
             found.take_behind_stores(contender, len(found.idle), queued_bytes, seconds)
             contender.drain()
@@ -252,9 +240,9 @@ def measure(run: Run, samples: dict[str, tuple[int, float]], queued_bytes: int) 
     primary = np.ones((SOURCE_ROWS + TARGET_ROWS, ROW_BYTES), dtype=np.uint8)
     for name, (count, seconds) in samples.items():
         with ExitStack() as stack:
-            # Room for what is queued and kept, and a little more.
-            blocks = 5 * queued_bytes // ROW_BYTES // 4 + (KEPT_JOBS * LOAD_BLOCKS) + SPARE_JOBS * tiers.JOB_BLOCKS
             if name == "ours":
+                # Room for what is queued and kept, and a little more.
+                blocks = 5 * queued_bytes // ROW_BYTES // 4 + (KEPT_JOBS * LOAD_BLOCKS) + SPARE_JOBS * tiers.JOB_BLOCKS
                 tier = tiers.ours(stack, primary, blocks, copy_threads=COPY_THREADS)
                 # Every row once: the first touch of memory is slow, most of all on a virtual machine.
                 contender = Contender(tier, None, queued_bytes, warm_up_blocks=2 * blocks)
@@ -275,38 +263,40 @@ def milliseconds(seconds: list[float]) -> dict[str, float | None]:
     }
 
 
-def p99_ratio(found: Latencies) -> tuple[float, float, float]:
-    """Behind stores / idle, and the chance interval around it."""
+def latency_table(found: dict[str, Latencies], queued_bytes: int) -> str:
+    """What was measured, a line a tier and state."""
+    heads = ("p25", "p50", "p75", "p99", "samples", "refused")
+    lines = [f"{f'load of {LOAD_BLOCKS} blocks, ms':24}" + "".join(f"{each:>9}" for each in heads)]
+    for name, each in found.items():
+        states = (("idle", each.idle, 0), ("behind stores", each.loaded, each.too_short + each.ended))
+        for state, seconds, refused in states:
+            values = milliseconds(seconds).values()
+            cells = "".join(f"{'-' if value is None else format(value, '.3f'):>9}" for value in values)
+            lines.append(f"{f'{name}, {state}':24}{cells}{len(seconds):9}{refused:9}")
+        if objection := each.objection(queued_bytes):
+            lines.append(f"  not measured behind stores: {objection}")
+    return "\n".join(lines)
+
+
+def p99_figure(found: dict[str, Latencies], queued: int) -> Figure | str:
+    """Ours; why there is none, if there is none."""
+    ours = found["ours"]
+    loaded, idle = milliseconds(ours.loaded)["p99"], milliseconds(ours.idle)["p99"]
+    if loaded is None or idle is None:
+        few = f"{len(ours.loaded)} samples, and {FEWEST_FOR_P99} are needed"
+        return f"no 99th percentile of ours behind stores: {ours.objection(queued) or few}"
 
     def ratio(loaded: np.ndarray, idle: np.ndarray) -> np.ndarray:
         return np.percentile(loaded, 99, axis=-1) / np.percentile(idle, 99, axis=-1)
 
-    return float(ratio(np.array(found.loaded), np.array(found.idle))), *chance_interval(ratio, found.loaded, found.idle)
-
-
-def latency_table(found: dict[str, Latencies], queued_bytes: int) -> str:
-    """What was measured, a line a tier and state."""
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    head = f"load of {LOAD_BLOCKS} blocks, ms"
-    lines = [
-        f"{head:24}" + "".join(f"{each:>9}" for each in ("p25", "p50", "p75", "p99", "samples", "refused")),
-    ]
-    lines[0] += f"{'least MiB queued before':>25}{'at its end':>12}"
-    for name, each in found.items():
-        cells = "".join(f"{cell(value):>9}" for value in milliseconds(each.idle).values())
-        lines.append(f"{name + ', idle':24}{cells}{len(each.idle):9}")
-        line = f"{name + ', behind stores':24}"
-        if (objection := each.objection(queued_bytes)) is None:
-            line += "".join(f"{cell(value):>9}" for value in milliseconds(each.loaded).values())
-            line += f"{len(each.loaded):9}{each.too_short + each.ended:9}"
-            line += f"{each.least_at_submission / MIB:25.0f}{each.least_at_end / MIB:12.0f}"
-        else:
-            line += f" not measured: {objection}"
-        lines.append(line)
-    return "\n".join(lines)
+    low, high = chance_interval(ratio, ours.loaded, ours.idle)
+    what = (
+        f"p99 of a {LOAD_BLOCKS}-block load behind {queued / MIB:.0f} MiB of stores / on an idle tier (baseline: idle; "
+        "interval: 90 %, by the bootstrap)"
+    )
+    fs = milliseconds(found["fs"].loaded)["p99"]
+    shown: dict[str, Any] = {"ours": loaded, "fs": fs, "limit": idle, "low": low, "high": high}
+    return Figure("head_of_line.p99_vs_idle", what, "ms", loaded / idle, "<= 2", **shown)
 
 
 def main() -> int:
@@ -324,69 +314,13 @@ def main() -> int:
     )
     found = measure(run, samples, queued)
     print(latency_table(found, queued))
-    run.results["by_tier"] = {
-        name: {
-            "idle_ms": milliseconds(each.idle),
-            "behind_stores_ms": milliseconds(each.loaded),
-            "samples": {"idle": len(each.idle), "behind_stores": len(each.loaded)},
-            "refused": {"less_queued_at_submission": each.too_short, "nothing_queued_at_end": each.ended},
-            "least_bytes_queued": {"at_submission": each.least_at_submission, "at_end": each.least_at_end}
-            if each.loaded
-            else None,
-            "not_measured": each.objection(queued),
-        }
-        for name, each in found.items()
-    }
-    loaded, idle = milliseconds(found["ours"].loaded)["p99"], milliseconds(found["ours"].idle)["p99"]
-    if loaded is None or idle is None:
-        few = f"{len(found['ours'].loaded)} samples, and {FEWEST_FOR_P99} are needed"
-        reason = found["ours"].objection(queued) or few
-        run.failures.append(f"no 99th percentile of ours behind stores: {reason}")
+    run.results["by_tier"] = {name: each.as_json(queued) for name, each in found.items()}
+    figure = p99_figure(found, queued)
+    if isinstance(figure, str):
+        run.failures.append(figure)
     else:
-        ratio, low, high = p99_ratio(found["ours"])
-        run.figures.append(
-            Figure(
-                key="head_of_line.p99_vs_idle",
-                what=f"p99 of a {LOAD_BLOCKS}-block load behind {queued / MIB:.0f} MiB of stores / on an idle tier "
-                "(baseline: idle; interval: 90 %, by the bootstrap)",
-                unit="ms",
-                ratio=ratio,
-                goal=P99_VS_IDLE,
-                goal_is="<=",
-                ours=loaded,
-                fs=milliseconds(found["fs"].loaded)["p99"],
-                limit=idle,
-                low=low,
-                high=high,
-            )
-        )
-    draw(run, found, queued)
+        run.figures.append(figure)
     return run.finish()
-
-
-def draw(run: Run, found: dict[str, Latencies], queued: int) -> None:
-    with figure(run.picture, figsize=(8, 4.8)) as (drawn, axes):
-        for name, color in (("ours", "#4c72b0"), ("fs", "#dd8452")):
-            each = found[name]
-            behind = f"{name}, behind {queued / MIB:.0f} MiB of stores"
-            for seconds, style, label in ((each.idle, "--", f"{name}, idle"), (each.loaded, "-", behind)):
-                if seconds is each.loaded and each.objection(queued) is not None:
-                    axes.plot([], [], style, color=color, label=f"{behind}: not measured")
-                    continue
-                values = np.sort(seconds) * 1e3
-                share = np.arange(1, len(values) + 1) / len(values)
-                axes.plot(values, share, style, color=color, label=f"{label} ({len(values)})")
-        for share, text in ((0.5, "p50"), (0.99, "p99")):
-            axes.axhline(share, color="#8c8c8c", linestyle=":", linewidth=0.8)
-            axes.annotate(
-                text, (1, share), xycoords=("axes fraction", "data"), xytext=(3, -3), textcoords="offset points"
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel(f"latency of a load of {LOAD_BLOCKS} blocks, ms")
-        axes.set_ylabel("share of loads")
-        axes.set_title("A load behind queued stores")
-        axes.grid(alpha=0.3)
-        drawn.legend(loc="outside lower center", ncols=2)
 
 
 if __name__ == "__main__":

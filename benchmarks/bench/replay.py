@@ -1,8 +1,8 @@
 """Replays a request trace through vLLM's real tiering manager and the tier: how often is a block there?
 
 Traces are in Mooncake's format or Bailian's, plain or gzip, a JSON object per line: `hash_ids`, one id per block of the
-prompt, `timestamp` in order of arrival, `input_length` (tokens). benchmarks/traces.py has what is taken and what is
-refused. A block is hit if it is in the primary or in the tier together with all blocks before it. Rows are a few
+prompt, `timestamp` in order of arrival, `input_length` (tokens). benchmarks/shared/traces.py has what is taken and what
+is refused. A block is hit if it is in the primary or in the tier together with all blocks before it. Rows are a few
 hundred bytes, and the bytes of every hit are checked.
 
 Beside it, for as many blocks: one plain LRU cache, which hits by the same rule, and the optimum: Belady's choice by the
@@ -32,18 +32,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared.common import Figure, Run, arguments, figure
+from benchmarks.shared.common import Figure, Run, arguments
 from benchmarks.shared.traces import read_trace
 
 # Of the primary, by the largest request: so that one request's blocks are never in each other's way.
 PRIMARY_TO_REQUEST = 2
 # What the trace's different blocks are divided by: the capacities, primary and tier together.
 DIVISORS = (64, 32, 16, 8, 4, 2)
-# At most.
-REQUESTS = 20_000
-# So many that the least capacity is more than the primary.
-QUICK_REQUESTS = 2000
-GOAL = 0.5
+# At most; with --quick so many that the least capacity is more than the primary.
+REQUESTS, QUICK_REQUESTS = 20_000, 2000
 # As many as there are cores, but each has a vLLM of its own: 0.6 GB.
 PROCESSES = min(len(os.sched_getaffinity(0)), 4)
 
@@ -132,8 +129,9 @@ class Trace:
         self.measured = {share: blocks for share, blocks in self.grid.items() if blocks > self.primary_blocks}
 
     @classmethod
-    def read(cls, path: Path | None, most: int) -> Trace:
-        """At most so many requests of the file, or as many made ones. Raises ValueError, in words, if it is none."""
+    def read(cls, path: Path | None, quick: bool) -> Trace:
+        """The file's requests, or as many made ones. Raises ValueError, in words, if it is none."""
+        most = QUICK_REQUESTS if quick else REQUESTS
         if path is None:
             return cls("a synthetic trace", synthetic_trace(most))
         try:
@@ -162,27 +160,20 @@ class Trace:
 def objection(path: Path, quick: bool) -> str | None:
     """Why this file gives no figure, in one sentence; None if it does."""
     try:
-        trace = Trace.read(path, QUICK_REQUESTS if quick else REQUESTS)
+        trace = Trace.read(path, quick)
     except ValueError as error:
         return str(error)
     return trace.objection() or trace.objection_to_figure()
 
 
-def replay_hits(requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int) -> tuple[int, int]:
+def replay_hits(
+    requests: Sequence[Sequence[int]], primary_blocks: int, tier_blocks: int, policy: str = "lru"
+) -> tuple[int, int]:
     """Blocks that vLLM's manager had (in the primary, in the tier) of a whole trace; without a tier if it has none."""
-    from benchmarks.shared.tiering import replay
+    from benchmarks.shared.tiering import replay  # with vLLM, which takes seconds
 
-    hits = replay(requests, primary_blocks, tier_blocks)
+    hits = replay(requests, primary_blocks, tier_blocks, policy)
     return hits.primary, hits.tier
-
-
-class Here(Executor):
-    """Does at once what it is given: for work that is less than starting processes."""
-
-    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(call(*arguments, **options))
-        return done
 
 
 @contextmanager
@@ -213,57 +204,53 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def measure(run: Run, trace: Trace, pool: Executor) -> tuple[float, list[dict[str, Any]]]:
+def counted(run: Run, work: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]], here: bool) -> dict[Any, Any]:
+    """What the calls return, by their keys: made in processes, or in this one, for less work than it is to start them.
+
+    The longest comes first.
+    """
+    if here:
+        return {key: call(*arguments) for key, (call, arguments) in work.items()}
+    with processes() as pool:
+        asked: dict[Any, Future[Any]] = {key: pool.submit(call, *each) for key, (call, each) in work.items()}
+        for done, _ in enumerate(as_completed(asked.values()), start=1):
+            run.progress(f"{done} of {len(asked)} replays are done")
+        return {key: future.result() for key, future in asked.items()}
+
+
+def measure(run: Run, trace: Trace, quick: bool) -> tuple[float, list[dict[str, Any]]]:
     """(hit ratio of the primary alone, what was hit at each capacity)."""
-    run.progress(f"{len(trace.measured)} capacities, and the primary alone")
-    asked: dict[tuple[str, str], Future[Any]] = {}
-    for share, blocks in reversed(trace.measured.items()):  # the longest first
-        asked["ours", share] = pool.submit(
-            replay_hits, trace.requests, trace.primary_blocks, blocks - trace.primary_blocks
-        )
-    asked["alone", ""] = pool.submit(replay_hits, trace.requests, trace.primary_blocks, 0)
+    requests, primary = trace.requests, trace.primary_blocks
+    work: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    for share, blocks in reversed(trace.measured.items()):
+        work["ours", share] = replay_hits, (requests, primary, blocks - primary)
+    work["alone", ""] = replay_hits, (requests, primary, 0)
     for share, blocks in trace.measured.items():
-        asked["optimum", share] = pool.submit(optimal_hits, trace.requests, blocks)
-        asked["lru", share] = pool.submit(lru_hits, trace.requests, blocks)
-    for done, _ in enumerate(as_completed(asked.values()), start=1):
-        run.progress(f"{done} of {len(asked)} replays, optima and plain caches are done")
+        work["optimum", share] = optimal_hits, (requests, blocks)
+        work["lru", share] = lru_hits, (requests, blocks)
+    found = counted(run, work, here=quick)
     points = []
     for share, blocks in trace.measured.items():
-        in_primary, in_tier = asked["ours", share].result()
-        optimum = asked["optimum", share].result()
-        points.append(
-            {
-                "share": share,
-                "blocks": blocks,
-                "primary": in_primary / trace.accesses,
-                "tier": in_tier / trace.accesses,
-                "ours": (in_primary + in_tier) / trace.accesses,
-                "lru": asked["lru", share].result() / trace.accesses,
-                "optimum": optimum / trace.accesses,
-                "ours_to_optimum": (in_primary + in_tier) / optimum,
-            }
-        )
-    return sum(asked["alone", ""].result()) / trace.accesses, points
+        in_primary, in_tier = found["ours", share]
+        hits = {
+            "primary": in_primary,
+            "tier": in_tier,
+            "ours": in_primary + in_tier,
+            "lru": found["lru", share],
+            "optimum": found["optimum", share],
+        }
+        ratios: dict[str, Any] = {what: count / trace.accesses for what, count in hits.items()}
+        points.append({"share": share, "blocks": blocks, **ratios, "ours_to_optimum": hits["ours"] / hits["optimum"]})
+    return sum(found["alone", ""]) / trace.accesses, points
 
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--trace", type=Path, help="in Mooncake's or Bailian's format, plain or gzip (default: one is made)"
-    )
-    parser.add_argument(
-        "--requests",
-        type=int,
-        default=REQUESTS,
-        help=f"how many of the trace's requests to replay, at most; with --quick never more than {QUICK_REQUESTS} "
-        "(default: %(default)s)",
-    )
+    help_of_trace = "in Mooncake's or Bailian's format, plain or gzip (default: one is made)"
+    parser.add_argument("--trace", type=Path, help=help_of_trace)
     options = parser.parse_args()
-    if options.requests < 1:
-        parser.error("--requests must be at least 1")
-    most = min(options.requests, QUICK_REQUESTS) if options.quick else options.requests
     try:
-        trace = Trace.read(options.trace, most)
+        trace = Trace.read(options.trace, options.quick)
     except ValueError as error:
         parser.error(str(error))
     if wrong := trace.objection():
@@ -274,11 +261,7 @@ def main() -> int:
         "the next step. No times are measured.",
         options.output,
     )
-    if options.quick:
-        alone, points = measure(run, trace, Here())
-    else:
-        with processes() as pool:
-            alone, points = measure(run, trace, pool)
+    alone, points = measure(run, trace, options.quick)
     infinite = infinite_hits(trace.requests) / trace.accesses
     run.results = {
         "requests": len(trace.requests),
@@ -290,72 +273,45 @@ def main() -> int:
         "by_capacity": points,
     }
     print(
-        f"{trace.accesses} accesses to {trace.different} blocks. Hit ratios; the primary has "
-        f"{trace.primary_blocks} blocks:"
+        f"{trace.accesses} accesses to {trace.different} blocks. Hit ratios; the primary has {trace.primary_blocks} "
+        f"blocks, and alone hits {alone:.4f}; an infinite cache {infinite:.4f}:"
     )
-    print(hit_ratios(trace.grid, points, alone, infinite))
+    print(hit_ratios(trace.grid, points))
     if wrong := trace.objection_to_figure():
         print(f"No figure: {wrong}.")
     else:
-        run.figures.append(
-            Figure(
-                key="replay.hit_ratio_vs_optimal",
-                what="hit ratio / the optimum's, which knows the future (baseline): the mean over 1/64, 1/32, ... 1/2 "
-                "of the blocks (interval: the least and the most of them)",
-                unit="hits",
-                ratio=statistics.mean(point["ours_to_optimum"] for point in points),
-                goal=GOAL,
-                goal_is=">=",
-                ours=statistics.mean(point["ours"] for point in points),
-                limit=statistics.mean(point["optimum"] for point in points),
-                low=min(point["ours_to_optimum"] for point in points),
-                high=max(point["ours_to_optimum"] for point in points),
-            )
-        )
-    draw(run, f"{len(trace.requests)} requests of {trace.name}", points, trace.primary_blocks, alone, infinite)
+        run.figures.append(figure(points))
     return run.finish()
 
 
-def hit_ratios(grid: dict[str, int], points: Sequence[dict[str, Any]], alone: float, infinite: float) -> str:
+def figure(points: Sequence[dict[str, Any]]) -> Figure:
+    ratios = [point["ours_to_optimum"] for point in points]
+    return Figure(
+        "replay.hit_ratio_vs_optimal",
+        "hit ratio / the optimum's, which knows the future (baseline): the mean over 1/64, 1/32, ... 1/2 of the blocks "
+        "(interval: the least and the most of them)",
+        "hits",
+        statistics.mean(ratios),
+        ">= 0.5",
+        ours=statistics.mean(point["ours"] for point in points),
+        limit=statistics.mean(point["optimum"] for point in points),
+        low=min(ratios),
+        high=max(ratios),
+    )
+
+
+def hit_ratios(grid: dict[str, int], points: Sequence[dict[str, Any]]) -> str:
     """All that was measured, as a table: a line a capacity."""
     found = {point["share"]: point for point in points}
-    heads = ("primary", "tier", "together", "alone", "LRU", "optimum", "infinite", "/ optimum")
-    lines = [f"{'blocks held':>18}" + "".join(f"{head:>10}" for head in heads)]
+    columns = ("primary", "tier", "ours", "lru", "optimum", "ours_to_optimum")
+    lines = [f"{'blocks held':>18}" + "".join(f"{column:>17}" for column in columns)]
     for share, blocks in grid.items():
-        line = f"{share:>8} {blocks:>9}"
+        cells = "  not measured: not more than the primary"
         if share in found:
-            point = found[share]
-            both = (point["primary"], point["tier"], point["ours"], alone, point["lru"], point["optimum"], infinite)
-            line += "".join(f"{value:>10.4f}" for value in (*both, point["ours_to_optimum"]))
-        else:
-            line += "  not measured: not more than the primary"
-        lines.append(line)
-    lines.append("alone: the primary without a tier. LRU: one plain cache of as many blocks as both.")
+            cells = "".join(f"{found[share][column]:>17.4f}" for column in columns)
+        lines.append(f"{share:>8} {blocks:>9}{cells}")
+    lines.append("ours: primary and tier. lru: one plain cache of as many blocks as both.")
     return "\n".join(lines)
-
-
-def draw(
-    run: Run, title: str, points: Sequence[dict[str, Any]], primary_blocks: int, alone: float, infinite: float
-) -> None:
-    with figure(run.picture, figsize=(8, 4.5)) as (_, axes):
-        blocks = [point["blocks"] for point in points]
-        axes.axhline(infinite, color="#8c8c8c", linestyle=":", label="infinite")
-        for key, style, color, label in (
-            ("optimum", "o--", "#55a868", "the optimum"),
-            ("ours", "o-", "#4c72b0", "primary and tier"),
-            ("lru", "s:", "#c44e52", "one plain LRU cache"),
-            ("primary", "o-", "#dd8452", "of ours, in the primary"),
-        ):
-            axes.plot(blocks, [point[key] for point in points], style, color=color, label=label)
-        axes.axhline(alone, color="#dd8452", linestyle=":", label="the primary alone")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(blocks, [f"{point['blocks']}\n{point['share']}" for point in points])
-        axes.set_ylim(0, None)
-        axes.set_xlabel(f"blocks held, primary ({primary_blocks}) and tier together")
-        axes.set_ylabel("hit ratio of blocks")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        axes.legend()
 
 
 if __name__ == "__main__":

@@ -19,13 +19,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# (metric, tier label or "") -> value.
+Metrics = dict[tuple[str, str], float]
 # Loading and profiling take some 20 s on two cores; a machine under load takes longer.
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 LEFT_RUNNING_TIMEOUT_S = 15
 # The memory of a primary tier, whose name ends with the process that asked for the server, and a number.
 PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+\.mmap")
-COPY_THREAD = "async-tier-copy\n"  # as the system tells it
+
+
+def of_tier(metrics: Metrics, name: str) -> float:
+    """What vLLM counts of the first secondary tier."""
+    metric = f"vllm:kv_offload_tiering_{name}"
+    return sum(value for (each, tier), value in metrics.items() if each == metric and tier.startswith("1:"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy completion. times: seconds from the request until each part of it came, a token or some.
+
+    cached_tokens: of the prompt, from the KV cache and from tiers; 0 if the server does not say.
+    """
+
+    text: str
+    times: list[float]
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def first(self) -> float:
+        return self.times[0]
+
+    @property
+    def last(self) -> float:
+        return self.times[-1]
 
 
 @dataclass
@@ -65,28 +94,44 @@ class Server:
             self.resume()  # a paused one would not hear
         self.process.send_signal(signal.SIGTERM)
 
-    def metrics(self) -> dict[tuple[str, str], float]:
-        """(metric, tier label or "") -> value, of everything at /metrics; series of other labels are added up."""
+    def ask(self, prompt: str, tokens: int, ignore_eos: bool = False) -> Answer:
+        """A streamed completion of at most so many tokens; of exactly so many where it is not to end by itself."""
+        from openai import OpenAI
+
+        usage: Any = None
+        text, times = "", []
+        with OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
+            started = time.perf_counter()
+            for part in client.completions.create(
+                model="model",
+                prompt=prompt,
+                max_tokens=tokens,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": ignore_eos},
+            ):
+                if part.choices:
+                    times.append(time.perf_counter() - started)
+                    text += part.choices[0].text
+                usage = part.usage or usage
+        if not times or usage is None:
+            raise RuntimeError("the server sent no token, or does not say how many there were")
+        cached = getattr(usage.prompt_tokens_details, "cached_tokens", None) or 0
+        return Answer(text, times, usage.completion_tokens, usage.prompt_tokens, cached)
+
+    def metrics(self) -> Metrics:
+        """Of everything at /metrics; series of other labels are added up."""
         from prometheus_client.parser import text_string_to_metric_families
 
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
             text = reply.read().decode()
-        values: dict[tuple[str, str], float] = {}
+        values: Metrics = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 key = (sample.name, sample.labels.get("tier", ""))
                 values[key] = values.get(key, 0.0) + sample.value
         return values
-
-    def copy_thread_seconds(self) -> float:
-        """CPU time that our copy threads in its processes have had: the tier's and those of `CPUBackendTieringSpec`."""
-        nanoseconds = 0
-        for name in Path("/proc").glob("[0-9]*/task/[0-9]*/comm"):
-            # Threads and processes come and go.
-            with contextlib.suppress(OSError):
-                if name.read_text() == COPY_THREAD and os.getpgid(int(name.parts[2])) == self.process.pid:
-                    nanoseconds += int((name.parent / "schedstat").read_text().split()[0])
-        return nanoseconds / 1e9
 
     def tracebacks(self) -> list[str]:
         """Lines of the log that begin a traceback.

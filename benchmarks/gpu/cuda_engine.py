@@ -120,20 +120,19 @@ def measure_submits(run: Run, quick: bool, pool: str) -> None:
     what = f"submit of {BLOCKS} scattered blocks, pool {pool}"
     of_cuda, of_host = (Spread.of(times[engine, "small"] + times[engine, "large"]) for engine in ("cuda", "host"))
     for key, text, ours, baseline, goal in (
-        ("large_vs_small", "4 MiB each / 4 KiB each", spreads["cuda", "large"], spreads["cuda", "small"], 1.2),
-        ("vs_host_engine", "both sizes, cuda engine / host engine", of_cuda, of_host, 1.3),
+        ("large_vs_small", "4 MiB each / 4 KiB each", spreads["cuda", "large"], spreads["cuda", "small"], "<= 1.2"),
+        ("vs_host_engine", "both sizes, cuda engine / host engine", of_cuda, of_host, "<= 1.3"),
     ):
         run.figures.append(ratio(f"submit_{key}.{pool}", f"{what}: {text}", ours, baseline.median, goal))
 
 
-def ratio(key: str, what: str, ours: Spread, baseline: float, goal: float) -> Figure:
+def ratio(key: str, what: str, ours: Spread, baseline: float, goal: str) -> Figure:
     return Figure(
         key=f"cuda_engine.{key}",
         what=what + " (median; interval: its quartiles over the same)",
         unit="us",
         ratio=ours.median / baseline,
         goal=goal,
-        goal_is="<=",
         ours=ours.median,
         limit=baseline,
         low=ours.low / baseline,
@@ -159,7 +158,7 @@ def measure_wakes(run: Run, quick: bool) -> None:
     spread = Spread.of(took)
     run.results["wake us"] = asdict(spread)
     what = f"from a submit to the moment at which the engine's idle thread begins / {WAKE_US:.0f} us"
-    run.figures.append(ratio("wake", what, spread, WAKE_US, 1.0))
+    run.figures.append(ratio("wake", what, spread, WAKE_US, "<= 1"))
 
 
 def measure_unattended(run: Run, quick: bool, pool: str) -> None:
@@ -196,8 +195,7 @@ def measure_unattended(run: Run, quick: bool, pool: str) -> None:
             f"call; pool {pool}",
             unit="share",
             ratio=done,
-            goal=1.0,
-            goal_is=">=",
+            goal=">= 1",
             ours=done,
             limit=1.0,
         )
@@ -241,8 +239,7 @@ def measure_load_behind_stores(run: Run, quick: bool, pool: str) -> None:
             f"what the {bound >> 20} MiB take that may be under way; pool {pool}",
             unit="ms",
             ratio=(behind_s - idle_s) / (bound / rate),
-            goal=1.0,
-            goal_is="<=",
+            goal="<= 1",
             ours=(behind_s - idle_s) * 1e3,
             limit=bound / rate * 1e3,
         )
