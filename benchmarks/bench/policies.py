@@ -22,7 +22,7 @@ POLICIES = {"ours": "lru", "plain": "benchmarks.bench.plain_lru:PlainLru"}
 MOST_BELOW = 0.01
 
 
-def measure(run: Run, traces: Sequence[Trace]) -> list[dict[str, Any]]:
+def measure(run: Run, traces: Sequence[Trace], quick: bool) -> list[dict[str, Any]]:
     """A point for each trace, capacity and primary."""
     points, work = [], {}
     for trace in traces:
@@ -31,7 +31,7 @@ def measure(run: Run, traces: Sequence[Trace]) -> list[dict[str, Any]]:
                 for name, policy in POLICIES.items():
                     work[len(points), name] = replay_hits, (trace.requests, blocks // divisor, blocks, policy)
                 points.append({"trace": trace, "share": share, "blocks": blocks, "primary": blocks // divisor})
-    for (at, name), hits in counted(run, work, here=False).items():
+    for (at, name), hits in counted(run, work, here=quick).items():
         points[at][name] = sum(hits) / points[at]["trace"].accesses
     return [point | {"trace": point["trace"].name} for point in points]
 
@@ -60,7 +60,7 @@ def main() -> int:
     names = ", ".join(trace.name for trace in traces)
     about = f"Requests of {names}. Transfers end before the next step. No times are measured."
     run = Run("policies", about, options.output)
-    points = measure(run, traces)
+    points = measure(run, traces, options.quick)
     run.results = {"points": points, "most_below": MOST_BELOW}
     print(table(points))
     worst = min(points, key=lambda point: point["ours"] - point["plain"])
