@@ -303,10 +303,7 @@ def test_sessions_whose_later_lines_have_no_time_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "lengths",
-    [
-        [(1, 1), (512, 1), (513, 2), (1024, 2), (6758, 14), (0, 0)],
-        [(15, 0), (16, 1), (31, 1), (32, 2), (521.0, 32)],
-    ],
+    [[(1, 1), (512, 1), (513, 2), (1024, 2), (6758, 14), (0, 0)], [(15, 0), (16, 1), (31, 1), (32, 2), (521.0, 32)]],
     ids=["the last block may be a part", "whole blocks alone"],
 )
 def test_a_block_size_that_explains_the_lengths_is_not_spoken_of(tmp_path, caplog, lengths):

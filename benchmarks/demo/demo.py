@@ -109,10 +109,7 @@ def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> 
     results, metrics, tracebacks = {}, {}, []
     trace = output.with_name(f"{output.stem}-trace.json")
     options = {"bytes_to_use": 2 * count * request_blocks * block_bytes, "trace_path": str(trace)}
-    for label, tiers in (
-        ("with the tier", [{**TIERS[tier], **options}]),
-        ("without", []),
-    ):
+    for label, tiers in (("with the tier", [{**TIERS[tier], **options}]), ("without", [])):
         print(f"Starting vLLM's server {label} ...", flush=True)
         with serve(
             model,

@@ -11,10 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu import EMULATED
-from benchmarks.gpu.device import (
-    ROOT,
-    Bench,
-)
+from benchmarks.gpu.device import ROOT, Bench
 
 # (whether it is as expected, what was seen)
 Seen = tuple[bool, str]
