@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import dataclasses
@@ -13,7 +12,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -29,7 +27,7 @@ from async_tier.streams.host import HostStream
 from benchmarks.bench import conversations, copy_rate, head_of_line, overlap, serving, serving_report
 from benchmarks.bench import run as bench
 from benchmarks.bench.conversations import FS, NO_OFFLOAD, OURS, Contender
-from benchmarks.bench.head_of_line import ROW_BYTES, Latencies, NotFilled
+from benchmarks.bench.head_of_line import Latencies
 from benchmarks.demo import model, server
 from benchmarks.demo.demo import BLOCK_TOKENS
 from benchmarks.demo.server import Answer
@@ -380,15 +378,6 @@ def test_a_quick_run_by_itself_does_not_write_over_real_results_either(monkeypat
     assert common.arguments("about").parse_args([]).output is None
 
 
-def test_looking_at_the_output_leaves_no_file_and_harms_none(tmp_path):
-    parser: argparse.ArgumentParser = common.arguments("about")
-    parser.parse_args(["--output", str(tmp_path / "folder" / "new.json")])
-    assert not list((tmp_path / "folder").iterdir())
-    (tmp_path / "old.json").write_text("old")
-    parser.parse_args(["--output", str(tmp_path / "old.json")])
-    assert (tmp_path / "old.json").read_text() == "old"
-
-
 def test_a_run_with_failures_writes_them_and_fails(make_run, capsys):
     run = make_run()
     run.failures.append("nothing was measured")
@@ -483,37 +472,6 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
     assert started[0].returncode is not None
 
 
-LISTEN = """
-import socket, sys
-server = socket.socket()
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-server.bind(("127.0.0.1", int(sys.argv[1])))
-server.listen()
-print("listens", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_servers_port_is_its_own_from_the_start(tmp_path, monkeypatch):
-    """Also while it loads and does not listen yet, and it can, as vLLM does."""
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        server.subprocess,
-        "Popen",
-        lambda command, **options: popen([sys.executable, "-c", "import signal; signal.pause()"], **options),
-    )
-    with server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]) as found:
-        port = int(found.url.rpartition(":")[2])
-        with socket.socket() as other, pytest.raises(OSError, match="in use"):
-            other.bind(("127.0.0.1", port))
-        command = [sys.executable, "-c", LISTEN, str(port)]
-        with popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
-            assert listener.stdout.readline() == b"listens\n"
-            with socket.create_connection(("127.0.0.1", port)):
-                listener.stdin.close()
-
-
 def test_one_process_converts_the_model_and_others_wait(tmp_path, monkeypatch):
     folder = tmp_path / "build" / "model"
     converted = []
@@ -538,21 +496,9 @@ def test_one_process_converts_the_model_and_others_wait(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("cores", "expected"), [({0, 1}, "1"), ({5, 2, 7}, "5,7"), ({3}, "nobind")])
-def test_a_core_is_left_to_what_of_a_server_is_not_the_model(tmp_path, monkeypatch, make_run, cores, expected):
-    given = []
-
-    class Process:
-        pid = 1 << 30
-        send_signal = wait = poll = Mock()
-
+def test_a_core_is_left_to_what_of_a_server_is_not_the_model(monkeypatch, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
-    monkeypatch.setattr(server.subprocess, "Popen", lambda command, env, **_: given.append(env) or Process())
-    monkeypatch.setattr(server.Server, "wait_until_healthy", Mock())
-    monkeypatch.setattr(server.Server, "pause", Mock())
-    monkeypatch.setattr(server, "_end", Mock())
-    with ExitStack() as stack:
-        list(serving.started(make_run("serving"), stack, "model", [], {OURS: None}))
-    assert [each["VLLM_CPU_OMP_THREADS_BIND"] for each in given] == [expected]
+    assert serving.model_cores() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- copy rate
@@ -582,26 +528,16 @@ def test_the_fs_tier_moves_fewer_small_rows_and_its_rate_is_of_those(monkeypatch
 
 
 class Loads:
-    """A contender whose loads behind stores are given: (bytes queued before, at the end), or why there are none."""
+    """A contender whose loads behind stores are given: bytes queued before them and at their end."""
 
-    fs = None
-
-    def __init__(self, *loads: tuple[int, int] | str) -> None:
+    def __init__(self, *loads: tuple[int, int]) -> None:
         self._loads = iter(loads)
+        self.order: list[str] = []
+        self.drain = self.make_room = Mock()
 
     def load(self, is_behind_stores: bool) -> tuple[float, int, int]:
-        if not is_behind_stores:
-            return 0.001, 0, 0
-        load = next(self._loads)
-        if isinstance(load, str):
-            raise NotFilled(load)
-        return (0.002, *load)
-
-    def drain(self) -> None:
-        pass
-
-    def make_room(self, written: int) -> None:
-        pass
+        self.order.append("behind" if is_behind_stores else "idle")
+        return (0.002, *next(self._loads)) if is_behind_stores else (0.001, 0, 0)
 
 
 FULL = (200, 100)
@@ -612,82 +548,24 @@ def test_loads_with_too_little_queued_before_them_or_nothing_at_their_end_do_not
     found = Latencies()
     found.take_behind_stores(Loads(*loads), most=3, queued_bytes=100, seconds=WAIT_S)
     assert len(found.loaded) == 3
-    assert (found.tried, found.too_short, found.ended) == (5, 1, 1)
-    assert found.least_queued == 100
+    assert (found.too_short, found.ended, found.least_queued) == (1, 1, 100)
 
 
 def test_idle_loads_and_those_behind_stores_take_turns():
-    order: list[str] = []
-
-    class Noted(Loads):
-        def load(self, is_behind_stores: bool) -> tuple[float, int, int]:
-            order.append("behind" if is_behind_stores else "idle")
-            return super().load(is_behind_stores)
-
-    found = head_of_line.measure_tier(Noted(*[FULL] * 60), samples=50, queued_bytes=100, seconds=WAIT_S)
+    loads = Loads(*[FULL] * 60)
+    found = head_of_line.measure_tier(loads, samples=50, queued_bytes=100, seconds=WAIT_S)
     assert len(found.idle) == len(found.loaded) == 50
-    changes = [one for one, other in zip(order, [*order[1:], ""], strict=True) if one != other]
+    changes = [one for one, other in zip(loads.order, [*loads.order[1:], ""], strict=True) if one != other]
     assert changes == ["idle", "behind"] * 2
 
 
-def test_files_are_removed_when_so_much_has_been_written_and_what_ends_meanwhile_does_not_count(monkeypatch):
-    ended: list[SimpleNamespace] = []
-
-    class Ends:
-        """A tier of which the test says what has ended."""
-
-        submit_store = submit_load = drain_jobs = on_new_request = on_request_finished = on_schedule_end = Mock()
-
-        def get_finished_jobs(self) -> list[SimpleNamespace]:
-            results = ended[:]
-            ended.clear()
-            return results
-
-    def end(jobs: int) -> None:
-        for _ in range(jobs):
-            contender._submit_store()
-        ended.extend(SimpleNamespace(job_id=number, success=True) for number in list(contender._stores)[-jobs:])
-
-    removed = Mock(side_effect=lambda: end(3))
-    monkeypatch.setattr(tiers, "submit_alone", Mock())
-    contender = head_of_line.Contender(Ends(), SimpleNamespace(keep_blocks=Mock(), remove_blocks=removed), 1 << 30)
-    for calls in (0, 1):
-        for jobs in (2, 1):
-            end(jobs)
-            contender._collect()
-            assert removed.call_count == calls
-            contender.make_room(3 * tiers.JOB_BLOCKS * ROW_BYTES)
-    assert removed.call_count == 2
-
-
-def test_a_queue_that_cannot_be_filled_leaves_the_tier_unmeasured_in_words():
-    found = head_of_line.measure_tier(Loads(FULL, FULL, "they end at once"), 50, queued_bytes=100, seconds=WAIT_S)
-    assert len(found.idle) == 50
-    assert "20 have to be left; then they end at once" in found.objection(100)
-    assert "not measured behind stores: of 1 loads" in head_of_line.latency_table({"ours": found}, 100)
-
-
-def test_too_little_time_leaves_the_tier_unmeasured():
-    found = head_of_line.measure_tier(Loads(*[FULL] * 50), samples=50, queued_bytes=100, seconds=0)
-    assert not found.loaded
-    assert found.objection(100) is not None
-
-
-def test_of_few_samples_there_is_no_99th_percentile():
-    assert head_of_line.milliseconds([0.001] * 99)["p99"] is None
-    assert head_of_line.milliseconds([0.001] * 100)["p99"] == pytest.approx(1)
-    assert head_of_line.milliseconds([0.001] * 19)["p50"] is None
-
-
 def test_without_a_99th_percentile_of_ours_the_figure_is_a_sentence():
-    fs = Latencies([0.1] * 30)
-    found = {"ours": Latencies([0.001] * 120, [0.0015] * 120), "fs": fs}
+    found = {"ours": Latencies([0.001] * 120, [0.0015] * 120), "fs": Latencies([0.1] * 30)}
     figure = head_of_line.p99_figure(found, 1 << 31)
     assert figure.low == figure.ratio == figure.high == pytest.approx(1.5)
     found["ours"].loaded = [0.0015] * 99
-    sentence = "no 99th percentile of ours behind stores: 99 samples, and 100 are needed"
-    assert head_of_line.p99_figure(found, 1 << 31) == sentence
-    assert fs.as_json(1 << 31)["not_measured"].startswith("of 0 loads in 0 s")
+    sentence = head_of_line.p99_figure(found, 1 << 31)
+    assert sentence.startswith("no 99th percentile of ours behind stores: 99 samples, and 100 are needed")
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -927,19 +805,6 @@ def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch, fails
     assert set(told) == {(store.engine.store_stream, "release"), (store.engine.load_stream, "release")}
     copies.wait()
     assert copies.is_over
-
-
-def test_every_turn_of_a_scheduler_begins_with_jobs_made_and_a_step(copies, monkeypatch):
-    made: list[int] = []
-    monkeypatch.setattr(overlap, "STEP_S", 1e-5)
-    loop = overlap.SchedulerLoop(copies)
-    monkeypatch.setattr(overlap.tiers, "busy", lambda rounds: made.append(len(copies._jobs)))
-    for turn in (loop._alone, lambda: loop._steps(False), lambda: loop._steps(True)):
-        made.clear()
-        turn()
-        assert len(made) == 1 + overlap.STEPS_IN_TURN
-        assert made[0] == 2 * overlap.STEPS_IN_TURN
-        assert not copies._jobs
 
 
 def test_a_scheduler_is_measured_without_a_tier_with_copies_and_with_copies_held_back(copies, monkeypatch):

@@ -6,8 +6,8 @@ does otherwise falls on both.
 
 Queued are the bytes of stores that are submitted and not yet reported, by a poll immediately before the load is
 submitted; a job counts whole until it is reported. A sample with less than 2 GiB then, or with no store left when the
-load's end is seen, is refused and counted. A tier on which too few samples are left is not measured, and the table says
-why; if that tier is ours, the benchmark fails. The same rule holds for vLLM's fs tier, whose threads copy in C but are
+load's end is seen, is refused and counted. Of too few samples nothing is said; if they are ours, the benchmark fails.
+The same rule holds for vLLM's fs tier, whose threads copy in C but are
 Python between copies: the thread that polls here, as a busy scheduler does, holds the GIL that they need.
 """
 
@@ -41,7 +41,7 @@ FEWEST_FOR_QUARTILES, FEWEST_FOR_P99 = 20, 100
 QUICK_SAMPLES, QUICK_QUEUED_BYTES = {"ours": (100, 15.0), "fs": (25, 15.0)}, 256 * MIB
 # Jobs beyond those asked for that are queued before the poll that counts: some end before it.
 SPARE_JOBS = 8
-# A tier on which the queue is not full by then ends stores as fast as they are submitted.
+# A queue that is not full by then does not fill: stores end as they are submitted.
 FILL_S = 5.0
 # The fs tier's files are removed when it has written so much: tmpfs is memory. Not more often: it takes a second or
 # two, in which most of what is queued ends.
@@ -55,10 +55,6 @@ SOURCE_ROWS, TARGET_ROWS = 1024, 64
 JOB_BYTES = tiers.JOB_BLOCKS * ROW_BYTES
 # The thread that polls takes a core; copy threads that have to share it wait for their turn in the middle of a piece.
 COPY_THREADS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))
-
-
-class NotFilled(Exception):
-    """The queue of stores could not be filled."""
 
 
 class Contender:
@@ -90,10 +86,7 @@ class Contender:
         return len(self._stores) * JOB_BYTES
 
     def load(self, is_behind_stores: bool) -> tuple[float, int, int]:
-        """(seconds until a load's end is seen, bytes queued at its submission, bytes queued when its end was seen).
-
-        Raises NotFilled, in words, if the queue cannot be filled.
-        """
+        """(seconds until a load's end is seen, bytes queued at its submission, bytes queued when its end was seen)."""
         if self.fs is None:  # which never evicts, and looks for files in its own time
             # As vLLM does before a load. Until the step has ended, stores do not evict what was hit.
             context = tiers.request("asks")
@@ -130,17 +123,13 @@ class Contender:
             self._written = 0
 
     def _fill(self) -> None:
-        """Store until as many bytes are queued as are asked for, and a little more."""
+        """Store until as many bytes are queued as are asked for, and a little more, or for FILL_S."""
         deadline = time.monotonic() + FILL_S
         size = self._queued_bytes + SPARE_JOBS * JOB_BYTES
-        most = 0
-        while self.queued < size:
+        while self.queued < size and time.monotonic() < deadline:
             self._submit_store()
             if self.queued >= size:
                 self._collect()
-            most = max(most, self.queued)
-            if time.monotonic() > deadline:
-                raise NotFilled(f"stores end as they are submitted, {most / MIB:.0f} MiB were the most queued")
 
     def _submit_store(self) -> None:
         job = self._jobs.store(tiers.block_keys(tiers.JOB_BLOCKS), self._rows(tiers.JOB_BLOCKS))
@@ -166,7 +155,7 @@ class Latencies:
     """Of one tier, in seconds; and the least that was queued while they were taken, in bytes.
 
     too_short, ended: samples refused, because less was queued than asked for at the load's submission, or nothing any
-    more at its end. tried, took_s: of all samples behind stores. not_filled: why the queue was not filled any more.
+    more at its end. took_s: of all samples behind stores.
     """
 
     idle: list[float] = field(default_factory=list)
@@ -174,49 +163,32 @@ class Latencies:
     least_queued: float = math.inf
     too_short: int = 0
     ended: int = 0
-    tried: int = 0
     took_s: float = 0.0
-    not_filled: str = ""
 
     def take_behind_stores(self, contender: Contender, most: int, queued_bytes: int, seconds: float) -> None:
         """Until `most` samples count, or all of these took `seconds`."""
         started = time.monotonic()
         deadline = started + seconds - self.took_s
-        try:
-            contender.load(True)  # to warm up
-            while len(self.loaded) < most and time.monotonic() < deadline:
-                took, at_submission, at_end = contender.load(True)
-                self.tried += 1
-                if at_submission < queued_bytes:
-                    self.too_short += 1
-                elif not at_end:
-                    self.ended += 1
-                else:
-                    self.loaded.append(took)
-                    self.least_queued = min(at_submission, self.least_queued)
-                contender.make_room(REMOVE_FROM_BYTES)
-        except NotFilled as error:
-            self.not_filled = f"; then {error}"
+        contender.load(True)  # to warm up
+        while len(self.loaded) < most and time.monotonic() < deadline:
+            took, at_submission, at_end = contender.load(True)
+            if at_submission < queued_bytes:
+                self.too_short += 1
+            elif not at_end:
+                self.ended += 1
+            else:
+                self.loaded.append(took)
+                self.least_queued = min(at_submission, self.least_queued)
+            contender.make_room(REMOVE_FROM_BYTES)
         self.took_s += time.monotonic() - started
 
-    def objection(self, queued_bytes: int) -> str | None:
-        """Why there are too few samples behind stores; None if there are enough."""
-        if len(self.loaded) >= FEWEST_FOR_QUARTILES:
-            return None
-        return (
-            f"of {self.tried} loads in {self.took_s:.0f} s, {self.too_short} had less than "
-            f"{queued_bytes / MIB:.0f} MiB queued before them and {self.ended} nothing at their end; "
-            f"{FEWEST_FOR_QUARTILES} have to be left{self.not_filled}"
-        )
-
-    def as_json(self, queued_bytes: int) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "idle_ms": milliseconds(self.idle),
             "behind_stores_ms": milliseconds(self.loaded),
             "samples": {"idle": len(self.idle), "behind_stores": len(self.loaded)},
             "refused": {"less_queued_at_submission": self.too_short, "nothing_queued_at_end": self.ended},
             "least_bytes_queued": self.least_queued if self.loaded else None,
-            "not_measured": self.objection(queued_bytes),
         }
 
 
@@ -228,7 +200,7 @@ def measure_tier(contender: Contender, samples: int, queued_bytes: int, seconds:
     while len(found.idle) < samples:
         contender.load(False)  # after the stores before it
         found.idle += [contender.load(False)[0] for _ in range(min(TURN, samples - len(found.idle)))]
-        if found.took_s < seconds and not found.not_filled:
+        if found.took_s < seconds:
             found.take_behind_stores(contender, len(found.idle), queued_bytes, seconds)
             contender.drain()
     return found
@@ -263,7 +235,7 @@ def milliseconds(seconds: list[float]) -> dict[str, float | None]:
     }
 
 
-def latency_table(found: dict[str, Latencies], queued_bytes: int) -> str:
+def latency_table(found: dict[str, Latencies]) -> str:
     """What was measured, a line a tier and state."""
     heads = ("p25", "p50", "p75", "p99", "samples", "refused")
     lines = [f"{f'load of {LOAD_BLOCKS} blocks, ms':24}" + "".join(f"{each:>9}" for each in heads)]
@@ -273,8 +245,6 @@ def latency_table(found: dict[str, Latencies], queued_bytes: int) -> str:
             values = milliseconds(seconds).values()
             cells = "".join(f"{'-' if value is None else format(value, '.3f'):>9}" for value in values)
             lines.append(f"{f'{name}, {state}':24}{cells}{len(seconds):9}{refused:9}")
-        if objection := each.objection(queued_bytes):
-            lines.append(f"  not measured behind stores: {objection}")
     return "\n".join(lines)
 
 
@@ -283,8 +253,10 @@ def p99_figure(found: dict[str, Latencies], queued: int) -> Figure | str:
     ours = found["ours"]
     loaded, idle = milliseconds(ours.loaded)["p99"], milliseconds(ours.idle)["p99"]
     if loaded is None or idle is None:
-        few = f"{len(ours.loaded)} samples, and {FEWEST_FOR_P99} are needed"
-        return f"no 99th percentile of ours behind stores: {ours.objection(queued) or few}"
+        return (
+            f"no 99th percentile of ours behind stores: {len(ours.loaded)} samples, and {FEWEST_FOR_P99} are needed; "
+            f"{ours.too_short} had less than {queued / MIB:.0f} MiB queued before, {ours.ended} nothing at their end"
+        )
 
     def ratio(loaded: np.ndarray, idle: np.ndarray) -> np.ndarray:
         return np.percentile(loaded, 99, axis=-1) / np.percentile(idle, 99, axis=-1)
@@ -313,8 +285,8 @@ def main() -> int:
         options.output,
     )
     found = measure(run, samples, queued)
-    print(latency_table(found, queued))
-    run.results["by_tier"] = {name: each.as_json(queued) for name, each in found.items()}
+    print(latency_table(found))
+    run.results["by_tier"] = {name: each.as_json() for name, each in found.items()}
     figure = p99_figure(found, queued)
     if isinstance(figure, str):
         run.failures.append(figure)

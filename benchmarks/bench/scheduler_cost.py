@@ -47,38 +47,36 @@ HOOK_CALLS = 100_000
 LOOKUP_BLOCKS, LOOKUP_STEPS, LOOKUPS_A_STEP = 100_000, 30, 4096
 # Blocks before the one that is stored, and of a request that ends.
 PREFIXES = (100, 62_500)
-PREFIX_REPETITIONS, POLICY_JOBS = 15, 400
-
-
-def rows_of_jobs(row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(a primary of one job's rows, their numbers)."""
-    return np.ones((tiers.JOB_BLOCKS, row_bytes), dtype=np.uint8), np.arange(tiers.JOB_BLOCKS, dtype=np.int32)
+PREFIX_REPETITIONS = 15
 
 
 # ---------------------------------------------------------------------------------------------------------- submissions
 
 
-def measure_submissions(repetitions: int) -> dict[str, Spread]:
+def measure_jobs(repetitions: int) -> dict[str, Spread]:
     """Microseconds of a store of 32 blocks, of a load of the same and of the end of its request, the tiers in turns.
 
-    Of one tier also what of a store it takes to hand the copies to the copy threads: one of its own, because a clock
-    takes time too.
+    Two of them are full, so that 32 blocks go for a store: "evicting" with our policy, "plain" with a plain LRU one. Of
+    one tier also what of a store it takes to hand the copies to the copy threads: one of its own, because a clock takes
+    time too.
     """
     jobs, times = tiers.Jobs(), Times(US)
-    primary, rows = rows_of_jobs(SUBMIT_ROW_BYTES)
+    primary = np.ones((tiers.JOB_BLOCKS, SUBMIT_ROW_BYTES), dtype=np.uint8)
+    rows = np.arange(tiers.JOB_BLOCKS, dtype=np.int32)
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         room = HELD_BLOCKS + repetitions * tiers.JOB_BLOCKS
-        compared = {
+        plain = "benchmarks.bench.plain_lru:PlainLru"
+        ours = {
             "ours": tiers.ours(stack, primary, room),
             "tracing": tiers.ours(stack, primary, room, trace_path=f"{folder}/trace.json"),
             "taken apart": tiers.ours(stack, primary, room),
-            "fs": tiers.FileSystem(stack, primary).tier,
-            "example": tiers.example(stack, primary),
+            "evicting": tiers.ours(stack, primary, HELD_BLOCKS),
+            "plain": tiers.ours(stack, primary, HELD_BLOCKS, eviction_policy=plain),
         }
         for keys in tiers.groups(tiers.block_keys(HELD_BLOCKS)):
-            for name in ("ours", "tracing", "taken apart"):
-                tiers.submit_alone(compared[name], jobs.store(keys, rows[: len(keys)]))
-        stream = compared["taken apart"].block_store.engine.store_stream
+            for tier in ours.values():
+                tiers.submit_alone(tier, jobs.store(keys, rows[: len(keys)]))
+        stream: Any = ours["taken apart"].block_store.engine.store_stream
         copy_rows = stream.copy_rows
 
         def timed_copy_rows(*arguments: object) -> object:
@@ -87,6 +85,7 @@ def measure_submissions(repetitions: int) -> dict[str, Spread]:
             return events[0]
 
         stream.copy_rows = timed_copy_rows
+        compared = {**ours, "fs": tiers.FileSystem(stack, primary).tier, "example": tiers.example(stack, primary)}
         order, draw = list(compared.items()), random.Random(1)
         for keys in tiers.groups(tiers.block_keys(repetitions * tiers.JOB_BLOCKS)):
             draw.shuffle(order)  # whoever follows the fs tier's threads finds the caches cold
@@ -97,32 +96,6 @@ def measure_submissions(repetitions: int) -> dict[str, Spread]:
                 tiers.wait(tier, 1)
                 times.call(f"a request ends, {name}", tier.on_request_finished, store.req_context)
                 times.add(f"load, {name}", tiers.submit_alone(tier, load))
-    return times.spreads()
-
-
-def measure_policies() -> dict[str, Spread]:
-    """Microseconds of a store of 32 blocks for which 32 go, and of its request's end, with our policy and a plain LRU
-    one, in turns.
-    """
-    jobs, times = tiers.Jobs(), Times(US)
-    primary, rows = rows_of_jobs(SUBMIT_ROW_BYTES)
-    with ExitStack() as stack:
-        compared = {
-            "ours": tiers.ours(stack, primary, HELD_BLOCKS),
-            "plain": tiers.ours(stack, primary, HELD_BLOCKS, eviction_policy="benchmarks.bench.plain_lru:PlainLru"),
-        }
-        order, draw = list(compared.items()), random.Random(1)
-        for number, keys in enumerate(tiers.groups(tiers.block_keys(HELD_BLOCKS + POLICY_JOBS * tiers.JOB_BLOCKS))):
-            draw.shuffle(order)
-            for name, tier in order:
-                job = jobs.store(keys, rows[: len(keys)])
-                tier.on_new_request(job.req_context)
-                store = tiers.timed(tiers.submit, tier, job)
-                tiers.wait(tier, 1)
-                end = tiers.timed(tier.on_request_finished, job.req_context)
-                if number * tiers.JOB_BLOCKS > HELD_BLOCKS:
-                    times.add(f"an evicting store, {name}", store)
-                    times.add(f"its request ends, {name}", end)
     return times.spreads()
 
 
@@ -220,9 +193,7 @@ def measure_hooks() -> float:
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def figures(
-    submissions: dict[str, Spread], policies: dict[str, Spread], prefixes: dict[str, dict[int, Spread]]
-) -> list[Figure]:
+def figures(submissions: dict[str, Spread], prefixes: dict[str, dict[int, Spread]]) -> list[Figure]:
     """Those that are ratios of two medians."""
     short, long = PREFIXES
     stores = {name: submissions[f"store, {name}"] for name in ("ours", "fs", "example")}
@@ -242,8 +213,8 @@ def figures(
             "submit_store of 32 blocks for which 32 go / with a plain LRU (baseline)",
             "us",
             "<= 1.2",
-            policies["an evicting store, ours"],
-            policies["an evicting store, plain"],
+            submissions["store, evicting"],
+            submissions["store, plain"],
         ),
         (
             "store_behind_prefix",
@@ -286,7 +257,7 @@ def main() -> int:
     run.progress("memory of the index")
     memories = measure_memory(MEMORY_BLOCKS // (10 if options.quick else 1))
     run.progress("submissions")
-    submissions, policies = measure_submissions(jobs), measure_policies()
+    submissions = measure_jobs(jobs)
     run.progress("polls and lookups")
     hooks, calls = measure_hooks(), measure_polls_and_lookups()
     prefixes = measure_prefixes(run)
@@ -297,7 +268,6 @@ def main() -> int:
     }
     tables = {
         "jobs of 32 blocks, us": submissions,
-        "policies, jobs of 32 blocks, us": policies,
         f"calls, {LOOKUP_BLOCKS:,} blocks held, us": calls,
         "a store behind blocks, us, and a request's end, ns a block": by_prefix,
         "stores are of 32 blocks, ns": growth,
@@ -307,7 +277,7 @@ def main() -> int:
     worst = max(memories.values())
     of_index = "memory of the index, key included, whatever the blocks of a request"
     run.figures = [
-        *figures(submissions, policies, prefixes),
+        *figures(submissions, prefixes),
         growth_figure(held),
         Figure("scheduler_cost.bytes_per_block", of_index, "bytes", worst, "<= 300", ours=worst),
     ]

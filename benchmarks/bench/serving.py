@@ -140,8 +140,9 @@ def main() -> int:
         working_set = conversations * (tokens + turns * TURN_TOKENS) * token_bytes
         server_options, configurations = settings(token_bytes, tokens, turns, working_set, folder)
         try:
-            for name, server in started(run, stack, model, server_options, configurations):
-                servers[name] = server
+            for number, (name, offloading) in enumerate(configurations.items()):
+                run.progress(f"starting a server: {name}")
+                servers[name] = start(run, stack, model, server_options, offloading, number)
             contenders = {name: Contender(each, list(texts), name in REPEATING) for name, each in servers.items()}
             for contender in contenders.values():
                 with contender.awake():
@@ -157,32 +158,23 @@ def main() -> int:
     return run.finish()
 
 
-def started(
-    run: Run, stack: ExitStack, model: Path, arguments: list[str], configurations: dict[str, dict[str, Any] | None]
-) -> Iterator[tuple[str, Server]]:
-    """The servers as they are started; when all are had, all are up and paused. They end with `stack`.
-
-    As many are started at once as there are cores: more would disturb what a tier measures when it is made (copy
-    kernels).
-    """
-    starting: list[Server] = []
-    for number, (name, configuration) in enumerate(configurations.items()):
-        run.progress(f"starting a server: {name}")
-        server = launch(
+def start(
+    run: Run, stack: ExitStack, model: Path, arguments: list[str], offloading: dict[str, Any] | None, number: int
+) -> Server:
+    """A server, which ends with `stack`: one after the other, or they disturb what a tier measures when it is made."""
+    server = stack.enter_context(
+        launch(
             model,
             run.output.with_name(f"serving-{number}.log"),
             name=f"async-tier-serving-{os.getpid()}-{number}",
-            offloading=configuration,
+            offloading=offloading,
             arguments=arguments,
             model_cores=model_cores(),
         )
-        starting.append(stack.enter_context(server))
-        yield name, starting[-1]
-        if len(starting) == len(os.sched_getaffinity(0)) or number == len(configurations) - 1:
-            for each in starting:
-                each.wait_until_healthy()
-                each.pause()
-            starting.clear()
+    )
+    server.wait_until_healthy()
+    server.pause()
+    return server
 
 
 if __name__ == "__main__":
