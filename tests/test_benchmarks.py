@@ -467,7 +467,7 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
         return started[0]
 
     monkeypatch.setattr(server.subprocess, "Popen", interrupted)
-    with pytest.raises(SystemExit), server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
+    with pytest.raises(SystemExit), server.serve("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
         pytest.fail("the signal came before the block")
     assert started[0].returncode is not None
 

@@ -117,7 +117,7 @@ def capacities(different: int) -> dict[str, int]:
 
 
 class Trace:
-    """Requests, and the capacities at which they can be replayed: those that are more than the primary."""
+    """Requests, and the capacities at which they are replayed."""
 
     def __init__(self, name: str, requests: list[list[int]]) -> None:
         self.name = name
@@ -126,7 +126,6 @@ class Trace:
         self.different = len({block for blocks in requests for block in blocks})
         self.primary_blocks = PRIMARY_TO_REQUEST * max(map(len, requests))
         self.grid = capacities(self.different)
-        self.measured = {share: blocks for share, blocks in self.grid.items() if blocks > self.primary_blocks}
 
     @classmethod
     def read(cls, path: Path | None, quick: bool) -> Trace:
@@ -140,20 +139,15 @@ class Trace:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
     def objection(self) -> str | None:
-        """Why nothing can be said of this trace; None if something can."""
+        """Why this trace gives no figure, in one sentence; None if it does."""
         if not infinite_hits(self.requests):
             return f"no block of {self.name} is asked for twice, so there is nothing to hit"
-        return None if self.measured else self._too_few("all capacities")
-
-    def objection_to_figure(self) -> str | None:
-        """Why it gives no figure, which is the mean over the whole grid; None if it does."""
-        return None if len(self.measured) == len(self.grid) else self._too_few("some capacities")
-
-    def _too_few(self, which: str) -> str:
+        if min(self.grid.values()) > self.primary_blocks:
+            return None
         return (
-            f"{self.name} has too few different blocks, {self.different}: {which}, of {', '.join(self.grid)} of them, "
-            f"are not more than the primary, which is {self.primary_blocks}, {PRIMARY_TO_REQUEST} times the largest "
-            "request"
+            f"{self.name} has too few different blocks, {self.different}: all capacities, {', '.join(self.grid)} of "
+            f"them, have to be more than the primary, which is {self.primary_blocks}, {PRIMARY_TO_REQUEST} times the "
+            "largest request"
         )
 
 
@@ -163,7 +157,7 @@ def objection(path: Path, quick: bool) -> str | None:
         trace = Trace.read(path, quick)
     except ValueError as error:
         return str(error)
-    return trace.objection() or trace.objection_to_figure()
+    return trace.objection()
 
 
 def replay_hits(
@@ -222,15 +216,15 @@ def measure(run: Run, trace: Trace, quick: bool) -> tuple[float, list[dict[str, 
     """(hit ratio of the primary alone, what was hit at each capacity)."""
     requests, primary = trace.requests, trace.primary_blocks
     work: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-    for share, blocks in reversed(trace.measured.items()):
+    for share, blocks in reversed(trace.grid.items()):
         work["ours", share] = replay_hits, (requests, primary, blocks - primary)
     work["alone", ""] = replay_hits, (requests, primary, 0)
-    for share, blocks in trace.measured.items():
+    for share, blocks in trace.grid.items():
         work["optimum", share] = optimal_hits, (requests, blocks)
         work["lru", share] = lru_hits, (requests, blocks)
     found = counted(run, work, here=quick)
     points = []
-    for share, blocks in trace.measured.items():
+    for share, blocks in trace.grid.items():
         in_primary, in_tier = found["ours", share]
         hits = {
             "primary": in_primary,
@@ -276,11 +270,8 @@ def main() -> int:
         f"{trace.accesses} accesses to {trace.different} blocks. Hit ratios; the primary has {trace.primary_blocks} "
         f"blocks, and alone hits {alone:.4f}; an infinite cache {infinite:.4f}:"
     )
-    print(hit_ratios(trace.grid, points))
-    if wrong := trace.objection_to_figure():
-        print(f"No figure: {wrong}.")
-    else:
-        run.figures.append(figure(points))
+    print(hit_ratios(points))
+    run.figures.append(figure(points))
     return run.finish()
 
 
@@ -300,16 +291,13 @@ def figure(points: Sequence[dict[str, Any]]) -> Figure:
     )
 
 
-def hit_ratios(grid: dict[str, int], points: Sequence[dict[str, Any]]) -> str:
+def hit_ratios(points: Sequence[dict[str, Any]]) -> str:
     """All that was measured, as a table: a line a capacity."""
-    found = {point["share"]: point for point in points}
     columns = ("primary", "tier", "ours", "lru", "optimum", "ours_to_optimum")
     lines = [f"{'blocks held':>18}" + "".join(f"{column:>17}" for column in columns)]
-    for share, blocks in grid.items():
-        cells = "  not measured: not more than the primary"
-        if share in found:
-            cells = "".join(f"{found[share][column]:>17.4f}" for column in columns)
-        lines.append(f"{share:>8} {blocks:>9}{cells}")
+    for point in points:
+        cells = "".join(f"{point[column]:>17.4f}" for column in columns)
+        lines.append(f"{point['share']:>8} {point['blocks']:>9}{cells}")
     lines.append("ours: primary and tier. lru: one plain cache of as many blocks as both.")
     return "\n".join(lines)
 

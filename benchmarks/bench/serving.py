@@ -28,7 +28,7 @@ from benchmarks.bench import serving_report
 from benchmarks.bench.conversations import FS, MAX_TOKENS, NO_OFFLOAD, OURS, SHORT_TOKENS, Contender
 from benchmarks.demo.demo import BLOCK_TOKENS, FLOAT32_BYTES, documents
 from benchmarks.demo.model import kv_bytes_per_token, smollm2
-from benchmarks.demo.server import Server, launch, of_tier
+from benchmarks.demo.server import Server, of_tier, serve
 from benchmarks.shared.common import BUILD, TMPFS, Run, arguments
 
 CONVERSATIONS, TURNS, TOKENS = 4, 6, 1800
@@ -163,7 +163,7 @@ def start(
 ) -> Server:
     """A server, which ends with `stack`: one after the other, or they disturb what a tier measures when it is made."""
     server = stack.enter_context(
-        launch(
+        serve(
             model,
             run.output.with_name(f"serving-{number}.log"),
             name=f"async-tier-serving-{os.getpid()}-{number}",
@@ -172,7 +172,6 @@ def start(
             model_cores=model_cores(),
         )
     )
-    server.wait_until_healthy()
     server.pause()
     return server
 

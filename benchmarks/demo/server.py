@@ -149,23 +149,32 @@ class Server:
         return found
 
 
+def command(model: Path | str, port: int, name: str, offloading: dict[str, Any] | None) -> list[str]:
+    found = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    found += ["--model", str(model), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
+    if offloading is not None:
+        transfer = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "engine_id": name,
+            "kv_connector_extra_config": offloading,
+        }
+        found += ["--kv-transfer-config", json.dumps(transfer)]
+    return found
+
+
+def environment(model: Path | str, model_cores: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": model_cores,
+    }
+
+
 @contextlib.contextmanager
 def serve(
-    model: Path | str, log: Path, *, name: str, offloading: dict[str, Any] | None, arguments: list[str]
-) -> Iterator[Server]:
-    """Run the server while in the block, on a free port of this machine.
-
-    model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory (see
-    PRIMARY_MEMORY). offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the
-    server's. Raises RuntimeError with the end of the log if the server does not come up.
-    """
-    with launch(model, log, name=name, offloading=offloading, arguments=arguments) as server:
-        server.wait_until_healthy()
-        yield server
-
-
-@contextlib.contextmanager
-def launch(
     model: Path | str,
     log: Path,
     *,
@@ -174,9 +183,12 @@ def launch(
     arguments: list[str],
     model_cores: str = "nobind",
 ) -> Iterator[Server]:
-    """As `serve`, but the block begins at once, while the server comes up: others may be started meanwhile.
+    """Run the server while in the block, on a free port of this machine.
 
-    model_cores: of a CPU build, the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere.
+    model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory (see
+    PRIMARY_MEMORY). offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the
+    server's. model_cores: the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere. Raises
+    RuntimeError with the end of the log if the server does not come up.
     """
     remove_what_the_dead_left()
     # Bound until the server has ended, or somebody else may be given its port. vLLM's listens on it all the same.
@@ -184,33 +196,20 @@ def launch(
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     port = held.getsockname()[1]
-    transfer = {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "engine_id": name,
-        "kv_connector_extra_config": offloading,
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
-    command += arguments
-    if offloading is not None:
-        command += ["--kv-transfer-config", json.dumps(transfer)]
-    environment = {
-        **os.environ,
-        **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": model_cores,
-    }
     log.parent.mkdir(parents=True, exist_ok=True)
     server = None
     try:
         with log.open("w") as output, signals_wait():
             # A session of its own: Ctrl-C reaches us alone, and we end the whole group.
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command(model, port, name, offloading) + arguments,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(model, model_cores),
+                start_new_session=True,
             )
             server = Server(f"http://127.0.0.1:{port}", log, process)
+        server.wait_until_healthy()
         yield server
     finally:
         if server is not None:
