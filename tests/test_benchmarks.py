@@ -608,69 +608,48 @@ def change(answers: Any, which: Any, **fields: Any) -> None:
     answers[which] = dataclasses.replace(answers[which], **fields)
 
 
-def other_text_of_a_turn(contenders):
-    change(contenders[FS].turns[1], 0, text="1 other")
-    change(contenders[FS].repeated, 0, text="1 ")
+def other_text(contenders, turn: int = 1) -> None:
+    change(contenders[FS].turns[turn], 0, text=f"{turn} other")
+    change(contenders[FS].repeated, 2 * (turn - 1), text=f"{turn} ")
 
 
-def other_text_of_a_turn_that_nobody_computed(contenders):
-    change(contenders[FS].turns[2], 0, text="2 other")
-    change(contenders[FS].repeated, 2, text="2 ")
-
-
-def other_text_when_asked_once(contenders):
-    change(contenders[FS].unique, 1, text="other")
-
-
-def other_text_when_asked_again(contenders):
-    change(contenders[OURS].repeated, 0, text="other")
-
-
-def hits_of_unique_prompts(contenders):
+def hits_of_prompts_asked_once(contenders) -> None:
     for number in contenders[OURS].unique:
         change(contenders[OURS].unique, number, cached_tokens=60)
 
 
-def more_than_the_prompts_stored(contenders):
-    contenders[OURS].written *= 2
-
-
-def hits_without_offloading(contenders):
+def hits_without_offloading(contenders) -> None:
     for at in range(2):
         change(contenders[NO_OFFLOAD].turns[1], at, cached_tokens=400)
 
 
-def hits_in_the_primary(contenders):
-    contenders[OURS].read /= 2
-
-
-def recomputed_in_part(contenders):
-    change(contenders[OURS].turns[2], 1, cached_tokens=PROMPT - 500)
-
-
-def no_floor(contenders):
-    change(contenders[FS].turns[1], 0, cached_tokens=500)
-    change(contenders[FS].repeated, 0, cached_tokens=500)
-
-
-def tracebacks(contenders):
-    contenders[OURS].server = SimpleNamespace(tracebacks=lambda: ["Traceback"])
+def no_floor(contenders) -> None:
+    for answers in (contenders[FS].turns[1], contenders[FS].repeated):
+        change(answers, 0, cached_tokens=500)
 
 
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (other_text_of_a_turn, "fs: 1 of its texts differ"),
-        (other_text_of_a_turn_that_nobody_computed, "fs: 1 of its texts differ"),
-        (other_text_when_asked_once, "fs: 1 of its texts differ"),
-        (other_text_when_asked_again, "ours: 1 of its texts differ"),
-        (hits_of_unique_prompts, "ours: 6% of prompts that share nothing were cached"),
-        (more_than_the_prompts_stored, "ours: stored 56000 bytes of prompts that share nothing, not the 28000 of 28"),
+        (other_text, "fs: 1 of its texts differ"),
+        # One that nobody computed from its start.
+        (lambda each: other_text(each, turn=2), "fs: 1 of its texts differ"),
+        (lambda each: change(each[FS].unique, 1, text="other"), "fs: 1 of its texts differ"),
+        (lambda each: change(each[OURS].repeated, 0, text="other"), "ours: 1 of its texts differ"),
+        (hits_of_prompts_asked_once, "ours: 6% of prompts that share nothing were cached"),
+        (lambda each: vars(each[OURS]).update(written=56000), "ours: stored 56000 bytes of prompts that share nothing"),
         (hits_without_offloading, "no offloading: 40% of later turns were not recomputed"),
-        (hits_in_the_primary, "ours: the tier gave 14000 bytes of the 28000 that later turns hit"),
-        (recomputed_in_part, "ours: 1 of 4 later turns did not come from the tier"),
+        # The others were in the primary.
+        (lambda each: vars(each[OURS]).update(read=14000), "ours: the tier gave 14000 bytes of the 28000 that later"),
+        (
+            lambda each: change(each[OURS].turns[2], 1, cached_tokens=PROMPT - 500),
+            "ours: 1 of 4 later turns did not come from the tier",
+        ),
         (no_floor, "fs: a prompt that was repeated at once was not in the KV cache"),
-        (tracebacks, "ours: the server's log has 1 tracebacks"),
+        (
+            lambda each: setattr(each[OURS].server, "tracebacks", lambda: ["Traceback"]),
+            "ours: the server's log has 1 tracebacks",
+        ),
     ],
 )
 def test_what_makes_figures_worthless_is_said(contenders, spoil, why):
@@ -746,7 +725,7 @@ def test_metrics_that_never_count_an_answer_are_told_of(monkeypatch):
 
 def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run):
     run = make_run("serving")
-    other_text_of_a_turn(contenders)
+    other_text(contenders)
     serving_report.report(run, contenders, BLOCK_BYTES)
     assert run.finish() == 1
     report = json.loads(run.output.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -172,16 +173,22 @@ class Bench:
         for at in range(0, size, COPY_CHUNK):
             self.copy(destination + at, source + at, min(COPY_CHUNK, size - at), stream)
 
-    def batch(self, copies: Sequence[Copy] | np.ndarray, stream: int) -> int:
+    def batch(self, copies: Sequence[Copy], stream: int) -> int:
         """The code of one call for all of them; of calls one by one without `has_batch`."""
+        return self.prepared_batch(copies, stream)()
+
+    def prepared_batch(self, copies: Sequence[Copy], stream: int) -> Callable[[], int]:
+        """`batch`, of which nothing is left to do but the call."""
         if self._batch is None:
-            codes = (self.ask("cuMemcpyAsync", *map(int, each), stream) for each in copies)
-            return next((code for code in codes if code != SUCCESS), SUCCESS)
+            return lambda: max(self.ask("cuMemcpyAsync", *each, stream) for each in copies)
         columns = np.ascontiguousarray(np.array(copies, dtype=np.uint64).T)
         attributes, first, failed = _BatchAttributes(_ORDER_STREAM), ctypes.c_size_t(0), ctypes.c_size_t(0)
-        by = [ctypes.addressof(each) for each in (attributes, first)]
         arrays = [column.ctypes.data for column in columns]
-        return self._batch(*arrays, columns.shape[1], *by, 1, ctypes.addressof(failed), stream)
+        by = [ctypes.addressof(each) for each in (attributes, first)]
+        arguments = [*arrays, len(copies), *by, 1, ctypes.addressof(failed), stream]
+        call = functools.partial(self._batch, *arguments)
+        call.memory = (columns, attributes, first, failed)  # that the arguments point to
+        return call
 
     def is_idle(self, stream: int) -> bool:
         """Whether all that was queued on the stream has ended."""

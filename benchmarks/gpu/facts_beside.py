@@ -197,8 +197,7 @@ def a_full_launch_queue(bench: Bench) -> Seen:
         copy = calls_of_streams(bench, rig, rig.stream)["cuMemcpyAsync"]
         calls: dict[str, Callable[[], object]] = {"copies": copy}
         for count in (2, 32, 512) if bench.has_batch else ():
-            copies = np.array(scattered(rig.device, rig.at, count), dtype=np.uint64)
-            calls[f"batches of {count}"] = lambda copies=copies: bench.batch(copies, rig.stream)
+            calls[f"batches of {count}"] = bench.prepared_batch(scattered(rig.device, rig.at, count), rig.stream)
         calls["event records"] = lambda: bench.do("cuEventRecord", rig.event, rig.stream)
         for name, call in calls.items():
             with bench.gate(rig.stream) as opened:

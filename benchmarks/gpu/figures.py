@@ -78,10 +78,9 @@ def calls_us(bench: Bench) -> dict[str, float]:
     count, entries = 200, 32
     with bench.rig(4 * MIB) as rig:
         event, ours = torch.cuda.Event(enable_timing=True), torch.cuda.ExternalStream(rig.stream)
-        copies = np.array(scattered(rig.device, rig.at, entries), dtype=np.uint64)
         calls: dict[str, Callable[[], object]] = {
             "cuMemcpyAsync of 4 KiB": lambda: bench.copy(rig.device, rig.at, 4096, rig.stream),
-            f"batch of {entries} x 4 KiB": lambda: bench.batch(copies, rig.stream),
+            f"batch of {entries} x 4 KiB": bench.prepared_batch(scattered(rig.device, rig.at, entries), rig.stream),
             "event record": lambda: event.record(ours),
             "event query": event.query,
             "stream wait event": lambda: ours.wait_event(event),
