@@ -44,7 +44,7 @@ help:
 	@echo "make mutants-cuda   the same for the CUDA engine"
 	@echo "make sanitize       native core and emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
-	@echo "make bench          all benchmarks, a table and pictures, in some 15 minutes (TRACE=... for replay)"
+	@echo "make bench          all benchmarks, a table and a picture, in some 15 minutes (TRACE=... for replay)"
 	@echo "make bench-cuda     what the CUDA engine asks of the scheduler, on the emulator (half a minute)"
 	@echo "make bench-replay   the eviction policy beside a plain LRU one, on TRACES='FILE FILE'"
 	@echo "make lint           ruff, mypy, C warnings, clang-format ('pre-commit install' runs it before every commit)"
@@ -107,7 +107,7 @@ gpu-check:
 		$(wildcard $(NATIVE)/*) 2>/dev/null || $(CC) -shared -fPIC -O3 -std=gnu11 -pthread \
 		-I$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))') \
 		-o async_tier/streams/_native.abi3.so $(NATIVE)/*.c -ldl
-	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(JSON),--json '$(JSON)')
+	$(GPU_PYTHON) -m benchmarks.gpu.check $(if $(JSON),--json '$(JSON)')
 
 test-versions: setup
 	$(RUN) -m tests.versions $(VERSIONS)
@@ -122,17 +122,17 @@ sanitize: $(CUDA_VENV)/.vllm
 	$(MAKE) -C tests/cuda_emulator sanitize PYTHON=$(abspath $(CUDA_RUN)) OUT=$(abspath $(EMULATOR))
 
 demo: setup
-	$(RUN) -m benchmarks.demo $(if $(MODEL),--model '$(MODEL)')
+	$(RUN) -m benchmarks.demo.demo $(if $(MODEL),--model '$(MODEL)')
 
 bench: setup
-	$(RUN) -m benchmarks.bench $(if $(TRACE),--trace '$(TRACE)')
+	$(RUN) -m benchmarks.bench.run $(if $(TRACE),--trace '$(TRACE)')
 
 bench-cuda: setup-cuda
-	$(CUDA_RUN) -m benchmarks.cuda_engine
+	ASYNC_TIER_CUDA=$(or $(ASYNC_TIER_CUDA),emulated) $(CUDA_RUN) -m benchmarks.gpu.cuda_engine
 
 bench-replay: TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 bench-replay: setup
-	$(RUN) -m benchmarks.policies $(TRACES)
+	$(RUN) -m benchmarks.bench.policies $(TRACES)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import ast
 import contextlib
 import dataclasses
 import fcntl
 import gc
+import graphlib
 import json
 import os
-import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -26,27 +25,17 @@ import pytest
 
 from async_tier.streams.host import HostStream
 from async_tier.streams.row_stream import UNLIMITED
-from benchmarks import (
-    bench,
-    common,
-    copy_rate,
-    head_of_line,
-    model,
-    overlap,
-    server,
-    serving,
-    serving_parts,
-    serving_report,
-    tiers,
-)
-from benchmarks.common import Figure, Run
-from benchmarks.demo import BLOCK_TOKENS
-from benchmarks.head_of_line import ROW_BYTES, Latencies, NotFilled
-from benchmarks.serving import Answer, Contender
-from benchmarks.serving_parts import Parts
-from benchmarks.serving_report import FS, NO_OFFLOAD, OURS, PRIMARY
+from benchmarks.bench import conversations, copy_rate, head_of_line, overlap, serving, serving_report
+from benchmarks.bench import run as bench
+from benchmarks.bench.conversations import FS, NO_OFFLOAD, OURS, Contender
+from benchmarks.bench.head_of_line import Latencies
+from benchmarks.demo import model, server
+from benchmarks.demo.demo import BLOCK_TOKENS
+from benchmarks.demo.server import Answer
+from benchmarks.shared import common, tiers
+from benchmarks.shared.common import Figure, Run
 
-ROOT = Path(bench.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 30
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -70,7 +59,7 @@ def make_run(signals, tmp_path):
 
 
 def a_figure(key: str, **fields) -> Figure:
-    return Figure(**{"key": key, "what": "what", "unit": "s", "ratio": 1.5, "goal": 2.0, "goal_is": "<=", **fields})
+    return Figure(**{"key": key, "what": "what", "unit": "s", "ratio": 1.5, "goal": "<= 2", **fields})
 
 
 # ------------------------------------------------------------------------------------------------------- being stopped
@@ -106,7 +95,7 @@ os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
-RUNNER = "import sys; from benchmarks.bench import Runner; Runner().run([sys.executable, '-c', *sys.argv[1:]])"
+RUNNER = "import sys; from benchmarks.bench.run import Runner; Runner().run([sys.executable, '-c', *sys.argv[1:]])"
 
 
 def word(process: subprocess.Popen) -> str:
@@ -210,11 +199,11 @@ def benchmarks(monkeypatch, tmp_path, signals):
 
     def run(_self, command: list[str]) -> int:
         ran.append(command)
-        name = command[2].removeprefix("benchmarks.")
+        name = command[2].removeprefix("benchmarks.bench.")
         status, figures = found[name]
         output = Path(command[command.index("--output") + 1])
         if figures is not None:
-            summary = {each.key: {**dataclasses.asdict(each), "met": each.is_met} for each in figures}
+            summary = {each.key: each.as_json() for each in figures}
             output.write_text(json.dumps({"summary": summary}))
         return status
 
@@ -324,8 +313,8 @@ def test_what_the_machine_lacks_is_said_in_one_sentence(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["serving"], ["--quick", "serving"]])
 def test_too_small_a_machine_is_refused_before_the_first_benchmark(monkeypatch, capsys, arguments):
-    for needs in ("NEEDS", "QUICK_NEEDS"):
-        monkeypatch.setitem(getattr(bench, needs), "serving", (10**6, 0))
+    monkeypatch.setitem(bench.NEEDS, "serving", (10**6, 0))
+    monkeypatch.setattr(bench, "QUICK_NEEDS", (10**6, 0))
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("a benchmark was run"))
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, *arguments)
@@ -390,15 +379,6 @@ def test_a_quick_run_by_itself_does_not_write_over_real_results_either(monkeypat
     assert common.arguments("about").parse_args([]).output is None
 
 
-def test_looking_at_the_output_leaves_no_file_and_harms_none(tmp_path):
-    parser: argparse.ArgumentParser = common.arguments("about")
-    parser.parse_args(["--output", str(tmp_path / "folder" / "new.json")])
-    assert not list((tmp_path / "folder").iterdir())
-    (tmp_path / "old.json").write_text("old")
-    parser.parse_args(["--output", str(tmp_path / "old.json")])
-    assert (tmp_path / "old.json").read_text() == "old"
-
-
 def test_a_run_with_failures_writes_them_and_fails(make_run, capsys):
     run = make_run()
     run.failures.append("nothing was measured")
@@ -408,9 +388,9 @@ def test_a_run_with_failures_writes_them_and_fails(make_run, capsys):
     assert make_run("other").finish() == 0
 
 
-@pytest.mark.parametrize("name", ["bench", "head_of_line", "replay", "serving"])
+@pytest.mark.parametrize("name", ["run", "replay", "serving"])
 def test_help_does_not_wait_for_vllm(name):
-    source = f"import sys, benchmarks.{name}; sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    source = f"import sys, benchmarks.bench.{name}; sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT).returncode == 0
 
 
@@ -488,40 +468,9 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
         return started[0]
 
     monkeypatch.setattr(server.subprocess, "Popen", interrupted)
-    with pytest.raises(SystemExit), server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
+    with pytest.raises(SystemExit), server.serve("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
         pytest.fail("the signal came before the block")
     assert started[0].returncode is not None
-
-
-LISTEN = """
-import socket, sys
-server = socket.socket()
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-server.bind(("127.0.0.1", int(sys.argv[1])))
-server.listen()
-print("listens", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_servers_port_is_its_own_from_the_start(tmp_path, monkeypatch):
-    """Also while it loads and does not listen yet, and it can, as vLLM does."""
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        server.subprocess,
-        "Popen",
-        lambda command, **options: popen([sys.executable, "-c", "import signal; signal.pause()"], **options),
-    )
-    with server.launch("model", tmp_path / "log", name="x", offloading=None, arguments=[]) as found:
-        port = int(found.url.rpartition(":")[2])
-        with socket.socket() as other, pytest.raises(OSError, match="in use"):
-            other.bind(("127.0.0.1", port))
-        command = [sys.executable, "-c", LISTEN, str(port)]
-        with popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
-            assert listener.stdout.readline() == b"listens\n"
-            with socket.create_connection(("127.0.0.1", port)):
-                listener.stdin.close()
 
 
 def test_one_process_converts_the_model_and_others_wait(tmp_path, monkeypatch):
@@ -548,43 +497,9 @@ def test_one_process_converts_the_model_and_others_wait(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("cores", "expected"), [({0, 1}, "1"), ({5, 2, 7}, "5,7"), ({3}, "nobind")])
-def test_a_core_is_left_to_what_of_a_server_is_not_the_model(tmp_path, monkeypatch, make_run, cores, expected):
-    given = []
-
-    class Process:
-        pid = 1 << 30
-        send_signal = wait = poll = Mock()
-
+def test_a_core_is_left_to_what_of_a_server_is_not_the_model(monkeypatch, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
-    monkeypatch.setattr(server.subprocess, "Popen", lambda command, env, **_: given.append(env) or Process())
-    monkeypatch.setattr(server.Server, "wait_until_healthy", Mock())
-    monkeypatch.setattr(server.Server, "pause", Mock())
-    monkeypatch.setattr(server, "_end", Mock())
-    with ExitStack() as stack:
-        list(serving.started(make_run("serving"), stack, "model", [], {OURS: None}, on_cpu=True))
-    assert [each["VLLM_CPU_OMP_THREADS_BIND"] for each in given] == [expected]
-
-
-def test_copy_threads_of_a_server_are_timed_and_no_others(tmp_path):
-    source = """
-import sys
-import numpy as np
-from async_tier.streams.host import HostEngine
-engine = HostEngine(1)
-source, destination = np.ones(1 << 26, np.uint8), np.empty(1 << 26, np.uint8)
-addresses = (np.array([each.ctypes.data], np.uint64) for each in (destination, source))
-engine.store_stream.copy(*addresses, source.nbytes).synchronize()
-print("ready", flush=True)
-sys.stdin.read()
-"""
-    without = "import sys; print('ready', flush=True); sys.stdin.read()"
-    with ExitStack() as stack:
-        servers = [a_server(tmp_path, each) for each in (source, without)]
-        for each in servers:
-            stack.enter_context(each.process)
-        copied, nothing = (each.copy_thread_seconds() for each in servers)
-    assert copied > 0
-    assert nothing == 0
+    assert serving.model_cores() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- copy rate
@@ -594,8 +509,8 @@ def test_the_fs_tier_moves_fewer_small_rows_and_its_rate_is_of_those(monkeypatch
     monkeypatch.setattr(copy_rate, "FS_ROWS", 8)
     moved: list[int] = []
 
-    def a_second(tier: object, jobs: list[Any], busy: bool) -> float:
-        move(tier, jobs, busy)
+    def a_second(tier: object, jobs: list[Any]) -> float:
+        move(tier, jobs)
         moved.append(sum(len(job.keys) for job in jobs))
         return 1.0
 
@@ -604,36 +519,26 @@ def test_the_fs_tier_moves_fewer_small_rows_and_its_rate_is_of_those(monkeypatch
     with ExitStack() as stack:
         size = copy_rate.RowSize(stack, row_bytes=4096, moved=20 * 4096, with_fs=True)
         for name, rows in (("fs", 8), (copy_rate.ours(1), 20)):
-            passes = size.store_and_load(name, blocks=3)
+            rates: dict[str, list[float]] = {}
+            size.measure(name, rates, blocks=3)
             assert moved[-2:] == [rows, rows]
-            assert passes.store == passes.load == rows * 4096 * copy_rate.GB
+            assert rates[f"{name}: store"] == rates[f"{name}: load"] == [rows * 4096 * copy_rate.GB]
 
 
 # -------------------------------------------------------------------------------------------------------- head of line
 
 
 class Loads:
-    """A contender whose loads behind stores are given: (bytes queued before, at the end), or why there are none."""
+    """A contender whose loads behind stores are given: bytes queued before them and at their end."""
 
-    fs = None
-
-    def __init__(self, *loads: tuple[int, int] | str) -> None:
+    def __init__(self, *loads: tuple[int, int]) -> None:
         self._loads = iter(loads)
+        self.order: list[str] = []
+        self.drain = self.make_room = Mock()
 
-    def idle_load(self) -> float:
-        return 0.001
-
-    def load_behind_stores(self) -> tuple[float, int, int]:
-        load = next(self._loads)
-        if isinstance(load, str):
-            raise NotFilled(load)
-        return (0.002, *load)
-
-    def drain(self) -> None:
-        pass
-
-    def make_room(self, written: int) -> None:
-        pass
+    def load(self, is_behind_stores: bool) -> tuple[float, int, int]:
+        self.order.append("behind" if is_behind_stores else "idle")
+        return (0.002, *next(self._loads)) if is_behind_stores else (0.001, 0, 0)
 
 
 FULL = (200, 100)
@@ -644,100 +549,24 @@ def test_loads_with_too_little_queued_before_them_or_nothing_at_their_end_do_not
     found = Latencies()
     found.take_behind_stores(Loads(*loads), most=3, queued_bytes=100, seconds=WAIT_S)
     assert len(found.loaded) == 3
-    assert (found.tried, found.too_short, found.ended) == (5, 1, 1)
-    assert (found.least_at_submission, found.least_at_end) == (100, 1)
+    assert (found.too_short, found.ended, found.least_queued) == (1, 1, 100)
 
 
 def test_idle_loads_and_those_behind_stores_take_turns():
-    order: list[str] = []
-
-    class Noted(Loads):
-        def idle_load(self) -> float:
-            order.append("idle")
-            return super().idle_load()
-
-        def load_behind_stores(self) -> tuple[float, int, int]:
-            order.append("behind")
-            return super().load_behind_stores()
-
-    found = head_of_line.measure_tier(Noted(*[FULL] * 60), samples=50, queued_bytes=100, seconds=WAIT_S)
+    loads = Loads(*[FULL] * 60)
+    found = head_of_line.measure_tier(loads, samples=50, queued_bytes=100, seconds=WAIT_S)
     assert len(found.idle) == len(found.loaded) == 50
-    changes = [one for one, other in zip(order, [*order[1:], ""], strict=True) if one != other]
+    changes = [one for one, other in zip(loads.order, [*loads.order[1:], ""], strict=True) if one != other]
     assert changes == ["idle", "behind"] * 2
 
 
-def test_files_are_removed_when_so_much_has_been_written_and_what_ends_meanwhile_does_not_count(monkeypatch):
-    ended: list[SimpleNamespace] = []
-
-    class Ends:
-        """A tier of which the test says what has ended."""
-
-        submit_store = submit_load = drain_jobs = on_new_request = on_request_finished = on_schedule_end = Mock()
-
-        def get_finished_jobs(self) -> list[SimpleNamespace]:
-            results = ended[:]
-            ended.clear()
-            return results
-
-    def end(jobs: int) -> None:
-        for _ in range(jobs):
-            contender._submit_store()
-        ended.extend(SimpleNamespace(job_id=number, success=True) for number in list(contender._stores)[-jobs:])
-
-    removed = Mock(side_effect=lambda: end(3))
-    monkeypatch.setattr(tiers, "submit_alone", Mock())
-    contender = head_of_line.Contender(Ends(), SimpleNamespace(keep_blocks=Mock(), remove_blocks=removed), 1 << 30)
-    for calls in (0, 1):
-        for jobs in (2, 1):
-            end(jobs)
-            contender._collect()
-            assert removed.call_count == calls
-            contender.make_room(3 * tiers.JOB_BLOCKS * ROW_BYTES)
-    assert removed.call_count == 2
-
-
-def test_a_queue_that_cannot_be_filled_leaves_the_tier_unmeasured_in_words():
-    found = head_of_line.measure_tier(Loads(FULL, FULL, "they end at once"), 50, queued_bytes=100, seconds=WAIT_S)
-    assert len(found.idle) == 50
-    assert "20 have to be left; then they end at once" in found.objection(100)
-    assert "not measured: of 1 loads" in head_of_line.latency_table({"ours": found}, 100)
-
-
-def test_too_little_time_leaves_the_tier_unmeasured():
-    found = head_of_line.measure_tier(Loads(*[FULL] * 50), samples=50, queued_bytes=100, seconds=0)
-    assert not found.loaded
-    assert found.objection(100) is not None
-
-
-def test_of_few_samples_there_is_no_99th_percentile():
-    assert head_of_line.milliseconds([0.001] * 99)["p99"] is None
-    assert head_of_line.milliseconds([0.001] * 100)["p99"] == pytest.approx(1)
-    assert head_of_line.milliseconds([0.001] * 19)["p50"] is None
-
-
-@pytest.fixture
-def no_tiers(monkeypatch, signals):
-    monkeypatch.setattr(head_of_line, "tiers", SimpleNamespace(JOB_BLOCKS=32))
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.parametrize(("samples", "status"), [(120, 0), (99, 1)])
-def test_without_a_99th_percentile_of_ours_the_benchmark_fails_in_words(
-    no_tiers, monkeypatch, tmp_path, capsys, samples, status
-):
-    both = Latencies([0.001] * 120, [0.0015] * samples, 1 << 32, 1 << 31)
-    monkeypatch.setattr(head_of_line, "measure", lambda *_: {"ours": both, "fs": Latencies([0.1] * 30)})
-    monkeypatch.setattr("sys.argv", ["head_of_line", "--output", str(tmp_path / "x.json")])
-    assert head_of_line.main() == status
-    report = json.loads((tmp_path / "x.json").read_text())
-    if status:
-        assert report["summary"] == {}
-        assert "no 99th percentile of ours behind stores: 99 samples, and 100 are needed" in capsys.readouterr().err
-    else:
-        found = report["summary"]["head_of_line.p99_vs_idle"]
-        assert found["low"] == found["ratio"] == found["high"] == pytest.approx(1.5)
-        assert report["results"]["by_tier"]["fs"]["not_measured"].startswith("of 0 loads in 0 s")
+def test_without_a_99th_percentile_of_ours_the_figure_is_a_sentence():
+    found = {"ours": Latencies([0.001] * 120, [0.0015] * 120), "fs": Latencies([0.1] * 30)}
+    figure = head_of_line.p99_figure(found, 1 << 31)
+    assert figure.low == figure.ratio == figure.high == pytest.approx(1.5)
+    found["ours"].loaded = [0.0015] * 99
+    sentence = head_of_line.p99_figure(found, 1 << 31)
+    assert sentence.startswith("no 99th percentile of ours behind stores: 99 samples, and 100 are needed")
 
 
 # ------------------------------------------------------------------------------------------------------------- serving
@@ -747,115 +576,81 @@ BLOCK_BYTES = 1000
 
 
 def an_answer(text: str = "text", first: float = 0.1, cached: int = 0) -> Answer:
-    return Answer(first, first + 0.1, text, tokens=12, prompt_tokens=PROMPT, cached_tokens=cached)
+    return Answer(text, [first, first + 0.1], tokens=12, prompt_tokens=PROMPT, cached_tokens=cached)
 
 
-def some_parts(lookups: float = 0.0) -> Parts:
-    return Parts(0.1, 0.01, lookups, 0.0, 0.0, 0.0, 0.09, queries=10, hits=8)
-
-
-def a_contender(name: str, tracebacks: int = 0) -> Contender:
+def a_contender(name: str) -> Contender:
     """What it should have answered."""
-    hit, from_cache = (0, 0) if name in (NO_OFFLOAD, PRIMARY) else (PROMPT - 100, PROMPT - 50)
-    contender = Contender(SimpleNamespace(tracebacks=lambda: ["Traceback"] * tracebacks), [], name in (FS, OURS))
-    turns = 2 if name in (NO_OFFLOAD, PRIMARY) else 3
-    of_each = 1 if name == PRIMARY else 2
+    hit, from_cache = (0, 0) if name == NO_OFFLOAD else (PROMPT - 100, PROMPT - 50)
+    contender = Contender(SimpleNamespace(tracebacks=lambda: []), [], name in serving.REPEATING)
     contender.turns = [
-        [an_answer(f"{turn} {at}", cached=hit if turn else 0) for at in range(of_each)] for turn in range(turns)
+        [an_answer(f"{turn} {at}", cached=hit if turn else 0) for at in range(2)]
+        for turn in range(2 if name == NO_OFFLOAD else 3)
     ]
     if contender.repeats:
         contender.repeated = [an_answer(answer.text[:2], cached=from_cache) for answer in contender.later]
-    asked = (0, 1) if name in (PRIMARY, FS) else range(4)
+    asked = (0, 1) if name == FS else range(4)
     contender.unique = {number: an_answer(f"unique {number}", first=0.2) for number in asked}
-    contender.parts = [some_parts() for _ in contender.later]
-    if name == OURS:
-        contender.not_offloaded = {number: an_answer(f"other {number}", first=0.2) for number in asked}
-        contender.written = len(asked) * (PROMPT // BLOCK_TOKENS) * BLOCK_BYTES
+    contender.written = len(asked) * (PROMPT // BLOCK_TOKENS) * BLOCK_BYTES
+    contender.read = 4 * hit // BLOCK_TOKENS * BLOCK_BYTES
     return contender
 
 
 @pytest.fixture
 def contenders() -> dict[str, Contender]:
-    return {name: a_contender(name) for name in (NO_OFFLOAD, PRIMARY, FS, OURS)}
+    return {name: a_contender(name) for name in (NO_OFFLOAD, FS, OURS)}
 
 
 def test_servers_that_answer_as_they_should_make_no_failures(contenders):
     assert serving_report.failures(contenders, BLOCK_BYTES) == []
 
 
-def changed(answer: Answer, **fields) -> Answer:
-    return dataclasses.replace(answer, **fields)
+def change(answers: Any, which: Any, **fields: Any) -> None:
+    answers[which] = dataclasses.replace(answers[which], **fields)
 
 
-def other_text_of_a_turn(contenders):
-    contenders[PRIMARY].turns[1][0] = changed(contenders[PRIMARY].turns[1][0], text="other")
+def other_text(contenders, turn: int = 1) -> None:
+    change(contenders[FS].turns[turn], 0, text=f"{turn} other")
+    change(contenders[FS].repeated, 2 * (turn - 1), text=f"{turn} ")
 
 
-def other_text_of_a_turn_that_nobody_computed(contenders):
-    contenders[FS].turns[2][0] = changed(contenders[FS].turns[2][0], text="2 other")
-    contenders[FS].repeated[2] = changed(contenders[FS].repeated[2], text="2 ")
+def hits_of_prompts_asked_once(contenders) -> None:
+    for number in contenders[OURS].unique:
+        change(contenders[OURS].unique, number, cached_tokens=60)
 
 
-def other_text_when_asked_once(contenders):
-    contenders[FS].unique[1] = changed(contenders[FS].unique[1], text="other")
+def hits_without_offloading(contenders) -> None:
+    for at in range(2):
+        change(contenders[NO_OFFLOAD].turns[1], at, cached_tokens=400)
 
 
-def other_text_when_asked_again(contenders):
-    contenders[OURS].repeated[0] = changed(contenders[OURS].repeated[0], text="other")
-
-
-def hits_of_unique_prompts(contenders):
-    contenders[OURS].unique = {at: changed(each, cached_tokens=60) for at, each in contenders[OURS].unique.items()}
-
-
-def hits_of_prompts_that_are_not_offloaded(contenders):
-    mine = contenders[OURS]
-    mine.not_offloaded = {at: changed(each, cached_tokens=60) for at, each in mine.not_offloaded.items()}
-
-
-def prompts_that_were_not_to_be_offloaded(contenders):
-    contenders[OURS].written *= 2
-
-
-def hits_without_offloading(contenders):
-    contenders[NO_OFFLOAD].turns[1] = [changed(each, cached_tokens=400) for each in contenders[NO_OFFLOAD].turns[1]]
-
-
-def hits_in_the_primary(contenders):
-    contenders[PRIMARY].turns[1] = [changed(each, cached_tokens=400) for each in contenders[PRIMARY].turns[1]]
-
-
-def recomputed_in_part(contenders):
-    contenders[OURS].turns[2][1] = changed(contenders[OURS].turns[2][1], cached_tokens=PROMPT - 500)
-
-
-def no_floor(contenders):
-    contenders[FS].turns[1][0] = changed(contenders[FS].turns[1][0], cached_tokens=500)
-    contenders[FS].repeated[0] = changed(contenders[FS].repeated[0], cached_tokens=500)
-
-
-def tracebacks(contenders):
-    contenders[OURS].server = SimpleNamespace(tracebacks=lambda: ["Traceback"])
+def no_floor(contenders) -> None:
+    for answers in (contenders[FS].turns[1], contenders[FS].repeated):
+        change(answers, 0, cached_tokens=500)
 
 
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (other_text_of_a_turn, "primary alone: 1 of its texts differ"),
-        (other_text_of_a_turn_that_nobody_computed, "fs: 1 of its texts differ"),
-        (other_text_when_asked_once, "fs: 1 of its texts differ"),
-        (other_text_when_asked_again, "ours: 1 of its texts differ"),
-        (hits_of_unique_prompts, "ours: 6% of prompts that share nothing were cached"),
-        (hits_of_prompts_that_are_not_offloaded, "ours: 6% of prompts that were not to be offloaded were cached"),
-        (
-            prompts_that_were_not_to_be_offloaded,
-            "ours: stored 56000 bytes of prompts that share nothing, not the 28000 of 28 blocks",
-        ),
+        (other_text, "fs: 1 of its texts differ"),
+        # One that nobody computed from its start.
+        (lambda each: other_text(each, turn=2), "fs: 1 of its texts differ"),
+        (lambda each: change(each[FS].unique, 1, text="other"), "fs: 1 of its texts differ"),
+        (lambda each: change(each[OURS].repeated, 0, text="other"), "ours: 1 of its texts differ"),
+        (hits_of_prompts_asked_once, "ours: 6% of prompts that share nothing were cached"),
+        (lambda each: vars(each[OURS]).update(written=56000), "ours: stored 56000 bytes of prompts that share nothing"),
         (hits_without_offloading, "no offloading: 40% of later turns were not recomputed"),
-        (hits_in_the_primary, "primary alone: 40% of later turns were not recomputed"),
-        (recomputed_in_part, "ours: 1 of 4 later turns did not come from the tier"),
+        # The others were in the primary.
+        (lambda each: vars(each[OURS]).update(read=14000), "ours: the tier gave 14000 bytes of the 28000 that later"),
+        (
+            lambda each: change(each[OURS].turns[2], 1, cached_tokens=PROMPT - 500),
+            "ours: 1 of 4 later turns did not come from the tier",
+        ),
         (no_floor, "fs: a prompt that was repeated at once was not in the KV cache"),
-        (tracebacks, "ours: the server's log has 1 tracebacks"),
+        (
+            lambda each: setattr(each[OURS].server, "tracebacks", lambda: ["Traceback"]),
+            "ours: the server's log has 1 tracebacks",
+        ),
     ],
 )
 def test_what_makes_figures_worthless_is_said(contenders, spoil, why):
@@ -867,197 +662,97 @@ def test_what_makes_figures_worthless_is_said(contenders, spoil, why):
 class Counting:
     """A server that answers, and counts its answers one look late."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self, name: str = "") -> None:
+        self.name = name
         self.asked: list[tuple[str, int]] = []
         self._told = 0
-        self.looks = 0
-        monkeypatch.setattr(Answer, "of", self.answer)
 
-    def answer(self, _server, prompt: str, tokens: int, _offload: bool) -> Answer:
+    def ask(self, prompt: str, tokens: int, ignore_eos: bool) -> Answer:
         self.asked.append((prompt, tokens))
         return an_answer(f" answer {len(self.asked)}")
 
-    def copy_thread_seconds(self) -> float:
-        return float(len(self.asked))
+    def pause(self) -> None:
+        pass
+
+    resume = pause
 
     def metrics(self) -> dict[tuple[str, str], float]:
-        self.looks += 1
         told, self._told = self._told, len(self.asked)
         return {
             ("vllm:request_prefill_time_seconds_count", ""): told,
-            ("vllm:request_prefill_time_seconds_sum", ""): 0.05 * told,
             ("vllm:kv_offload_tiering_write_bytes_total", "1:async"): 100 * told,
             ("vllm:kv_offload_tiering_write_bytes_total", "0:cpu"): 7 * told,
+            ("vllm:kv_offload_tiering_read_bytes_total", "1:async"): 10 * told,
         }
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-def test_a_conversation_goes_on_with_its_answers_and_only_later_turns_are_asked_again(monkeypatch, repeats):
-    counting = Counting(monkeypatch)
+def test_a_conversation_goes_on_with_its_answers_and_only_later_turns_are_asked_again(repeats):
+    counting = Counting()
     contender = Contender(counting, ["one", "two"], repeats)
     for _ in range(2):
         for number in range(2):
             contender.converse(number)
-    prompts = [prompt for prompt, tokens in counting.asked if tokens == serving.MAX_TOKENS]
-    again = [prompt for prompt, tokens in counting.asked if tokens == serving.SHORT_TOKENS]
+    prompts = [prompt for prompt, tokens in counting.asked if tokens == conversations.MAX_TOKENS]
+    again = [prompt for prompt, tokens in counting.asked if tokens == conversations.SHORT_TOKENS]
     assert [prompt.split("\n")[0] for prompt in prompts] == ["one", "two"] * 2
     assert prompts[2].startswith(f"{prompts[0]} answer 1\nTurn 2: ")
     assert again == prompts[2:] * repeats
     assert len(contender.repeated) == 2 * repeats
     assert [len(turn) for turn in contender.turns] == [2, 2]
-    assert [parts.computing for parts in contender.parts] == pytest.approx([0.05] * 2)  # each its own alone
 
 
-def test_bytes_and_copy_threads_are_counted_around_prompts_that_are_asked_once_and_no_others(monkeypatch):
-    counting = Counting(monkeypatch)
-    contender = Contender(counting, [], False)
-    for prompts in (("one", "two"), ("three",)):
-        contender.ask("before")
-        contender.ask_once(dict(enumerate(prompts)), {}, random.Random(1))
-    assert contender.copying == pytest.approx(3.0)
-    assert contender.written == 300
-
-
-def test_ours_alone_is_asked_prompts_that_it_does_not_offload(monkeypatch, make_run):
-    asked = []
-
-    def answer(asks, prompt, tokens, offload):
-        asked.append((asks.name, prompt, offload))
-        return an_answer()
-
-    monkeypatch.setattr(Answer, "of", answer)
-    monkeypatch.setattr(Contender, "_metrics", lambda _contender: {})
-    calls = {"pause": lambda: None, "resume": lambda: None, "copy_thread_seconds": lambda: 0.0}
-    contenders = {
-        name: Contender(SimpleNamespace(name=name, **calls), [], False) for name in (NO_OFFLOAD, PRIMARY, FS, OURS)
-    }
-    rounds = range((serving.OF_ROUNDS + 1) * serving.PROMPTS_A_ROUND)
-    others, more = [f"offloaded {at}" for at in rounds], [f"not offloaded {at}" for at in rounds]
-    serving.measure(make_run("serving"), contenders, 0, others, more)
-    prompts = {name: [each for each in asked if each[0] == name and each[1] != "Hello."] for name in contenders}
-    assert sorted(prompt for _, prompt, _ in prompts[NO_OFFLOAD]) == sorted(others)
-    assert sorted(prompt for _, prompt, _ in prompts[OURS]) == sorted([*others, *more])
-    assert {prompt for _, prompt, offload in asked if not offload} == set(more)
-    pairs = zip(*[iter(prompts[OURS])] * 2, strict=True)
-    assert [sorted(prompt for _, prompt, _ in pair) for pair in pairs] == [
-        [f"not offloaded {at}", f"offloaded {at}"] for at in rounds
-    ]
-    assert len({offload for _, _, offload in prompts[OURS][::2]}) == 2  # now the one first, now the other
-    assert len(prompts[FS]) == len(prompts[PRIMARY]) == 2 * serving.PROMPTS_A_ROUND
-    assert [*contenders[OURS].not_offloaded] == [*contenders[OURS].unique] == [*rounds]
-
-
-@pytest.mark.parametrize("offload", [True, False])
-def test_vllm_is_asked_not_to_offload_a_prompt_and_only_then(monkeypatch, offload):
-    bodies = []
-
-    class Client(contextlib.nullcontext):
-        def __init__(self, **_) -> None:
-            super().__init__(self)
-            self.completions = self
-
-        def create(self, extra_body, **_):
-            bodies.append(extra_body)
-            details = SimpleNamespace(cached_tokens=0)
-            usage = SimpleNamespace(prompt_tokens_details=details, completion_tokens=1, prompt_tokens=3)
-            return [SimpleNamespace(choices=[SimpleNamespace(text="one")], usage=usage)]
-
-    monkeypatch.setattr("openai.OpenAI", Client)
-    assert Answer.of(SimpleNamespace(url=""), "prompt", offload=offload).text == "one"
-    assert [body.get("kv_transfer_params") for body in bodies] == [None if offload else {"max_offload_tokens": 0}]
+def test_all_are_asked_the_same_and_bytes_of_the_tier_are_counted_by_phase(make_run):
+    contenders = {name: Contender(Counting(name), ["text"], name in serving.REPEATING) for name in (NO_OFFLOAD, OURS)}
+    others = [f"other {at}" for at in range(2 * serving.PROMPTS_A_ROUND)]
+    serving.measure(make_run("serving"), contenders, turns=2, others=others)
+    for contender in contenders.values():
+        assert [prompt for prompt, _ in contender.server.asked if prompt.startswith("other")] == others
+        assert contender.written == 100 * len(others)  # and not of what wakes it in between
+        assert [*contender.unique] == [*range(len(others))]
+    # Two turns, one of them asked again, and what woke it for each of these and for the metrics.
+    assert contenders[OURS].read == 10 * (3 + 3)
 
 
 def test_metrics_that_never_count_an_answer_are_told_of(monkeypatch):
-    counting = Counting(monkeypatch)
-    monkeypatch.setattr(serving, "METRICS_TIMEOUT_S", 0.0)
+    counting = Counting()
+    monkeypatch.setattr(conversations, "METRICS_TIMEOUT_S", 0.0)
     monkeypatch.setattr(counting, "metrics", dict)
     contender = Contender(counting, ["one"], False)
     contender.converse(0)
     with pytest.raises(RuntimeError, match="do not have all of its 1 answers"):
-        contender.converse(0)
+        contender.metrics()
 
 
-def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run, capsys):
+def test_the_report_has_the_four_figures_and_the_failures(contenders, make_run):
     run = make_run("serving")
-    other_text_of_a_turn(contenders)
+    other_text(contenders)
     serving_report.report(run, contenders, BLOCK_BYTES)
     assert run.finish() == 1
     report = json.loads(run.output.read_text())
     assert [*report["summary"]] == [f"serving.{key}" for key in bench.FIGURES["serving"]]
     assert len(report["failures"]) == 1
-    assert run.picture.exists()
-    later = report["results"][OURS]["ttft_ms_later_turns"]
-    assert later["largest"] == pytest.approx(100)
-    assert "p99" not in later  # of four
-    assert report["results"][OURS]["hit_ratio_of_the_tier"] == pytest.approx(0.8)
-    assert "computing" in capsys.readouterr().out
+    assert report["results"][OURS]["ttft_ms_later_turns"]["largest"] == pytest.approx(100)
 
 
-def test_times_to_first_token_are_compared_by_the_prompt(contenders, make_run):
+def test_times_are_compared_by_the_prompt(contenders, make_run):
     """A prompt that takes longer everywhere changes no ratio, and what no other server was asked none either."""
     for name, factor in {NO_OFFLOAD: 10.0, FS: 2.0, OURS: 1.0}.items():
         for turn in contenders[name].turns:
-            turn[:] = [changed(answer, first=factor * (1 + at)) for at, answer in enumerate(turn)]
-    contenders[OURS].turns[2] = [changed(answer, first=100.0) for answer in contenders[OURS].turns[2]]
-    contenders[FS].turns[2] = [changed(answer, first=200.0) for answer in contenders[FS].turns[2]]
-    contenders[FS].turns[1][1] = changed(contenders[FS].turns[1][1], first=40.0)  # one that was disturbed
-    contenders[OURS].repeated = [
-        changed(again, first=answer.first / 1.25)
-        for answer, again in zip(contenders[OURS].later, contenders[OURS].repeated, strict=True)
-    ]
+            turn[:] = [dataclasses.replace(answer, times=[factor * (1 + at)]) for at, answer in enumerate(turn)]
+        for number in contenders[name].unique:
+            change(contenders[name].unique, number, times=[(1.2 if name == OURS else 1.0) * (1 + number)])
+    for at in range(2):
+        change(contenders[OURS].turns[2], at, times=[100.0])
+        change(contenders[FS].turns[2], at, times=[200.0])
+    change(contenders[FS].turns[1], 1, times=[40.0])  # one that was disturbed
+    for at, answer in enumerate(contenders[OURS].later):
+        change(contenders[OURS].repeated, at, times=[answer.first / 1.25])
     run = make_run("serving")
     serving_report.report(run, contenders, BLOCK_BYTES)
-    ratios = {figure.key: figure.ratio for figure in run.figures}
-    assert ratios["serving.ttft_vs_recompute"] == pytest.approx(0.1)
-    assert ratios["serving.ttft_vs_fs"] == pytest.approx(0.5)
-    assert ratios["serving.ttft_vs_kv_cache_hit"] == pytest.approx(1.25)
-
-
-def test_overhead_compares_the_prompts_that_both_were_asked():
-    base = {number: an_answer(first=number) for number in range(1, 5)}
-    mine = {number: an_answer(first=1.1 * number) for number in (2, 4)}
-    found = serving_report.overhead(mine, base)
-    assert found["to_first_token"]["ratio"] == pytest.approx(0.1)
-    assert found["after_it"]["ratio"] == pytest.approx(0.0)
-
-
-def test_overhead_is_told_of_servers_and_within_ours(contenders, make_run, capsys):
-    for name, seconds in {NO_OFFLOAD: 1.0, PRIMARY: 1.1, FS: 2.0, OURS: 1.2}.items():
-        answers = contenders[name].unique
-        contenders[name].unique = {at: changed(each, last=seconds * (1 + at)) for at, each in answers.items()}
-    mine = contenders[OURS]
-    mine.not_offloaded = {at: changed(each, last=each.last / 1.05) for at, each in mine.unique.items()}
-    mine.copying = 0.02
-    run = make_run("serving")
-    serving_report.report(run, contenders, BLOCK_BYTES)
-    assert not run.failures
-    (overhead,) = (figure for figure in run.figures if figure.key == "serving.no_reuse_overhead")
-    assert overhead.ratio == pytest.approx(0.2)
-    assert "within our server, offloaded or not: 0.050 (0.050 to 0.050)" in overhead.what
-    assert run.results[FS]["no_reuse_overhead"]["in_all"]["ratio"] == pytest.approx(1.0)
-    assert "the copy threads of ours had a core for 5.0 ms" in capsys.readouterr().out  # of four prompts
-
-
-def test_the_parts_of_a_request_are_what_metrics_grew_by():
-    def metrics(requests: int) -> dict[tuple[str, str], float]:
-        offload = "vllm:kv_offload_"
-        return {
-            ("vllm:request_queue_time_seconds_sum", ""): 0.5 * requests,
-            ("vllm:request_prefill_time_seconds_sum", ""): 0.3 * requests,
-            ("vllm:request_prefill_time_seconds_count", ""): requests,
-            (f"{offload}lookup_async_delay_seconds_sum", ""): 0.2 * requests,
-            (f"{offload}load_time_total", ""): 0.1 * requests,
-            (f"{offload}tiering_read_time_total", "0:primary"): 100 * requests,
-            (f"{offload}tiering_read_time_total", "1:async"): 0.15 * requests,
-            (f"{offload}tiering_chunk_queries_total", "1:async"): 10 * requests,
-            (f"{offload}tiering_chunk_hits_total", "1:async"): 5 * requests,
-        }
-
-    parts = Parts.between(metrics(1), metrics(2), first=1.0)
-    assert dataclasses.astuple(parts) == pytest.approx((1.0, 0.2, 0.2, 0.15, 0.1, 0.2, 0.3, 10, 5))
-    assert serving_parts.hit_ratio([parts, parts]) == 0.5
-    assert serving_parts.hit_ratio([]) is None
-    assert serving_parts.answered(metrics(3)) == 3
+    ratios = {figure.key.removeprefix("serving."): figure.ratio for figure in run.figures}
+    expected = {"ttft_vs_recompute": 0.1, "ttft_vs_kv_cache_hit": 1.25, "ttft_vs_fs": 0.5, "no_reuse_overhead": 0.2}
+    assert ratios == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- overlap
@@ -1088,19 +783,6 @@ def test_both_streams_wait_while_copies_are_held_back(copies, monkeypatch, fails
     assert copies.is_over
 
 
-def test_every_turn_of_a_scheduler_begins_with_jobs_made_and_a_step(copies, monkeypatch):
-    made: list[int] = []
-    monkeypatch.setattr(overlap, "STEP_S", 1e-5)
-    loop = overlap.SchedulerLoop(copies)
-    monkeypatch.setattr(overlap.tiers, "busy", lambda rounds: made.append(len(copies._jobs)))
-    for turn in (loop._alone, loop._together, loop._held):
-        made.clear()
-        turn()
-        assert len(made) == 1 + overlap.STEPS_IN_TURN
-        assert made[0] == 2 * overlap.STEPS_IN_TURN
-        assert not copies._jobs
-
-
 def test_a_scheduler_is_measured_without_a_tier_with_copies_and_with_copies_held_back(copies, monkeypatch):
     held = []
     monkeypatch.setattr(overlap, "STEP_S", 1e-5)
@@ -1113,3 +795,32 @@ def test_a_scheduler_is_measured_without_a_tier_with_copies_and_with_copies_held
         assert turn["calls while held"] < turn["held"]
     assert held == [0] * len(turns)  # what was submitted before has ended
     assert copies.is_over
+
+
+# --------------------------------------------------------------------------------------------------------------- rooms
+
+ROOMS = {"shared": set(), "demo": {"shared"}, "gpu": {"shared"}, "bench": {"shared", "demo"}}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of benchmarks that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("benchmarks"):
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
+    return found
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "benchmarks").glob("*/[a-z]*.py")
+}
+
+
+def test_the_rooms_of_benchmarks_import_from_below_and_no_module_from_itself():
+    graph = {}
+    for name, path in MODULES.items():
+        room = name.split(".")[1]
+        graph[name] = {each for each in imported(path) if each in MODULES}
+        assert {each.split(".")[1] for each in graph[name]} <= ROOMS[room] | {room}, name
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises where there is a circle

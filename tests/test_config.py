@@ -402,7 +402,7 @@ def test_a_policys_module_that_exits_is_refused(tmp_path, monkeypatch):
 
 def test_a_policy_is_found_by_its_name():
     assert load_policy("lru") is LeastRecentlyUsed
-    assert load_policy("benchmarks.plain_lru:PlainLru").__name__ == "PlainLru"
+    assert load_policy("benchmarks.bench.plain_lru:PlainLru").__name__ == "PlainLru"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.emulated
 def test_it_checks_the_facts_and_marks_what_means_nothing(tmp_path):
     output = tmp_path / "report.json"
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_check", "--json", str(output)]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.check", "--json", str(output)]
     environment = {**os.environ, "ASYNC_TIER_CUDA": "emulated"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -33,7 +33,7 @@ def test_it_checks_the_facts_and_marks_what_means_nothing(tmp_path):
 
 @pytest.mark.emulated
 def test_what_fails_or_lacks_something_does_not_end_the_rest(tmp_path):
-    from benchmarks.gpu_check import NotRunError, Report
+    from benchmarks.gpu.check import NotRunError, Report
 
     def lacks() -> None:
         raise NotRunError("there is no vllm")
@@ -54,20 +54,19 @@ def test_what_fails_or_lacks_something_does_not_end_the_rest(tmp_path):
     }
 
 
-@pytest.mark.emulated
 def test_a_wait_that_gets_nowhere_ends(monkeypatch):
-    from benchmarks import gpu_figures
+    from benchmarks.shared import stores
 
-    monkeypatch.setattr(gpu_figures, "PATIENCE_S", 0)
+    monkeypatch.setattr(stores, "PATIENCE_S", 0)
     with pytest.raises(TimeoutError, match="not within 0 s: the job ended"):
-        gpu_figures.until(lambda: False, "the job ended")
+        stores.until(lambda: False, "the job ended")
 
 
 @pytest.mark.emulated
 def test_blocks_that_come_back_wrong_are_counted(monkeypatch):
     """Copies that are said to have ended before they have."""
     from async_tier.streams import cuda
-    from benchmarks import gpu_bytes
+    from benchmarks.gpu import bytes as gpu_bytes
 
     copy_rows = cuda.CudaStream.copy_rows
     early = SimpleNamespace(is_done=True, failed=False, seconds=0.0, synchronize=lambda seconds: True)
@@ -82,12 +81,12 @@ def test_blocks_that_come_back_wrong_are_counted(monkeypatch):
 def test_it_imports_neither_vllm_nor_pytest():
     imports = "import sys; sys.modules.update(vllm=None, pytest=None, hypothesis=None)\n"
     environment = {**os.environ, "ASYNC_TIER_CUDA": "emulated"}
-    command = [sys.executable, "-W", "ignore", "-c", f"{imports}import benchmarks.gpu_check"]
+    command = [sys.executable, "-W", "ignore", "-c", f"{imports}import benchmarks.gpu.check"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def test_every_fact_of_the_emulators_readme_is_asked_or_said_not_to_be():
-    from benchmarks.gpu_facts import FACTS
+    from benchmarks.gpu.facts import FACTS
 
     readme = (ROOT / "tests" / "cuda_emulator" / "README.md").read_text()
     stated = {int(number) for number in re.findall(r"^- \*\*F(\d+)\*\*", readme, flags=re.MULTILINE)}

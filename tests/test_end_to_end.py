@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from benchmarks import demo
-from benchmarks.model import smollm2
+from benchmarks.demo import demo
+from benchmarks.demo.model import smollm2
 
 pytestmark = pytest.mark.end_to_end
 

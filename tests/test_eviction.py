@@ -12,7 +12,7 @@ import pytest
 from async_tier.eviction import LeastRecentlyUsed
 from async_tier.index import READY, BlockIndex
 from async_tier.order import SequenceOrder
-from benchmarks.plain_lru import PlainLru
+from benchmarks.bench.plain_lru import PlainLru
 
 POLICIES = [LeastRecentlyUsed, PlainLru]
 

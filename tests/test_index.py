@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from async_tier.eviction import LeastRecentlyUsed
 from async_tier.index import FREE, READY, BlockIndex
 from async_tier.order import SequenceOrder
-from benchmarks.plain_lru import PlainLru
+from benchmarks.bench.plain_lru import PlainLru
 
 
 def names(text: str) -> list[bytes]:

@@ -803,7 +803,7 @@ def test_r13_a_later_job_never_evicts_an_earlier_one_of_its_request(primary):
 
 def test_a_policy_of_ones_own_is_used(primary):
     """Which this one is told by: it gives up a beginning that a held block continues."""
-    tier = make_tier(primary, blocks=4, eviction_policy="benchmarks.plain_lru:PlainLru")
+    tier = make_tier(primary, blocks=4, eviction_policy="benchmarks.bench.plain_lru:PlainLru")
     context = request("r")
     store(tier, 1, keys(0, 1), [0, 1], context=context)
     store(tier, 2, keys(2, 3), [2, 3], context=context)

@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from benchmarks import replay, tiering, traces
+from benchmarks.bench import replay
+from benchmarks.shared import tiering, traces
 
 # What a refusal of ids begins with.
 IDS = "'hash_ids' must be a list of integers or of strings that are hexadecimal numbers"
@@ -26,47 +27,36 @@ def test_a_trace_in_mooncakes_format_is_read(tmp_path):
     assert traces.read_trace(path, most=2) == [[0, 1], [0, 5, 6]]
 
 
+# By what is said of them.
+REFUSED = {
+    "not JSON": [b"{", b'\xef\xbb\xbf{"hash_ids": [1]}'],
+    "NaN is not JSON": [b'{"hash_ids": [1], "input_length": NaN}', b'{"hash_ids": [1], "timestamp": NaN}'],
+    "-Infinity is not JSON": [b'{"hash_ids": [-Infinity]}'],
+    "nested too deeply": [b"[" * 100_000],
+    "1e999 is too large for a number": [b'{"hash_ids": [1e999]}', b'{"hash_ids": [1], "timestamp": 1e999}'],
+    "an integer of 641 digits, and 640 is the most": [b'{"hash_ids": [' + b"9" * 641 + b"]}"],
+    "an integer of 5000 digits, and 640 is the most": [b'{"hash_ids": [' + b"9" * 5000 + b"]}"],
+    "not UTF-8": [b'{"hash_ids": [1], "tenant": "\xe9\xff"}', '{"hash_ids": [1]}'.encode("utf-16-le") + b"\xff"],
+    "not a JSON object with 'hash_ids'": [b"[1]", b"null", b'"hash_ids"', b"{}"],
+    IDS: [
+        *(b'{"hash_ids": %b}' % ids for ids in (b"3", b"null", b'"ab"')),
+        *(b'{"hash_ids": [%b]}' % each for each in (b'1, "2"', b"true", b"1.0", b"1e3", b"null", b"[1]")),
+        *(b'{"hash_ids": ["%b"]}' % each for each in (b"xyz", b"", b"0x", b"1_0", b"\\ud800")),
+    ],
+    "'hash_ids' must be all integers or all strings, as in line 1": [b'{"hash_ids": ["ab", "cd"]}'],
+    "'hash_ids' is there twice": [b'{"hash_ids": [1], "hash_ids": [2]}'],
+    "'timestamp' must be a number from 0 on": [
+        b'{"hash_ids": [1], "timestamp": %b}' % time for time in (b"true", b"-1", b'"2023-11-16 18:15:46"')
+    ],
+    "'input_length' must be a number from 0 on": [
+        b'{"hash_ids": [1], "input_length": %b}' % length for length in (b'"many"', b"-5")
+    ],
+}
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
-    [
-        (b"{", "not JSON"),
-        (b'\xef\xbb\xbf{"hash_ids": [1]}', "not JSON"),
-        (b'{"hash_ids": [1], "input_length": NaN}', "NaN is not JSON"),
-        (b'{"hash_ids": [-Infinity]}', "-Infinity is not JSON"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"hash_ids": [1e999]}', "1e999 is too large for a number"),
-        (b'{"hash_ids": [1], "timestamp": 1e999}', "1e999 is too large for a number"),
-        (b'{"hash_ids": [' + b"9" * 641 + b"]}", "an integer of 641 digits, and 640 is the most"),
-        (b'{"hash_ids": [' + b"9" * 5000 + b"]}", "an integer of 5000 digits, and 640 is the most"),
-        (b'{"hash_ids": [1], "tenant": "\xe9\xff"}', "not UTF-8"),
-        ('{"hash_ids": [1]}'.encode("utf-16-le") + b"\xff", "not UTF-8"),
-        (b"[1]", "not a JSON object with 'hash_ids'"),
-        (b"null", "not a JSON object with 'hash_ids'"),
-        (b'"hash_ids"', "not a JSON object with 'hash_ids'"),
-        (b"{}", "not a JSON object with 'hash_ids'"),
-        (b'{"hash_ids": 3}', IDS),
-        (b'{"hash_ids": [1, "2"]}', IDS),
-        (b'{"hash_ids": [true]}', IDS),
-        (b'{"hash_ids": [1.0]}', IDS),
-        (b'{"hash_ids": [1e3]}', IDS),
-        (b'{"hash_ids": [null]}', IDS),
-        (b'{"hash_ids": null}', IDS),
-        (b'{"hash_ids": "ab"}', IDS),
-        (b'{"hash_ids": [[1]]}', IDS),
-        (b'{"hash_ids": ["xyz"]}', IDS),
-        (b'{"hash_ids": [""]}', IDS),
-        (b'{"hash_ids": ["0x"]}', IDS),
-        (b'{"hash_ids": ["1_0"]}', IDS),
-        (b'{"hash_ids": ["\\ud800"]}', IDS),
-        (b'{"hash_ids": ["ab", "cd"]}', "'hash_ids' must be all integers or all strings, as in line 1"),
-        (b'{"hash_ids": [1], "hash_ids": [2]}', "'hash_ids' is there twice"),
-        (b'{"hash_ids": [1], "timestamp": true}', "'timestamp' must be a number from 0 on"),
-        (b'{"hash_ids": [1], "timestamp": -1}', "'timestamp' must be a number from 0 on"),
-        (b'{"hash_ids": [1], "timestamp": "2023-11-16 18:15:46"}', "'timestamp' must be a number from 0 on"),
-        (b'{"hash_ids": [1], "timestamp": NaN}', "NaN is not JSON"),
-        (b'{"hash_ids": [1], "input_length": "many"}', "'input_length' must be a number from 0 on"),
-        (b'{"hash_ids": [1], "input_length": -5}', "'input_length' must be a number from 0 on"),
-    ],
+    [(line, what) for what, lines in REFUSED.items() for line in lines],
     ids=lambda value: value[:40].decode(errors="replace") if isinstance(value, bytes) else "",
 )
 def test_a_line_that_is_none_is_refused_in_one_sentence_with_file_and_line(tmp_path, line, what):
@@ -171,29 +161,10 @@ def test_hexadecimal_ids_are_equal_as_numbers(tmp_path):
 
 def test_bailian_traces_are_read(tmp_path):
     """Seconds, blocks of 16 tokens, turns that have the whole prompt, and a chat's number instead of a session."""
-    turn = {"type": "text", "output_length": 9}
-    requests = trace_of(
-        tmp_path,
-        {
-            "chat_id": 0,
-            "parent_chat_id": -1,
-            "timestamp": 0.31,
-            "input_length": 20,
-            "hash_ids": [5, 6],
-            "turn": 1,
-            **turn,
-        },
-        {"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.31, "input_length": 16, "hash_ids": [5], "turn": 1, **turn},
-        {
-            "chat_id": 2,
-            "parent_chat_id": 0,
-            "timestamp": 61.114,
-            "input_length": 48,
-            "hash_ids": [5, 7, 8],
-            "turn": 2,
-            **turn,
-        },
-    )
+    turns = [(0, -1, 0.31, 20, [5, 6], 1), (1, -1, 0.31, 16, [5], 1), (2, 0, 61.114, 48, [5, 7, 8], 2)]
+    names = ("chat_id", "parent_chat_id", "timestamp", "input_length", "hash_ids", "turn")
+    lines = [{**dict(zip(names, turn, strict=True)), "type": "text", "output_length": 9} for turn in turns]
+    requests = trace_of(tmp_path, *lines)
     assert requests == [[5, 6], [5], [5, 7, 8]]
 
 
@@ -302,10 +273,7 @@ def test_sessions_whose_later_lines_have_no_time_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "lengths",
-    [
-        [(1, 1), (512, 1), (513, 2), (1024, 2), (6758, 14), (0, 0)],
-        [(15, 0), (16, 1), (31, 1), (32, 2), (521.0, 32)],
-    ],
+    [[(1, 1), (512, 1), (513, 2), (1024, 2), (6758, 14), (0, 0)], [(15, 0), (16, 1), (31, 1), (32, 2), (521.0, 32)]],
     ids=["the last block may be a part", "whole blocks alone"],
 )
 def test_a_block_size_that_explains_the_lengths_is_not_spoken_of(tmp_path, caplog, lengths):

@@ -19,15 +19,14 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from async_tier.observe import timeline
-from benchmarks.model import kv_bytes_per_token, smollm2
-from benchmarks.server import Server, serve
+from benchmarks.demo.model import kv_bytes_per_token, smollm2
+from benchmarks.demo.server import Answer, Metrics, Server, of_tier, serve
 
-BUILD = Path(__file__).resolve().parent.parent / "build"
+BUILD = Path(__file__).resolve().parents[2] / "build"
 BLOCK_TOKENS = 128
 FLOAT32_BYTES = 4
 MAX_TOKENS = 24
@@ -38,15 +37,6 @@ TIERS = {
     "async": {"type": "async"},
     "module": {"type": "AsyncSecondaryTierManager", "module_path": "async_tier.manager"},
 }
-
-
-@dataclass(frozen=True)
-class Answer:
-    """ttft_s: to the first token. token_s: from each token to the next."""
-
-    text: str
-    ttft_s: float
-    token_s: list[float]
 
 
 def documents(count: int, tokens: int, tokenizer: Any) -> list[str]:
@@ -65,38 +55,22 @@ def documents(count: int, tokens: int, tokenizer: Any) -> list[str]:
     return texts
 
 
-def ask(server: Server, prompt: str, tokens: int = MAX_TOKENS) -> Answer:
-    """One streamed, greedy completion, with the times of its tokens."""
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    times = [time.perf_counter()]
-    text = ""
-    for part in client.completions.create(model="model", prompt=prompt, max_tokens=tokens, temperature=0, stream=True):
-        times.append(time.perf_counter())
-        text += part.choices[0].text if part.choices else ""
-    if len(times) == 1:
-        raise RuntimeError("the server sent no token")
-    first, *others = (after - before for before, after in itertools.pairwise(times))
-    return Answer(text, first, others)
-
-
 def prompt(text: str, question: str) -> str:
     return f"{text}\n\nQuestion: {question}\nAnswer:"
 
 
 def rounds(server: Server, label: str, texts: list[str]) -> list[list[Answer]]:
     """Ask the first question on every text, then the second on every text."""
-    ask(server, "Hello.")  # the first request of a server pays for what it builds on first use
+    server.ask("Hello.", MAX_TOKENS)  # the first request of a server pays for what it builds on first use
     answers = []
     for question in QUESTIONS:
         answers.append([])
         for number, text in enumerate(texts):
-            answer = ask(server, prompt(text, question))
+            answer = server.ask(prompt(text, question), MAX_TOKENS)
             answers[-1].append(answer)
             print(
                 f"  {label}, question {len(answers)}, document {number + 1} of {len(texts)}: "
-                f"first token after {answer.ttft_s:.2f} s",
+                f"first token after {answer.first:.2f} s",
                 flush=True,
             )
     return answers
@@ -108,8 +82,8 @@ def two_at_a_time(server: Server, texts: list[str]) -> tuple[list[Answer], float
     started = time.perf_counter()
     with ThreadPoolExecutor(2) as clients:
         # Each then asks in the middle of the other's answer.
-        clients.submit(ask, server, "Hello.", MAX_TOKENS // 2)
-        answers = list(clients.map(lambda text: ask(server, prompt(text, QUESTIONS[0])), texts))
+        clients.submit(server.ask, "Hello.", MAX_TOKENS // 2)
+        answers = list(clients.map(lambda text: server.ask(prompt(text, QUESTIONS[0]), MAX_TOKENS), texts))
     return answers, time.perf_counter() - started
 
 
@@ -135,10 +109,7 @@ def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> 
     results, metrics, tracebacks = {}, {}, []
     trace = output.with_name(f"{output.stem}-trace.json")
     options = {"bytes_to_use": 2 * count * request_blocks * block_bytes, "trace_path": str(trace)}
-    for label, tiers in (
-        ("with the tier", [{**TIERS[tier], **options}]),
-        ("without", []),
-    ):
+    for label, tiers in (("with the tier", [{**TIERS[tier], **options}]), ("without", [])):
         print(f"Starting vLLM's server {label} ...", flush=True)
         with serve(
             model,
@@ -157,7 +128,7 @@ def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> 
     report["identical_outputs"] &= [answer.text for answer in again] == [answer.text for answer in recomputed[0]]
     report |= {"model": str(Path(model).name), "documents": count, "tokens": tokens, "tracebacks": len(tracebacks)}
     # Half of what a token takes: an empty step, while a document is on its way, takes a few milliseconds.
-    token_s = [pause for part in ours for answer in part for pause in answer.token_s]
+    token_s = [after - before for part in ours for answer in part for before, after in itertools.pairwise(answer.times)]
     shortest_step_s = statistics.median(token_s) / 2 if token_s else timeline.SHORTEST_STEP_S
     report |= picture(trace, output.with_name(f"{output.stem}-timeline.png"), seconds, shortest_step_s)
     output.write_text(json.dumps(report, indent=2) + "\n")
@@ -185,16 +156,15 @@ def shares(part: timeline.Timeline) -> dict[str, float | None]:
 
 
 def summarize(
-    tier: list[list[Answer]], recomputed: list[list[Answer]], metrics: dict[tuple[str, str], float], block_bytes: int
+    tier: list[list[Answer]], recomputed: list[list[Answer]], metrics: Metrics, block_bytes: int
 ) -> dict[str, Any]:
     """What the answers and vLLM's own metrics say."""
 
     def median(answers: list[Answer]) -> float:
-        return statistics.median(answer.ttft_s for answer in answers)
+        return statistics.median(answer.first for answer in answers)
 
     def metric(name: str) -> float:
-        prefix = f"vllm:kv_offload_tiering_{name}"
-        return sum(value for (metric, label), value in metrics.items() if metric == prefix and label.startswith("1:"))
+        return of_tier(metrics, name)
 
     queries, read, wrote = metric("chunk_queries_total"), metric("read_bytes_total"), metric("write_bytes_total")
     read_time, write_time = metric("read_time_total"), metric("write_time_total")
@@ -263,7 +233,6 @@ def main() -> int:
     parser.add_argument("--model", default="", help="a folder, or a name that vLLM knows (default: SmolLM2-135M)")
     parser.add_argument("--documents", type=int, default=7, help="how many, 4 or more (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1800, help="tokens a document (default: %(default)s)")
-    parser.add_argument("--tier", choices=TIERS, default="module", help="how the configuration names the tier")
     parser.add_argument("--output", type=Path, default=BUILD / "demo.json", help="default: build/demo.json")
     options = parser.parse_args()
     if options.documents < 4:
@@ -275,7 +244,7 @@ def main() -> int:
     if not options.model:
         print("Preparing the model ...", flush=True)
     model = options.model or smollm2(BUILD / "SmolLM2-135M-Instruct")
-    report = run(model, options.documents, options.tokens, options.tier, options.output)
+    report = run(model, options.documents, options.tokens, "module", options.output)
     print("\n" + table(report) + f"\n\nWritten to {options.output}")
     print(f"Drawn: {report['timeline']}; Perfetto (ui.perfetto.dev) loads {report['trace']}")
     wrong = failures(report)

@@ -1,9 +1,9 @@
 """Runs all benchmarks, one after the other, and puts their figures into one table: `make bench`.
 
-Each writes its JSON and its picture under build/bench/ (build/bench/quick/ with --quick), and all figures together are
-summary.json there: {"machine", "quick", "minutes", "seconds", "failed", "figures": {key: figure}, key: ratio, ...}.
-`seconds` and `failed` are by benchmark; `failed` says why, in words. Exits with 1 if a benchmark fails or leaves one of
-its figures out; a goal that is missed is in the table.
+Each writes its JSON under build/bench/ (build/bench/quick/ with --quick), copy_rate a picture beside it. All figures
+together are summary.json there: {"machine", "quick", "minutes", "seconds", "failed", "figures": {key: figure}, key:
+ratio, ...}. `seconds` and `failed` are by benchmark; `failed` says why, in words. Exits with 1 if a benchmark fails or
+leaves one of its figures out; a goal that is missed is in the table.
 
 Told to stop, it lets the benchmark that runs end in good order, however long that takes: there are servers to stop and
 files to remove. Told again, that hurries; the third time it is killed.
@@ -21,8 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import replay
-from benchmarks.common import BUILD, TMPFS, Figure, machine, on_stop, table
+from benchmarks.bench import replay
+from benchmarks.shared.common import BUILD, TMPFS, Figure, machine, on_stop, table
 
 # By benchmark, in the order that they run in: the figures that it must have, without its name.
 FIGURES = {
@@ -42,7 +42,7 @@ FIGURES = {
 }
 GIB = 1 << 30
 # GiB of memory, and of it on the tmpfs. head_of_line: the fs tier's files, usually 4 (they are removed after a load
-# that finds 2), but more where stores end as they are submitted. serving: four servers of some 2.5. copy_rate: a tier
+# that finds 2), but more where stores end as they are submitted. serving: three servers of some 2.5. copy_rate: a tier
 # of 1 for every number of threads.
 NEEDS = {
     "copy_rate": (4 + len(os.sched_getaffinity(0)).bit_length(), 1),
@@ -50,10 +50,10 @@ NEEDS = {
     "head_of_line": (12, 10),
     "overlap": (5, 0),
     "replay": (4, 0),
-    "serving": (13, 2),
+    "serving": (10, 2),
 }
-# What --quick has of it: servers and imports are as large as ever.
-QUICK_NEEDS = {name: (min(memory, 10), min(on_tmpfs, 3)) for name, (memory, on_tmpfs) in NEEDS.items()}
+# What --quick has of it, at most: servers and imports are as large as ever.
+QUICK_NEEDS = (10, 3)
 # What hurries a benchmark on its way out, and what ends it at once.
 HURRY, KILL = 2, 3
 
@@ -92,18 +92,15 @@ def figures_of(name: str, output: Path) -> tuple[dict[str, Figure], str | None]:
         summary = json.loads(output.read_text())["summary"]
     except OSError:
         return {}, f"it left no {output.name}"
-    figures = {
-        key: Figure(**{field: value for field, value in found.items() if field != "met"})
-        for key, found in summary.items()
-    }
+    figures = {key: Figure.of_json(found) for key, found in summary.items()}
     missing = [key for key in (f"{name}.{each}" for each in FIGURES[name]) if key not in figures]
     return figures, f"it has no figure {', '.join(missing)}" if missing else None
 
 
 def shortage(names: list[str], quick: bool) -> str | None:
     """What this machine lacks for these benchmarks, in one sentence; None if it has enough."""
-    needs = QUICK_NEEDS if quick else NEEDS
-    memory, on_tmpfs = (max(needs[name][which] for name in names) for which in (0, 1))
+    most = QUICK_NEEDS if quick else (sys.maxsize, sys.maxsize)
+    memory, on_tmpfs = (min(most[which], max(NEEDS[name][which] for name in names)) for which in (0, 1))
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024 / GIB
     free = shutil.disk_usage(TMPFS).free / GIB
@@ -148,17 +145,14 @@ def run(names: list[str], folder: Path, quick: bool, trace: Path | None) -> int:
     for name in names:
         print(f"== {name}", flush=True)
         output = folder / f"{name}.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(output)]
+        command = [sys.executable, "-m", f"benchmarks.bench.{name}", "--output", str(output)]
         command += ["--quick"] * quick
         if name == "replay" and trace is not None:
             command += ["--trace", str(trace.resolve())]
         begun = time.perf_counter()
         status = runner.run(command)
         seconds[name] = round(time.perf_counter() - begun, 1)
-        if status:
-            failed[name] = f"exit status {status}"
-            continue
-        found, wrong = figures_of(name, output)
+        found, wrong = figures_of(name, output) if status == 0 else ({}, f"exit status {status}")
         figures |= found
         if wrong:
             failed[name] = wrong
@@ -169,7 +163,7 @@ def run(names: list[str], folder: Path, quick: bool, trace: Path | None) -> int:
         "minutes": round(minutes, 1),
         "seconds": seconds,
         "failed": failed,
-        "figures": {key: vars(figure) | {"met": figure.is_met} for key, figure in figures.items()},
+        "figures": {key: figure.as_json() for key, figure in figures.items()},
         **{key: figure.ratio for key, figure in figures.items()},
     }
     # Whole or not there, whatever happens to us meanwhile.
@@ -180,7 +174,7 @@ def run(names: list[str], folder: Path, quick: bool, trace: Path | None) -> int:
     print("seconds: " + ", ".join(f"{name} {each:.0f}" for name, each in seconds.items()))
     if quick:
         print("with --quick: these figures show only that the benchmarks run")
-    print(f"{minutes:.0f} minutes; written to {summary_path}, pictures beside it")
+    print(f"{minutes:.0f} minutes; written to {summary_path}")
     for name, why in failed.items():
         print(f"FAILED: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0

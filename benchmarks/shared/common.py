@@ -12,7 +12,6 @@ import argparse
 import atexit
 import dataclasses
 import gc
-import importlib
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +31,7 @@ import numpy as np
 
 from async_tier.streams import _native
 
-BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
+BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 TMPFS = Path("/dev/shm")
 # Of a chance interval: samples drawn anew, and what of them is left out at either end, in percent.
 RESAMPLES, LEFT_OUT = 5000, 5
@@ -40,21 +39,19 @@ RESAMPLES, LEFT_OUT = 5000, 5
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: what was measured of whom, and the ratio that has a goal.
+    """One line of the table: what was measured of whom, and the ratio that has a goal, such as "<= 0.6".
 
     ours, fs, example, limit: in `unit`; None where it does not apply. fs is vLLM's fs tier on tmpfs, example vLLM's
-    example tier, which moves no data, limit what the machine can do or what ours is compared with, as `what` says. The
-    goal is met if ratio `goal_is` goal, "<=" or ">=". low, high: around the ratio, quartiles or an interval; `what`
-    says which. paired: the ratio is the median of ratios of two measurements each, and so not the quotient of two
-    values beside it.
+    example tier, which moves no data, limit what the machine can do or what ours is compared with, as `what` says.
+    low, high: around the ratio, quartiles or an interval; `what` says which. paired: the ratio is the median of ratios
+    of two measurements each, and so not the quotient of two values beside it.
     """
 
     key: str
     what: str
     unit: str
     ratio: float
-    goal: float
-    goal_is: str
+    goal: str
     ours: float | None = None
     fs: float | None = None
     example: float | None = None
@@ -65,7 +62,15 @@ class Figure:
 
     @property
     def is_met(self) -> bool:
-        return self.ratio <= self.goal if self.goal_is == "<=" else self.ratio >= self.goal
+        sign, goal = self.goal.split()
+        return self.ratio <= float(goal) if sign == "<=" else self.ratio >= float(goal)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "met": self.is_met}
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> Figure:
+        return cls(**{field: value for field, value in found.items() if field != "met"})
 
 
 def table(figures: Sequence[Figure]) -> str:
@@ -82,10 +87,9 @@ def table(figures: Sequence[Figure]) -> str:
         cells = " ".join(f"{cell(value):>9}" for value in (figure.ours, figure.fs, figure.example))
         between = "-" if figure.low is None or figure.high is None else f"{figure.low:.3f} to {figure.high:.3f}"
         verdict = "ok" if figure.is_met else "MISSED"
-        goal = f"{figure.goal_is} {figure.goal:g}"
         lines.append(
             f"{figure.key:34} {cells} {cell(figure.limit):>18} {figure.unit:6} {figure.ratio:>8.3f} {between:>18}  "
-            f"{goal:9} {verdict}"
+            f"{figure.goal:9} {verdict}"
         )
         what = figure.what + "; the median of ratios, pair by pair" * figure.paired
         lines += textwrap.wrap(what, 116, initial_indent="    ", subsequent_indent="    ")
@@ -122,13 +126,6 @@ class Spread:
             return cls(values[0], values[0], values[0])
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(middle, low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-    def times(self, factor: float) -> Spread:
-        """In another unit."""
-        return Spread(self.median * factor, self.low * factor, self.high * factor)
 
     def cells(self) -> str:
         """For a table, under QUARTILES."""
@@ -223,7 +220,7 @@ class Run:
             "seconds": round(seconds, 1),
             "results": self.results,
             "failures": self.failures,
-            "summary": {figure.key: {**dataclasses.asdict(figure), "met": figure.is_met} for figure in self.figures},
+            "summary": {figure.key: figure.as_json() for figure in self.figures},
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(report, indent=2) + "\n")
@@ -269,24 +266,6 @@ def figure(path: Path, **options: Any) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=130)
     pyplot.close(drawn)
-
-
-def plot_spreads(axes: Any, spreads: Mapping[int, Spread], style: str, color: str, label: str) -> None:
-    """The medians by what the keys say, with the quartiles as a band around them."""
-    places = list(spreads)
-    axes.plot(places, [each.median for each in spreads.values()], style, color=color, label=label)
-    low, high = [each.low for each in spreads.values()], [each.high for each in spreads.values()]
-    axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
-
-
-class Lazily:
-    """A module that is imported when something in it is first used: `--help` need not wait for vLLM, for seconds."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, what: str) -> Any:
-        return getattr(importlib.import_module(self._name), what)
 
 
 def on_stop(handler: Callable[[int, object], None]) -> None:

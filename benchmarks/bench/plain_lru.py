@@ -1,6 +1,6 @@
 """PlainLru: the least recently used block goes, whatever continues it. What the tier's own policy is measured against.
 
-Named in a tier's configuration as "benchmarks.plain_lru:PlainLru".
+Named in a tier's configuration as "benchmarks.bench.plain_lru:PlainLru".
 """
 
 from __future__ import annotations

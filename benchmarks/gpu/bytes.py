@@ -15,7 +15,8 @@ import torch
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
-from benchmarks.gpu_facts import EMULATED, MIB
+from benchmarks.gpu import EMULATED
+from benchmarks.gpu.device import MIB
 from tests.rows import zero_rows
 
 # Bytes of a row: some cache lines, small ones, one that is no multiple of anything, and a real model's.

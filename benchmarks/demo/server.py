@@ -19,13 +19,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# (metric, tier label or "") -> value.
+Metrics = dict[tuple[str, str], float]
 # Loading and profiling take some 20 s on two cores; a machine under load takes longer.
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 LEFT_RUNNING_TIMEOUT_S = 15
 # The memory of a primary tier, whose name ends with the process that asked for the server, and a number.
 PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+\.mmap")
-COPY_THREAD = "async-tier-copy\n"  # as the system tells it
+
+
+def of_tier(metrics: Metrics, name: str) -> float:
+    """What vLLM counts of the first secondary tier."""
+    metric = f"vllm:kv_offload_tiering_{name}"
+    return sum(value for (each, tier), value in metrics.items() if each == metric and tier.startswith("1:"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy completion. times: seconds from the request until each part of it came, a token or some.
+
+    cached_tokens: of the prompt, from the KV cache and from tiers; 0 if the server does not say.
+    """
+
+    text: str
+    times: list[float]
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def first(self) -> float:
+        return self.times[0]
+
+    @property
+    def last(self) -> float:
+        return self.times[-1]
 
 
 @dataclass
@@ -65,28 +94,44 @@ class Server:
             self.resume()  # a paused one would not hear
         self.process.send_signal(signal.SIGTERM)
 
-    def metrics(self) -> dict[tuple[str, str], float]:
-        """(metric, tier label or "") -> value, of everything at /metrics; series of other labels are added up."""
+    def ask(self, prompt: str, tokens: int, ignore_eos: bool = False) -> Answer:
+        """A streamed completion of at most so many tokens; of exactly so many where it is not to end by itself."""
+        from openai import OpenAI
+
+        usage: Any = None
+        text, times = "", []
+        with OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
+            started = time.perf_counter()
+            for part in client.completions.create(
+                model="model",
+                prompt=prompt,
+                max_tokens=tokens,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": ignore_eos},
+            ):
+                if part.choices:
+                    times.append(time.perf_counter() - started)
+                    text += part.choices[0].text
+                usage = part.usage or usage
+        if not times or usage is None:
+            raise RuntimeError("the server sent no token, or does not say how many there were")
+        cached = getattr(usage.prompt_tokens_details, "cached_tokens", None) or 0
+        return Answer(text, times, usage.completion_tokens, usage.prompt_tokens, cached)
+
+    def metrics(self) -> Metrics:
+        """Of everything at /metrics; series of other labels are added up."""
         from prometheus_client.parser import text_string_to_metric_families
 
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
             text = reply.read().decode()
-        values: dict[tuple[str, str], float] = {}
+        values: Metrics = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 key = (sample.name, sample.labels.get("tier", ""))
                 values[key] = values.get(key, 0.0) + sample.value
         return values
-
-    def copy_thread_seconds(self) -> float:
-        """CPU time that our copy threads in its processes have had: the tier's and those of `CPUBackendTieringSpec`."""
-        nanoseconds = 0
-        for name in Path("/proc").glob("[0-9]*/task/[0-9]*/comm"):
-            # Threads and processes come and go.
-            with contextlib.suppress(OSError):
-                if name.read_text() == COPY_THREAD and os.getpgid(int(name.parts[2])) == self.process.pid:
-                    nanoseconds += int((name.parent / "schedstat").read_text().split()[0])
-        return nanoseconds / 1e9
 
     def tracebacks(self) -> list[str]:
         """Lines of the log that begin a traceback.
@@ -104,23 +149,32 @@ class Server:
         return found
 
 
+def command(model: Path | str, port: int, name: str, offloading: dict[str, Any] | None) -> list[str]:
+    found = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    found += ["--model", str(model), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
+    if offloading is not None:
+        transfer = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "engine_id": name,
+            "kv_connector_extra_config": offloading,
+        }
+        found += ["--kv-transfer-config", json.dumps(transfer)]
+    return found
+
+
+def environment(model: Path | str, model_cores: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": model_cores,
+    }
+
+
 @contextlib.contextmanager
 def serve(
-    model: Path | str, log: Path, *, name: str, offloading: dict[str, Any] | None, arguments: list[str]
-) -> Iterator[Server]:
-    """Run the server while in the block, on a free port of this machine.
-
-    model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory (see
-    PRIMARY_MEMORY). offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the
-    server's. Raises RuntimeError with the end of the log if the server does not come up.
-    """
-    with launch(model, log, name=name, offloading=offloading, arguments=arguments) as server:
-        server.wait_until_healthy()
-        yield server
-
-
-@contextlib.contextmanager
-def launch(
     model: Path | str,
     log: Path,
     *,
@@ -129,9 +183,12 @@ def launch(
     arguments: list[str],
     model_cores: str = "nobind",
 ) -> Iterator[Server]:
-    """As `serve`, but the block begins at once, while the server comes up: others may be started meanwhile.
+    """Run the server while in the block, on a free port of this machine.
 
-    model_cores: of a CPU build, the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere.
+    model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory (see
+    PRIMARY_MEMORY). offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the
+    server's. model_cores: the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere. Raises
+    RuntimeError with the end of the log if the server does not come up.
     """
     remove_what_the_dead_left()
     # Bound until the server has ended, or somebody else may be given its port. vLLM's listens on it all the same.
@@ -139,33 +196,20 @@ def launch(
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     port = held.getsockname()[1]
-    transfer = {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "engine_id": name,
-        "kv_connector_extra_config": offloading,
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
-    command += arguments
-    if offloading is not None:
-        command += ["--kv-transfer-config", json.dumps(transfer)]
-    environment = {
-        **os.environ,
-        **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": model_cores,
-    }
     log.parent.mkdir(parents=True, exist_ok=True)
     server = None
     try:
         with log.open("w") as output, signals_wait():
             # A session of its own: Ctrl-C reaches us alone, and we end the whole group.
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command(model, port, name, offloading) + arguments,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(model, model_cores),
+                start_new_session=True,
             )
             server = Server(f"http://127.0.0.1:{port}", log, process)
+        server.wait_until_healthy()
         yield server
     finally:
         if server is not None:

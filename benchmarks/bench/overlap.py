@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -28,8 +28,8 @@ from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine
 from async_tier.streams.rows import Rows
 from async_tier.testing import load_gate, store_gate
-from benchmarks import tiers
-from benchmarks.common import QUARTILES, Figure, Run, Spread, arguments, figure
+from benchmarks.shared import tiers
+from benchmarks.shared.common import QUARTILES, Figure, Run, Spread, arguments
 
 KIB, MIB = 1 << 10, 1 << 20
 # Blocks of 16 tokens: of an 8B model (Llama 3.1, bfloat16: 128 KiB a token), and of one eight times smaller.
@@ -47,7 +47,6 @@ IN_FLIGHT_BYTES = 256 * MIB
 # A step of the scheduler: this much Python, and in it one store and one load of 32 blocks.
 STEP_S = 0.010
 STEPS, STEPS_IN_TURN = 50, 5
-EFFICIENCY, SLOWDOWN = 0.9, 0.03
 
 
 class Copies:
@@ -112,11 +111,6 @@ class Copies:
         rows = self._rows_of_primary
         return self._thread.store_stream.copy_rows(rows, targets.tolist(), rows, sources.tolist())
 
-    @property
-    def can_be_held(self) -> bool:
-        """Whether the engine's streams can be told to wait: those of copy threads."""
-        return hasattr(self.tier.block_store.engine.store_stream, "limit")
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nothing is copied until the end."""
@@ -138,56 +132,47 @@ class MatrixProducts:
     def __init__(self, copies: Copies, size: int) -> None:
         self._copies = copies
         torch.set_num_threads(1)
-        self._left = torch.rand(size, size)
-        self._right = torch.rand(size, size)
-        self._out = torch.empty(size, size)
+        self._left, self._right, self._out = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
         self.products, self.jobs = 100, 4 * copies.most_in_flight
         # The first ones build what they need, and touch memory for the first time.
-        self.products = round(100 * COMPUTE_S / min(self.compute()["compute"] for _ in range(5)))
-        self.jobs = round(self.jobs * COMPUTE_S / min(self.copy()["copy"] for _ in range(5)))
+        self.products = round(100 * COMPUTE_S / min(tiers.timed(self._multiply) for _ in range(5)))
+        self.jobs = round(self.jobs * COMPUTE_S / min(self._copy() for _ in range(5)))
 
     def measure(self, first: int) -> dict[str, float]:
         """Seconds of each alone and of both together, with a tier and without; number `first` of these begins."""
-        calls = (self.compute, self.copy, self.both, self.both_at_once)
-        found: dict[str, float] = {}
-        for at in range(len(calls)):
-            found |= calls[(first + at) % len(calls)]()
-        return found
+        calls: dict[str, Callable[[], float]] = {
+            "compute": lambda: tiers.timed(self._multiply),
+            "copy": self._copy,
+            "both": self._both,
+            "both, at once": lambda: tiers.timed(self._both_at_once),
+        }
+        names = list(calls)
+        return {name: calls[name]() for name in names[first % 4 :] + names[: first % 4]}
 
-    def compute(self) -> dict[str, float]:
-        started = time.perf_counter()
-        self._multiply()
-        return {"compute": time.perf_counter() - started}
-
-    def copy(self) -> dict[str, float]:
+    def _copy(self) -> float:
         self._copies.prepare(self.jobs)
-        started = time.perf_counter()
-        self._finish()
-        return {"copy": time.perf_counter() - started}
+        return tiers.timed(self._finish)
 
-    def both(self) -> dict[str, float]:
-        """Jobs are submitted and polled between the products; also the seconds until the products were done."""
+    def _both(self) -> float:
+        """Jobs are submitted and polled between the products."""
         copies = self._copies
         copies.prepare(self.jobs)
-        started = time.perf_counter()
-        for _ in range(self.products):
-            torch.mm(self._left, self._right, out=self._out)
+
+        def between() -> None:
             copies.poll()
             copies.submit(copies.most_in_flight)
-        computed = time.perf_counter() - started
-        self._finish()
-        return {"both": time.perf_counter() - started, "compute beside copies": computed}
 
-    def both_at_once(self) -> dict[str, float]:
-        started = time.perf_counter()
+        return tiers.timed(lambda: (self._multiply(between), self._finish()))
+
+    def _both_at_once(self) -> None:
         event = self._copies.queue_at_once(self.jobs)
         self._multiply()
         event.synchronize()
-        return {"both, at once": time.perf_counter() - started}
 
-    def _multiply(self) -> None:
+    def _multiply(self, between: Callable[[], None] = lambda: None) -> None:
         for _ in range(self.products):
             torch.mm(self._left, self._right, out=self._out)
+            between()
 
     def _finish(self) -> None:
         while not self._copies.is_over:
@@ -195,8 +180,9 @@ class MatrixProducts:
             self._copies.poll()
 
 
-def efficiency(compute: float, copy: float, both: float) -> float:
-    return (compute + copy - both) / min(compute, copy)
+def efficiency(seconds: dict[str, float], both: str) -> float:
+    compute, copy = seconds["compute"], seconds["copy"]
+    return (compute + copy - seconds[both]) / min(compute, copy)
 
 
 class SchedulerLoop:
@@ -213,9 +199,7 @@ class SchedulerLoop:
 
         In short turns, of which neighbours are compared: a processor's clock changes by more than what is measured.
         """
-        ways = [self._alone, self._together]
-        if self._copies.can_be_held:
-            ways.append(self._held)
+        ways = (self._alone, lambda: self._steps(is_held=False), lambda: self._steps(is_held=True))
         turns: list[dict[str, float]] = []
         for turn in range(STEPS // STEPS_IN_TURN):
             turns.append({})
@@ -234,15 +218,7 @@ class SchedulerLoop:
         self._copies.forget()
         return {"alone": alone}
 
-    def _together(self) -> dict[str, float]:
-        together, calls = self._steps(is_held=False)
-        return {"together": together, "calls": calls}
-
-    def _held(self) -> dict[str, float]:
-        together, calls = self._steps(is_held=True)
-        return {"held": together, "calls while held": calls}
-
-    def _steps(self, is_held: bool) -> tuple[float, float]:
+    def _steps(self, is_held: bool) -> dict[str, float]:
         self._begin_turn()
         with self._copies.held() if is_held else nullcontext():
             calls, started = 0.0, time.perf_counter()
@@ -254,7 +230,7 @@ class SchedulerLoop:
                 tiers.busy(self.rounds)
             together = time.perf_counter() - started
         self._copies.wait()
-        return together, calls
+        return {"held" if is_held else "together": together, "calls while held" if is_held else "calls": calls}
 
 
 def measure_products(run: Run, repetitions: int) -> dict[str, dict[str, Any]]:
@@ -268,19 +244,11 @@ def measure_products(run: Run, repetitions: int) -> dict[str, dict[str, Any]]:
                 products = MatrixProducts(copies, size)
                 run.progress(f"{name}: {products.products} products, {products.jobs} jobs")
                 rounds = [products.measure(first) for first in range(WARM_UPS + repetitions)][WARM_UPS:]
-                seconds = {what: Spread.of([each[what] for each in rounds]) for what in rounds[0]}
                 found[name] = {
-                    "seconds": {what: asdict(spread) for what, spread in seconds.items()},
+                    "seconds": {what: asdict(Spread.of([each[what] for each in rounds])) for what in rounds[0]},
                     "bytes_copied": products.jobs * tiers.JOB_BLOCKS * block_bytes,
-                    "efficiency": asdict(
-                        Spread.of([efficiency(each["compute"], each["copy"], each["both"]) for each in rounds])
-                    ),
-                    "efficiency_at_once": asdict(
-                        Spread.of([efficiency(each["compute"], each["copy"], each["both, at once"]) for each in rounds])
-                    ),
-                    "compute_slowed_by": asdict(
-                        Spread.of([each["compute beside copies"] / each["compute"] - 1 for each in rounds])
-                    ),
+                    "efficiency": asdict(Spread.of([efficiency(each, "both") for each in rounds])),
+                    "efficiency_at_once": asdict(Spread.of([efficiency(each, "both, at once") for each in rounds])),
                 }
     run.results["products"] = found
     return found
@@ -293,45 +261,72 @@ def measure_scheduler(run: Run, repetitions: int) -> dict[str, Any]:
         turns = [turn for _ in range(WARM_UPS + repetitions) for turn in scheduler.measure()]
     turns = turns[WARM_UPS * STEPS // STEPS_IN_TURN :]
 
-    def slowed(steps: str, calls: str | None = None) -> dict[str, float]:
-        return asdict(Spread.of([(turn[steps] - (turn[calls] if calls else 0)) / turn["alone"] - 1 for turn in turns]))
+    def slowed(steps: str) -> dict[str, float]:
+        return asdict(Spread.of([turn[steps] / turn["alone"] - 1 for turn in turns]))
 
     def milliseconds(what: str) -> dict[str, float]:
         return asdict(Spread.of([turn[what] / STEPS_IN_TURN * 1e3 for turn in turns]))
 
-    found = {
+    run.results["scheduler"] = {
         "slowdown": slowed("together"),
-        "slowdown_without_calls": slowed("together", "calls"),
+        "slowdown_copies_held": slowed("held"),
         "ms_a_step": milliseconds("alone"),
         "ms_a_step_with_copies": milliseconds("together"),
         "ms_of_calls_a_step": milliseconds("calls"),
+        "ms_of_calls_a_step_copies_held": milliseconds("calls while held"),
     }
-    if "held" in turns[0]:
-        found |= {
-            "slowdown_copies_held": slowed("held"),
-            "slowdown_copies_held_without_calls": slowed("held", "calls while held"),
-            "ms_of_calls_a_step_copies_held": milliseconds("calls while held"),
-        }
-    run.results["scheduler"] = found
-    return found
+    return run.results["scheduler"]
 
 
 def report(products: dict[str, dict[str, Any]], scheduler: dict[str, Any]) -> None:
-    def line(name: str, spread: dict[str, float]) -> None:
-        print(f"{name:44}{Spread(**spread).cells()}")
-
-    print(f"{'efficiency':44}{QUARTILES}")
-    for name, found in products.items():
-        line(f"  {name}", found["efficiency"])
-    print("efficiency of as many bytes, handed over at once")
-    for name, found in products.items():
-        line(f"  {name}", found["efficiency_at_once"])
-    print("products slowed by")
-    for name, found in products.items():
-        line(f"  {name}", found["compute_slowed_by"])
+    print(f"{'':44}{QUARTILES}")
+    for key, text in (
+        ("efficiency", "efficiency"),
+        ("efficiency_at_once", "efficiency of as many bytes, handed over at once"),
+    ):
+        print(text)
+        for name, found in products.items():
+            print(f"{f'  {name}':44}{Spread(**found[key]).cells()}")
     print("the scheduler")
     for name, spread in scheduler.items():
-        line(f"  {name.replace('_', ' ')}", spread)
+        print(f"{f'  {name}'.replace('_', ' '):44}{Spread(**spread).cells()}")
+
+
+def figures(products: dict[str, dict[str, Any]], scheduler: dict[str, Any]) -> list[Figure]:
+    worst = min(products, key=lambda name: products[name]["efficiency"]["median"])
+    of_worst, slowdown = products[worst]["efficiency"], scheduler["slowdown"]
+    seconds = {what: spread["median"] for what, spread in products[worst]["seconds"].items()}
+    step, calls = (scheduler[name]["median"] for name in ("ms_a_step", "ms_of_calls_a_step"))
+    return [
+        Figure(
+            "overlap.efficiency",
+            f"(compute + copies - both) / min(compute, copies), quartiles: {worst}, the worst (ours: both; limit: "
+            "both without a tier, the copies handed over at once, which makes "
+            f"{products[worst]['efficiency_at_once']['median']:.3f})",
+            "s",
+            of_worst["median"],
+            ">= 0.9",
+            ours=seconds["both"],
+            limit=seconds["both, at once"],
+            low=of_worst["low"],
+            high=of_worst["high"],
+            paired=True,
+        ),
+        Figure(
+            "overlap.scheduler_slowdown",
+            f"steps of {step:.1f} ms with a store and a load of 32 blocks each / without (limit), less 1, and its "
+            f"quartiles; the calls take {calls:.2f} ms a step; with the same calls and the copies held back it makes "
+            f"{scheduler['slowdown_copies_held']['median']:.3f}",
+            "ms",
+            slowdown["median"],
+            "<= 0.03",
+            ours=scheduler["ms_a_step_with_copies"]["median"],
+            limit=step,
+            low=slowdown["low"],
+            high=slowdown["high"],
+            paired=True,
+        ),
+    ]
 
 
 def main() -> int:
@@ -347,91 +342,9 @@ def main() -> int:
         options.output,
     )
     products, scheduler = measure_products(run, repetitions), measure_scheduler(run, repetitions)
-    worst = min(products, key=lambda name: products[name]["efficiency"]["median"])
-    at_once = products[worst]["efficiency_at_once"]["median"]
-    step, calls = (scheduler[name]["median"] for name in ("ms_a_step", "ms_of_calls_a_step"))
-    held = scheduler.get("slowdown_copies_held")
-    held = f"; with the same calls and the copies held back it makes {held['median']:.3f}" if held else ""
-    seconds = {what: spread["median"] for what, spread in products[worst]["seconds"].items()}
-    run.figures = [
-        Figure(
-            key="overlap.efficiency",
-            what=f"(compute + copies - both) / min(compute, copies), quartiles: {worst}, the worst (ours: both; "
-            f"limit: both without a tier, the copies handed over at once, which makes {at_once:.3f})",
-            unit="s",
-            ratio=products[worst]["efficiency"]["median"],
-            low=products[worst]["efficiency"]["low"],
-            high=products[worst]["efficiency"]["high"],
-            paired=True,
-            goal=EFFICIENCY,
-            goal_is=">=",
-            ours=seconds["both"],
-            limit=seconds["both, at once"],
-        ),
-        Figure(
-            key="overlap.scheduler_slowdown",
-            what=f"steps of {step:.1f} ms with a store and a load of 32 blocks each / without (limit), less 1, and its "
-            f"quartiles; the calls take {calls:.2f} ms a step{held}",
-            unit="ms",
-            ratio=scheduler["slowdown"]["median"],
-            low=scheduler["slowdown"]["low"],
-            high=scheduler["slowdown"]["high"],
-            paired=True,
-            goal=SLOWDOWN,
-            goal_is="<=",
-            ours=scheduler["ms_a_step_with_copies"]["median"],
-            limit=step,
-        ),
-    ]
+    run.figures = figures(products, scheduler)
     report(products, scheduler)
-    draw(run, products, scheduler)
-    run.finish()
-    return 0
-
-
-def draw(run: Run, products: dict[str, dict[str, Any]], scheduler: dict[str, Any]) -> None:
-    with figure(run.picture, ncols=2, figsize=(11, 4)) as (_, (left, right)):
-        for at, found in enumerate(products.values()):
-            seconds = {what: spread["median"] for what, spread in found["seconds"].items()}
-            shown = [
-                {"label": label} for label in ("compute alone", "copies alone", "both together", "both without a tier")
-            ]
-            left.barh(at + 0.2, seconds["compute"], 0.36, color="#4c72b0", **(shown[0] if not at else {}))
-            left.barh(
-                at + 0.2, seconds["copy"], 0.36, seconds["compute"], color="#dd8452", **(shown[1] if not at else {})
-            )
-            left.barh(at - 0.2, seconds["both"], 0.36, color="#55a868", **(shown[2] if not at else {}))
-            left.plot([seconds["both, at once"]] * 2, [at - 0.38, at - 0.02], "k:", **(shown[3] if not at else {}))
-            left.annotate(
-                f"efficiency {found['efficiency']['median']:.2f}",
-                (seconds["both"], at - 0.2),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize="small",
-            )
-        left.set_yticks(range(len(products)), [name.replace(", ", "\n") for name in products])
-        left.set_title("Matrix products and copies")
-        left.set_xlabel("seconds")
-        left.legend(fontsize="small", loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.15))
-        step, together, calls = (
-            scheduler[name] for name in ("ms_a_step", "ms_a_step_with_copies", "ms_of_calls_a_step")
-        )
-        for name, spread, of_calls in (("without a tier", step, 0.0), ("with copies", together, calls["median"])):
-            errors = [[spread["median"] - spread["low"]], [spread["high"] - spread["median"]]]
-            right.barh(name, spread["median"] - of_calls, 0.5, color="#4c72b0")
-            right.barh(
-                name,
-                of_calls,
-                0.5,
-                spread["median"] - of_calls,
-                xerr=errors,
-                color="#c44e52",
-                label="calls to the tier" if of_calls else None,
-            )
-        right.set_title(f"A scheduler in Python: slowed by {scheduler['slowdown']['median']:.1%}")
-        right.set_xlabel("ms a step (median, quartiles)")
-        right.legend(loc="lower right", fontsize="small")
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -152,8 +152,8 @@ def wait(tier: Any, count: int) -> None:
         count -= collect(tier)
 
 
-def move(tier: Any, jobs: Sequence[TransferJob], is_busy: bool = True) -> float:
-    """Seconds to run `jobs`, JOBS_IN_FLIGHT at a time, on a thread that is busy in Python between polls, or sleeps."""
+def move(tier: Any, jobs: Sequence[TransferJob]) -> float:
+    """Seconds to run `jobs`, JOBS_IN_FLIGHT at a time, on a thread that is busy in Python between polls."""
     for job in jobs:
         tier.on_new_request(job.req_context)
     waiting, in_flight = deque(jobs), 0
@@ -162,10 +162,7 @@ def move(tier: Any, jobs: Sequence[TransferJob], is_busy: bool = True) -> float:
         while waiting and in_flight < JOBS_IN_FLIGHT:
             submit(tier, waiting.popleft())
             in_flight += 1
-        if is_busy:
-            busy()
-        else:
-            time.sleep(20e-6)
+        busy()
         in_flight -= collect(tier)
     took = time.perf_counter() - started
     for job in jobs:

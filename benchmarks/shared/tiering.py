@@ -14,7 +14,7 @@ from vllm.v1.kv_offload.base import LookupResult, make_offload_key
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
 from async_tier.manager import AsyncSecondaryTierManager
-from benchmarks import tiers
+from benchmarks.shared import tiers
 
 ROW_BYTES = 256
 # Blocks that are stored as vLLM does after a chunk of prefill.

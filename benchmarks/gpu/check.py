@@ -23,16 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EMULATED = os.environ.get("ASYNC_TIER_CUDA") == "emulated"
-if EMULATED:  # before anything imports torch
-    from tests import cuda_emulator
-
-    emulator = cuda_emulator.load()
-
 import torch
 
-from benchmarks import gpu_bytes, gpu_figures
-from benchmarks.gpu_facts import FACTS, ROOT, Bench
+from benchmarks.gpu import EMULATED, figures
+from benchmarks.gpu.bytes import wrong_blocks
+from benchmarks.gpu.device import ROOT, Bench
+from benchmarks.gpu.facts import FACTS
 
 # Attributes of a device that explain what was measured, by CUdevice_attribute.
 ATTRIBUTES = {
@@ -54,12 +50,11 @@ class NotRunError(Exception):
 
 def machine(bench: Bench) -> dict[str, Any]:
     """What people need to explain a figure."""
-    value, device = ctypes.c_int(), torch.cuda.current_device()
+    value, version, device = ctypes.c_int(), ctypes.c_int(), torch.cuda.current_device()
     attributes = {}
     for number, name in ATTRIBUTES.items():
-        bench.do("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(number), ctypes.c_int(device))
+        bench.do("cuDeviceGetAttribute", ctypes.byref(value), number, device)
         attributes[f"{number} {name}"] = value.value
-    version = ctypes.c_int()
     bench.do("cuDriverGetVersion", ctypes.byref(version))
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -159,18 +154,18 @@ def main() -> int:
     report = Report(arguments.json)
     report.content["emulated"] = EMULATED
     for pool in pools:
-        report.ask(f"wrong blocks, pool {pool}", lambda pool=pool: gpu_bytes.wrong_blocks(pool), _none_is_wrong)
+        report.ask(f"wrong blocks, pool {pool}", lambda pool=pool: wrong_blocks(pool), _none_is_wrong)
     with bench.context:
         report.ask("machine", lambda: machine(bench))
         for number, (name, check) in FACTS.items():
             report.ask(f"{number} {name}", lambda check=check: check(bench), lambda seen: seen[0])
     report.ask("contract", contract, lambda seen: seen[0])
     with bench.context:
-        for name, figure in gpu_figures.RAW.items():
+        for name, figure in figures.RAW.items():
             report.ask(name, lambda figure=figure: figure(bench))
     for pool in pools:
-        for name, tier_figure in gpu_figures.TIER.items():
-            report.ask(f"pool {pool}: {name}", lambda pool=pool, figure=tier_figure: figure(bench, pool))
+        for name, tier_figure in figures.TIER.items():
+            report.ask(f"pool {pool}: {name}", lambda pool=pool, figure=tier_figure: figure(pool))
     print("\nall as expected" if report.good else "\nNOT AS EXPECTED: see above")
     return 0 if report.good else 1
 
