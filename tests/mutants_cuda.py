@@ -81,7 +81,7 @@ MUTANTS_CUDA = [
     Mutant("the end is behind the copies", _NATIVE, "    int code = SUCCESS;\n    if (flight->piece.is_first)", "    int code = record(cuda, &flight->ended, direction->out, call);\n    if (flight->piece.is_first)", CUDA),
     Mutant("a slot a flight", _NATIVE, "(size_t)slot_number * cuda->piece_bytes", "0 * (size_t)slot_number", CUDA),
     Mutant("no more flights than slots", _NATIVE, "return direction->count < direction->limits.pieces &&", "return direction->count < MAX_PIECES &&", CUDA),
-    Mutant("the second leg goes on where the first did", _NATIVE, "reads ? segment->src + offset : slot + done, size}", "reads ? segment->src + offset : slot, size}", CUDA),
+    Mutant("the second leg goes on where the first did", _NATIVE, "reads ? segment->src + offset : slot + done,", "reads ? segment->src + offset : slot,", CUDA),
     Mutant("a piece begins where the last one ended", _NATIVE, "size_t at = flight->piece.at, offset = flight->piece.offset, done = 0;", "size_t at = flight->piece.at, offset = 0, done = 0;", CUDA),
     Mutant("neighbours on one side are not merged", _NATIVE, "run.dst + run.size == next.dst && run.src + run.size == next.src", "run.dst + run.size == next.dst", CUDA),
     Mutant("neighbours are merged leg by leg", _NATIVE, "if (run.size && run.dst", "if (0 && run.dst", CUDA),

@@ -46,7 +46,7 @@ def patience():
         raise SystemExit("awaited for ever")  # asyncio hands other errors to its log
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(helpers.PATIENCE_S)
+    signal.alarm(2 * helpers.PATIENCE_S)  # later than `until` and `turns` give up, which say what they waited for
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

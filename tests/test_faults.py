@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -108,3 +110,28 @@ def test_reasons_that_never_repeat_do_not_fill_the_log(log, caplog):
     assert len(said) == MAX_KINDS + 1
     log.flush(now=True)
     assert "load a known one" in lines(caplog)
+
+
+@pytest.mark.starts_process
+@pytest.mark.parametrize("configured", [False, True])
+def test_every_module_logs_as_vllm_does_unless_somebody_has_configured_it(configured):
+    script = f"""
+import logging, sys
+from tests.helpers import make_tier
+from tests.rows import primary_rows
+handler = logging.StreamHandler(sys.stdout)
+handler.setFormatter(logging.Formatter("vllm's: %(message)s"))
+logging.getLogger("vllm").addHandler(handler)
+logging.getLogger("vllm").setLevel("INFO")
+if {configured}:
+    logging.basicConfig(format="mine: %(message)s", level="INFO", stream=sys.stdout)
+tier = make_tier(primary_rows(8, 4096))
+logging.getLogger("async_tier.block_store").info("Job %d failed", 7)
+tier.shutdown()
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    prefix = "mine: " if configured else "vllm's: "
+    assert any(line.startswith(f"{prefix}Tier 'async'") for line in lines), done.stdout
+    assert f"{prefix}Job 7 failed" in lines
+    assert sum("Job 7 failed" in line for line in lines) == 1

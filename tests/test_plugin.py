@@ -46,28 +46,3 @@ assert not [name for name in sys.modules if name.split('.')[0] in ('vllm', 'torc
 assert len(os.listdir('/proc/self/task')) == 1
 """
     subprocess.run([sys.executable, "-c", script], check=True, env={"OPENBLAS_NUM_THREADS": "1"})
-
-
-@pytest.mark.starts_process
-@pytest.mark.parametrize("configured", [False, True])
-def test_every_module_logs_as_vllm_does_unless_somebody_has_configured_it(configured):
-    script = f"""
-import logging, sys
-from tests.helpers import make_tier
-from tests.rows import primary_rows
-handler = logging.StreamHandler(sys.stdout)
-handler.setFormatter(logging.Formatter("vllm's: %(message)s"))
-logging.getLogger("vllm").addHandler(handler)
-logging.getLogger("vllm").setLevel("INFO")
-if {configured}:
-    logging.basicConfig(format="mine: %(message)s", level="INFO", stream=sys.stdout)
-tier = make_tier(primary_rows(8, 4096))
-logging.getLogger("async_tier.block_store").info("Job %d failed", 7)
-tier.shutdown()
-"""
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    prefix = "mine: " if configured else "vllm's: "
-    assert any(line.startswith(f"{prefix}Tier 'async'") for line in lines), done.stdout
-    assert f"{prefix}Job 7 failed" in lines
-    assert sum("Job 7 failed" in line for line in lines) == 1

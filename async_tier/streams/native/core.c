@@ -19,9 +19,7 @@ int64_t now_ns(void) {
     return (int64_t)t.tv_sec * NS_PER_S + t.tv_nsec;
 }
 
-struct timespec timespec_of(int64_t ns) {
-    return (struct timespec){.tv_sec = ns / NS_PER_S, .tv_nsec = ns % NS_PER_S};
-}
+struct timespec timespec_of(int64_t ns) { return (struct timespec){.tv_sec = ns / NS_PER_S, .tv_nsec = ns % NS_PER_S}; }
 
 void core_init(Core *core, int queues, int ordered, size_t piece_bytes, void (*release)(Core *)) {
     atomic_init(&core->refs, 1);
@@ -65,7 +63,7 @@ int core_start(Core *core, pthread_t *thread, void *(*run)(void *)) {
     return error;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ jobs */
+/* ------------------------------------------------------------------------------------------------------------- jobs */
 
 Job *job_new(size_t count) {
     Job *job = malloc(sizeof *job + count * sizeof *job->segments);
@@ -151,7 +149,7 @@ void core_wait(Core *core, Job *job) {
     pthread_mutex_unlock(&core->lock);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- pieces */
+/* ----------------------------------------------------------------------------------------------------------- pieces */
 
 int core_may_claim(const Queue *queue) {
     return queue->head && queue->budget != 0 && !(queue->ordered && queue->running);

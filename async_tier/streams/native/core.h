@@ -89,7 +89,7 @@ typedef struct Core {
     pthread_cond_t work, ended; /* their clock is CLOCK_MONOTONIC */
     int waiters;                /* threads in core_wait */
     int signal; /* -1, or the caller's eventfd, to write to when a job of copies ends; set to -1 before it is closed */
-    atomic_int stop; /* set under `lock`; also read without it */
+    atomic_int stop;      /* set under `lock`; also read without it */
     char *_Atomic broken; /* why the executor can copy no more; NULL while it can. Set once */
     Queue queues[MAX_QUEUES];
 } Core;

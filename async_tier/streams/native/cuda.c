@@ -88,9 +88,14 @@ typedef struct {
 } Driver;
 
 static const char *const FUNCTIONS[] = {
-    "cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuStreamCreate",    "cuStreamDestroy_v2", "cuStreamQuery",
-    "cuStreamWaitEvent",   "cuEventCreate",                     "cuEventDestroy_v2", "cuEventRecord",      "cuEventQuery",
-    "cuEventElapsedTime",  "cuMemcpyAsync",                     "cuGetErrorName",    "cuGetErrorString",   "cuGetProcAddress_v2",
+    "cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode",
+    "cuStreamCreate",      "cuStreamDestroy_v2",
+    "cuStreamQuery",       "cuStreamWaitEvent",
+    "cuEventCreate",       "cuEventDestroy_v2",
+    "cuEventRecord",       "cuEventQuery",
+    "cuEventElapsedTime",  "cuMemcpyAsync",
+    "cuGetErrorName",      "cuGetErrorString",
+    "cuGetProcAddress_v2",
 };
 _Static_assert(sizeof FUNCTIONS == sizeof(Driver), "a name each");
 
@@ -100,12 +105,13 @@ typedef struct {
     int source_location[2], destination_location[2];
     unsigned flags;
 } BatchAttributes;
-typedef int (*batch_fn)(uint64_t *, uint64_t *, size_t *, size_t, BatchAttributes *, size_t *, size_t, size_t *, void *);
+typedef int (*batch_fn)(uint64_t *, uint64_t *, size_t *, size_t, BatchAttributes *, size_t *, size_t, size_t *,
+                        void *);
 
 typedef struct {
     Piece piece;
     int entries;
-    void *joined, *ended; /* events: recorded between the legs, and at the end; NULL until then */
+    void *joined, *ended;      /* events: recorded between the legs, and at the end; NULL until then */
     int64_t begun_ns, open_ns; /* when it was begun, and when it was last seen not to have ended */
 } Flight;
 
@@ -146,7 +152,8 @@ struct Cuda {
 
 /* Whether the error is one that no context survives, or means that the context or the stream no longer exists. */
 static int is_lost(int code) {
-    static const short LOST[] = {3, 4, 201, 214, 220, 226, 400, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999};
+    static const short LOST[] = {3,   4,   201, 214, 220, 226, 400, 700, 702, 709, 710,
+                                 714, 715, 716, 717, 718, 719, 721, 810, 911, 999};
     for (size_t i = 0; i < sizeof LOST / sizeof *LOST; i++)
         if (code == LOST[i])
             return 1;
@@ -163,11 +170,12 @@ static char *error_text(const Driver *driver, const char *before, const char *ca
     driver->cuGetErrorName(code, &name);
     driver->cuGetErrorString(code, &text);
     if (line)
-        snprintf(line, TEXT_BYTES, "%s%s: %s (%s, %d)", before, call, text ? text : "unknown error", name ? name : "unknown", code);
+        snprintf(line, TEXT_BYTES, "%s%s: %s (%s, %d)", before, call, text ? text : "unknown error",
+                 name ? name : "unknown", code);
     return line;
 }
 
-/* ---------------------------------------------------------------------------------------------------------- copies */
+/* ----------------------------------------------------------------------------------------------------------- copies */
 
 /* For functions that return a code, with the name of the refused call in *call: call the driver, return if refused. */
 #define TRY(name, ...)                                                                                                 \
@@ -204,7 +212,8 @@ static int queue_copy(Cuda *cuda, const Job *job, Segment copy, int reads, int w
     static const Grid NOWHERE;
     const Grid *src_grid = reads ? &job->src_grid : &NOWHERE, *dst_grid = writes ? &job->dst_grid : &NOWHERE;
     while (copy.size) {
-        size_t size = copy.size, to_src = to_line((uintptr_t)copy.src, src_grid), to_dst = to_line((uintptr_t)copy.dst, dst_grid);
+        size_t size = copy.size, to_src = to_line((uintptr_t)copy.src, src_grid),
+               to_dst = to_line((uintptr_t)copy.dst, dst_grid);
         size = to_src < size ? to_src : size;
         size = to_dst < size ? to_dst : size;
         cuda->batch_dst[cuda->batched] = (uintptr_t)copy.dst;
@@ -232,7 +241,8 @@ static int queue_leg(Cuda *cuda, Flight *flight, int reads, int writes, char *sl
         const Segment *segment = &job->segments[at++];
         size_t size = segment->size - offset, left = flight->piece.bytes - done;
         size = size < left ? size : left;
-        Segment next = {writes ? segment->dst + offset : slot + done, reads ? segment->src + offset : slot + done, size};
+        Segment next = {writes ? segment->dst + offset : slot + done, reads ? segment->src + offset : slot + done,
+                        size};
         if (run.size && run.dst + run.size == next.dst && run.src + run.size == next.src) {
             run.size += size;
         } else {
@@ -412,8 +422,8 @@ static void handle_refusal(Cuda *cuda, Direction *direction, Job *job, const cha
     is_idle(cuda, direction);
 }
 
-/* The oldest flight; NULL if there is none, or if the thread was abandoned, which failed its job. The flight and its job
- * stay until the thread settles it. */
+/* The oldest flight; NULL if there is none, or if the thread was abandoned, which failed its job. The flight and its
+ * job stay until the thread settles it. */
 static Flight *oldest_flight(Cuda *cuda, Direction *direction) {
     pthread_mutex_lock(&cuda->core.lock);
     Flight *flight = direction->count ? &direction->flights[direction->first] : NULL;
@@ -476,7 +486,8 @@ static void collect(Cuda *cuda, Direction *direction) {
         flight->open_ns = asked_ns;
         /* It is unknown whether its bytes have arrived. */
         if (code != NOT_READY && !is_capture_refusal(code))
-            handle_refusal(cuda, direction, flight->piece.job, "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
+            handle_refusal(cuda, direction, flight->piece.job,
+                           "CUDA refused to ask for the end of a copy: ", "cuEventQuery", code);
         return;
     }
 }
@@ -497,7 +508,8 @@ static int start_next(Cuda *cuda) {
         Flight *flight = &direction->flights[slot];
         *flight = (Flight){.begun_ns = now_ns()};
         flight->open_ns = flight->begun_ns;
-        flight->piece = core_claim(&core->queues[i], cuda->piece_bytes, cuda->batch ? PIECE_SEGMENTS : PIECE_SEGMENTS_ONE_BY_ONE);
+        flight->piece =
+            core_claim(&core->queues[i], cuda->piece_bytes, cuda->batch ? PIECE_SEGMENTS : PIECE_SEGMENTS_ONE_BY_ONE);
         direction->bytes += flight->piece.bytes;
         if (direction->count == 1)
             atomic_store(&direction->oldest_ns, flight->begun_ns);
@@ -560,7 +572,8 @@ static void serve(Cuda *cuda) {
             pause = (int64_t)(cuda->directions[0].bytes + cuda->directions[1].bytes) / PAUSE_BYTES_PER_NS;
             pause = pause < FIRST_PAUSE_NS ? FIRST_PAUSE_NS : pause;
         } else if (cuda->directions[0].count + cuda->directions[1].count) {
-            int64_t now = now_ns(), longest = now - cuda_oldest_ns(cuda) < LONG_NS ? LONGEST_PAUSE_NS : PAUSE_OF_LONG_NS;
+            int64_t now = now_ns(),
+                    longest = now - cuda_oldest_ns(cuda) < LONG_NS ? LONGEST_PAUSE_NS : PAUSE_OF_LONG_NS;
             pause = pause < longest ? pause : longest;
             struct timespec until = timespec_of(now + pause);
             pthread_cond_timedwait(&core->work, &core->lock, &until);
@@ -605,7 +618,7 @@ static void *run(void *argument) {
     return NULL;
 }
 
-/* ---------------------------------------------------------------------------------------------------- from outside */
+/* ----------------------------------------------------------------------------------------------------- from outside */
 
 static void cuda_free(Core *core) {
     Cuda *cuda = (Cuda *)core;
@@ -631,7 +644,8 @@ static int load_driver(Cuda *cuda, int may_batch, char **error) {
     return 0;
 }
 
-Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const DirectionLimits limits[DIRECTIONS], char **error) {
+Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const DirectionLimits limits[DIRECTIONS],
+                char **error) {
     Cuda *cuda = calloc(1, sizeof *cuda);
     *error = NULL;
     if (cuda == NULL)

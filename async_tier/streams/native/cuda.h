@@ -21,7 +21,8 @@ typedef struct Cuda Cuda;
 
 /* Starts a thread with streams of its own in this context. If CUDA refuses: NULL, and the reason in *error, which the
  * caller frees (NULL: no memory). may_batch: use the driver's call for many copies, if it has one. */
-Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const DirectionLimits limits[DIRECTIONS], char **error);
+Cuda *cuda_open(void *context, int may_batch, size_t piece_bytes, const DirectionLimits limits[DIRECTIONS],
+                char **error);
 Core *cuda_core(Cuda *cuda);
 int cuda_has_batch(const Cuda *cuda);
 /* The handles of a direction's streams. Returns their number. */

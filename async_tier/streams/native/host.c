@@ -57,7 +57,7 @@ static void copy_portable(char *dst, const char *src, size_t n) { memcpy(dst, sr
 
 /* A kernel that copies `pages` pages side by side, a 64-byte line of each in turn, and the rest line by line. */
 #define STREAMING_KERNEL(name, instructions, pages, copy_line)                                                         \
-    __attribute__((target(instructions))) static void name(char *dst, const char *src, size_t n) {                    \
+    __attribute__((target(instructions))) static void name(char *dst, const char *src, size_t n) {                     \
         if (n < STREAM_MIN_BYTES) {                                                                                    \
             memcpy(dst, src, n);                                                                                       \
             return;                                                                                                    \
@@ -100,12 +100,9 @@ static const struct {
     int (*supported)(void);
 } KERNELS[] = {
 #ifdef HAVE_X86
-    {"avx512x8", copy_avx512_x8, has_avx512},
-    {"avx512x4", copy_avx512_x4, has_avx512},
-    {"avx512x1", copy_avx512_x1, has_avx512},
-    {"avx2x8", copy_avx2_x8, has_avx2},
-    {"avx2x4", copy_avx2_x4, has_avx2},
-    {"avx2x1", copy_avx2_x1, has_avx2},
+    {"avx512x8", copy_avx512_x8, has_avx512}, {"avx512x4", copy_avx512_x4, has_avx512},
+    {"avx512x1", copy_avx512_x1, has_avx512}, {"avx2x8", copy_avx2_x8, has_avx2},
+    {"avx2x4", copy_avx2_x4, has_avx2},       {"avx2x1", copy_avx2_x1, has_avx2},
 #endif
     {"portable", copy_portable, always},
 };
@@ -113,9 +110,7 @@ static const struct {
 
 static pthread_mutex_t calibration = PTHREAD_MUTEX_INITIALIZER;
 
-void kernel_after_fork(void) {
-    pthread_mutex_init(&calibration, NULL); /* a thread of the parent may have held it */
-}
+void kernel_after_fork(void) { pthread_mutex_init(&calibration, NULL); /* a thread of the parent may have held it */ }
 
 int kernel_best(void) {
     static int best = -1;
@@ -155,15 +150,13 @@ int kernel_find(const char *name) {
 
 void kernel_copy(int kernel, char *dst, const char *src, size_t size) { KERNELS[kernel].copy(dst, src, size); }
 
-/* ---------------------------------------------------------------------------------------------------- population */
+/* ------------------------------------------------------------------------------------------------------- population */
 
 /* Backs a range with memory, so that no copy pays for its page faults. If the system refuses, page faults do it later.
  *
  * The call holds the lock of the process's memory map, for which every thread waits that maps or unmaps memory, be it
  * in malloc. So at most PIECE_BYTES per call, a huge page. (32 MiB at once held a scheduler up for 15 to 45 ms.) */
-static void populate_piece(char *start, size_t size) {
-    (void)madvise(start, size, MADV_POPULATE_WRITE);
-}
+static void populate_piece(char *start, size_t size) { (void)madvise(start, size, MADV_POPULATE_WRITE); }
 
 void populate(char *start, size_t size) {
     for (size_t at = 0; at < size; at += PIECE_BYTES)
@@ -184,7 +177,7 @@ int prefer_node(char *start, size_t size, unsigned node) {
     return syscall(SYS_mbind, start, size, MPOL_PREFERRED, nodes, 8 * sizeof nodes, 0) ? errno : 0;
 }
 
-/* ------------------------------------------------------------------------------------------------------- the threads */
+/* ------------------------------------------------------------------------------------------------------ the threads */
 
 static void *worker(void *argument) {
     Host *host = argument;

@@ -23,7 +23,7 @@ static void in_forked_child(void) {
     kernel_after_fork();
 }
 
-/* ---------------------------------------------------------------------------------------------- the Job handle */
+/* --------------------------------------------------------------------------------------------------- the Job handle */
 
 typedef struct {
     PyObject_HEAD
@@ -100,7 +100,8 @@ static PyObject *job_spans(PyObject *self, void *unused) {
     long long started = job->started_ns, ended = job->ended_ns;
     if (job->in_ended_ns == 0)
         return Py_BuildValue("[(sLL)]", "copy", started, ended);
-    return Py_BuildValue("[(sLL)(sLL)]", "in", started, (long long)job->in_ended_ns, "out", (long long)job->out_started_ns, ended);
+    return Py_BuildValue("[(sLL)(sLL)]", "in", started, (long long)job->in_ended_ns, "out",
+                         (long long)job->out_started_ns, ended);
 }
 
 static PyObject *job_synchronize(PyObject *self, PyObject *args) {
@@ -143,11 +144,10 @@ static PyType_Slot job_slots[] = {
     {Py_tp_doc, "The event of one submitted list of copies."},
     {0, NULL},
 };
-static PyType_Spec job_spec = {
-    "async_tier.streams._native.Job", sizeof(JobObject), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, job_slots};
+static PyType_Spec job_spec = {"async_tier.streams._native.Job", sizeof(JobObject), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, job_slots};
 
-/* ------------------------------------------------------------------------------------------- what engines have in common */
+/* -------------------------------------------------------------------------------------- what engines have in common */
 
 typedef struct {
     PyObject_HEAD
@@ -217,8 +217,8 @@ static PyObject *engine_submit_rows(PyObject *self, PyObject *args) {
     unsigned long long dst, dst_stride, dst_count, src, src_stride, src_count, dst_alignment = 0, src_alignment = 0;
     PyObject *dst_rows, *src_rows;
     Py_ssize_t size;
-    if (!PyArg_ParseTuple(args, "iKKKOKKKOn|KK", &queue_index, &dst, &dst_stride, &dst_count, &dst_rows, &src, &src_stride,
-                          &src_count, &src_rows, &size, &dst_alignment, &src_alignment))
+    if (!PyArg_ParseTuple(args, "iKKKOKKKOn|KK", &queue_index, &dst, &dst_stride, &dst_count, &dst_rows, &src,
+                          &src_stride, &src_count, &src_rows, &size, &dst_alignment, &src_alignment))
         return NULL;
     if (check_generation(core) || check_queue(core, queue_index))
         return NULL;
@@ -253,7 +253,8 @@ static PyObject *engine_limit(PyObject *self, PyObject *args) {
     Core *core = core_of(self);
     int queue_index;
     long pieces;
-    if (!PyArg_ParseTuple(args, "il", &queue_index, &pieces) || check_generation(core) || check_queue(core, queue_index))
+    if (!PyArg_ParseTuple(args, "il", &queue_index, &pieces) || check_generation(core) ||
+        check_queue(core, queue_index))
         return NULL;
     pthread_mutex_lock(&core->lock);
     core->queues[queue_index].budget = pieces;
@@ -283,13 +284,11 @@ static PyObject *engine_signal(PyObject *self, PyObject *args) {
         {"limit", engine_limit, METH_VARARGS,                                                                          \
          "limit(queue, pieces)\n\n"                                                                                    \
          "For tests: let the threads claim this many more pieces of the queue (0 holds it, -1 lifts the limit)."},     \
-    {                                                                                                                  \
-        "signal", engine_signal, METH_VARARGS,                                                                         \
-            "signal(fd)\n\nFrom now on write to this non-blocking eventfd when a job has ended; -1 to stop. The "      \
-            "caller still owns it, and must stop this before closing it."                                              \
-    }
+        {"signal", engine_signal, METH_VARARGS,                                                                        \
+         "signal(fd)\n\nFrom now on write to this non-blocking eventfd when a job has ended; -1 to stop. The "         \
+         "caller still owns it, and must stop this before closing it."}
 
-/* ---------------------------------------------------------------------------------------------------- the host's engine */
+/* ------------------------------------------------------------------------------------------------ the host's engine */
 
 static Host *host_of(PyObject *self) { return (Host *)core_of(self); }
 
@@ -366,8 +365,8 @@ static int get_words(PyObject *object, Py_buffer *view, const char *name) {
     const char *format = view->format ? view->format : "B";
     if (view->itemsize == 8 && strchr("QLNqln", format[strlen(format) - 1]) && !strchr(">!", format[0]))
         return 0;
-    PyErr_Format(PyExc_TypeError, "%s must hold native 8-byte integers, not %zd-byte items of format '%s'", name, view->itemsize,
-                 format);
+    PyErr_Format(PyExc_TypeError, "%s must hold native 8-byte integers, not %zd-byte items of format '%s'", name,
+                 view->itemsize, format);
     PyBuffer_Release(view);
     return -1;
 }
@@ -452,7 +451,9 @@ static PyObject *host_thread_ids(PyObject *self, void *unused) {
     return ids;
 }
 
-static PyObject *host_kernel(PyObject *self, void *unused) { return PyUnicode_FromString(kernel_name(host_of(self)->kernel)); }
+static PyObject *host_kernel(PyObject *self, void *unused) {
+    return PyUnicode_FromString(kernel_name(host_of(self)->kernel));
+}
 
 static PyGetSetDef host_getset[] = {
     {"kernel", host_kernel, NULL, "Name of the copy kernel in use.", NULL},
@@ -478,12 +479,15 @@ static PyType_Slot host_slots[] = {
     {Py_tp_dealloc, host_dealloc},
     {Py_tp_getset, host_getset},
     {Py_tp_methods, host_methods},
-    {Py_tp_doc, "HostEngine(threads, queues, ordered=False, kernel=None)\n\nCopy threads and the queues they serve, lowest first."},
+    {Py_tp_doc,
+     "HostEngine(threads, queues, ordered=False, kernel=None)\n\nCopy threads and the queues they serve, lowest "
+     "first."},
     {0, NULL},
 };
-static PyType_Spec host_spec = {"async_tier.streams._native.HostEngine", sizeof(EngineObject), 0, Py_TPFLAGS_DEFAULT, host_slots};
+static PyType_Spec host_spec = {"async_tier.streams._native.HostEngine", sizeof(EngineObject), 0, Py_TPFLAGS_DEFAULT,
+                                host_slots};
 
-/* ------------------------------------------------------------------------------------------------------- CUDA's engine */
+/* ---------------------------------------------------------------------------------------------------- CUDA's engine */
 
 static Cuda *cuda_of(PyObject *self) { return (Cuda *)core_of(self); }
 
@@ -491,13 +495,14 @@ static PyObject *cuda_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     static char *names[] = {"context", "batch", "piece_bytes", "loads", "stores", NULL};
     unsigned long long context, piece_bytes, bytes[DIRECTIONS], staging[DIRECTIONS];
     int may_batch, pieces[DIRECTIONS];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KpK(KiK)(KiK)", names, &context, &may_batch, &piece_bytes, &bytes[0],
-                                     &pieces[0], &staging[0], &bytes[1], &pieces[1], &staging[1]))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KpK(KiK)(KiK)", names, &context, &may_batch, &piece_bytes,
+                                     &bytes[0], &pieces[0], &staging[0], &bytes[1], &pieces[1], &staging[1]))
         return NULL;
     DirectionLimits limits[DIRECTIONS];
     for (int i = 0; i < DIRECTIONS; i++) {
         if (pieces[i] < 1 || pieces[i] > MAX_PIECES || piece_bytes == 0) {
-            PyErr_Format(PyExc_ValueError, "pieces must be 1 to %d, not %d, of at least one byte", MAX_PIECES, pieces[i]);
+            PyErr_Format(PyExc_ValueError, "pieces must be 1 to %d, not %d, of at least one byte", MAX_PIECES,
+                         pieces[i]);
             return NULL;
         }
         limits[i] = (DirectionLimits){(size_t)bytes[i], pieces[i], staging[i]};
@@ -591,7 +596,8 @@ static PyGetSetDef cuda_getset[] = {
     {"broken", cuda_broken, NULL, "Why it can copy no more; None while it can.", NULL},
     {"has_batch", cuda_batches, NULL, "Whether one call queues many copies.", NULL},
     {"refusal", cuda_refusal_of, NULL, "Once closed: why the driver did not destroy streams or events, or None.", NULL},
-    {"seconds_under_way", cuda_seconds_under_way, NULL, "How long the oldest piece has been under way; 0.0 if none is.", NULL},
+    {"seconds_under_way", cuda_seconds_under_way, NULL, "How long the oldest piece has been under way; 0.0 if none is.",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef cuda_methods[] = {
@@ -608,15 +614,17 @@ static PyType_Slot cuda_slots[] = {
     {Py_tp_dealloc, cuda_dealloc},
     {Py_tp_getset, cuda_getset},
     {Py_tp_methods, cuda_methods},
-    {Py_tp_doc, "CudaEngine(context, batch, piece_bytes, loads, stores)\n\n"
-                "A thread with streams of its own in a context: queue 0 is for loads, queue 1 for stores. loads, stores:\n"
-                "(most bytes under way, most pieces under way, address of a staging slot per piece, or 0). Raises\n"
-                "RuntimeError if CUDA refuses it."},
+    {Py_tp_doc,
+     "CudaEngine(context, batch, piece_bytes, loads, stores)\n\n"
+     "A thread with streams of its own in a context: queue 0 is for loads, queue 1 for stores. loads, stores:\n"
+     "(most bytes under way, most pieces under way, address of a staging slot per piece, or 0). Raises\n"
+     "RuntimeError if CUDA refuses it."},
     {0, NULL},
 };
-static PyType_Spec cuda_spec = {"async_tier.streams._native.CudaEngine", sizeof(EngineObject), 0, Py_TPFLAGS_DEFAULT, cuda_slots};
+static PyType_Spec cuda_spec = {"async_tier.streams._native.CudaEngine", sizeof(EngineObject), 0, Py_TPFLAGS_DEFAULT,
+                                cuda_slots};
 
-/* ---------------------------------------------------------------------------------------------------- the module */
+/* ------------------------------------------------------------------------------------------------------- the module */
 
 static PyObject *module_kernels(PyObject *self, PyObject *unused) {
     PyObject *names = PyList_New(0);
@@ -677,9 +685,15 @@ static PyMethodDef module_methods[] = {
      "set by numactl. Raises OSError."},
     {NULL, NULL, 0, NULL},
 };
-static struct PyModuleDef module_def = {
-    PyModuleDef_HEAD_INIT, "_native", "The core of the copy engines; see streams/native/core.h.", -1, module_methods,
-    NULL, NULL, NULL, NULL};
+static struct PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
+                                        "_native",
+                                        "The core of the copy engines; see streams/native/core.h.",
+                                        -1,
+                                        module_methods,
+                                        NULL,
+                                        NULL,
+                                        NULL,
+                                        NULL};
 
 /* Adds a new type to the module. NULL if that fails. */
 static PyObject *add_type(PyObject *module, PyType_Spec *spec, const char *name) {
