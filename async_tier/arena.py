@@ -1,4 +1,4 @@
-"""`Rows`, under the name by which programs import it."""
+"""`async_tier.arena.Rows`, the old name of `async_tier.streams.rows.Rows`, for programs that import it."""
 
 from async_tier.streams.rows import Rows
 

@@ -1,9 +1,9 @@
-"""BlockStore: the index, the arena, the streams and the jobs in flight, put together. No vLLM.
+"""BlockStore: combines the index, the arena, the streams and the jobs in flight. It does not import vLLM.
 
 Ownership, before any code:
 
 - Every field belongs to the calling thread (in vLLM: the one that holds the manager's lock), so there is no lock here.
-  Copy threads see addresses only, and events tell what they have copied.
+  Copy threads are given addresses only, and events tell when their copies have ended.
 - Rows of the arena belong to the index. While copies of a job touch a row, the job holds a pin on it.
 - Memory of the primary belongs to the caller, who keeps it valid until the job is reported or the store is closed.
 - A job is in `_stores` or `_loads` from its first queued copy until its event is done, then in `_finished`.
@@ -354,7 +354,7 @@ class BlockStore:
             self._collect(queue, end)
 
     def clear(self) -> None:
-        """Forget every block. Copies in flight go on, and their jobs are reported."""
+        """Forget every block. Copies in flight continue, and their jobs are reported."""
         self._step_hits.clear()
         self.index.clear()
 
@@ -363,7 +363,7 @@ class BlockStore:
         self.index.use(list(keys), sequence, self.orders.get(sequence))
 
     def finish_sequence(self, sequence: str) -> None:
-        """Nothing more will be stored for the sequence; the name may be used again for another one. Idempotent.
+        """Declare that nothing more will be stored for the sequence. Its name may then be used for another. Idempotent.
 
         Before this call, stores of the sequence do not evict its last block. Copies in flight go on, and pinned hits
         stay pinned until the step ends.
@@ -411,7 +411,7 @@ class BlockStore:
 
     @property
     def has_results(self) -> bool:
-        """Whether jobs are waiting for `poll` that had nothing to copy, so that no event tells of them."""
+        """Whether `poll` would report jobs that ended without copies: no event or signal tells about these."""
         return bool(self._finished)
 
     @property
@@ -421,12 +421,12 @@ class BlockStore:
 
     @property
     def stores_in_flight(self) -> tuple[CopyEvent, ...]:
-        """The ends of the copies of stores that are queued and not yet polled to their end, the oldest first."""
+        """The events of the stores whose end was not polled yet, the oldest first."""
         return tuple(job.event for job in self._stores)
 
     @property
     def loads_in_flight(self) -> tuple[CopyEvent, ...]:
-        """The same of loads."""
+        """The events of the loads whose end was not polled yet, the oldest first."""
         return tuple(job.event for job in self._loads)
 
     def signal(self, fd: int) -> None:
@@ -520,7 +520,7 @@ class BlockStore:
         return f"the tier lacks {job.missing} of its blocks"
 
     def _refuse(self, job: _Job, refusal: _RefusedError) -> None:
-        """Report the job as failed. That a broken engine is the reason was counted when it broke."""
+        """Report the job as failed. Counts a fault, unless the engine is broken, which was counted when it broke."""
         self._faults += not self._broken
         self._finish(job, str(refusal))
 
@@ -550,7 +550,7 @@ class BlockStore:
     # ------------------------------------------------------------------------------------------------------- details
 
     def _check_engine(self) -> None:
-        """First in every call: empty the tier if the engine broke, log a late copy, use rows that became ready."""
+        """First in most calls: empty the tier if the engine broke, log a late copy, use rows that became ready."""
         if self.engine.broken is not None and not self._broken:
             self._broken = True
             self.clear()

@@ -67,7 +67,7 @@ class TierConfig:
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     eviction_policy: "lru", or "module:Class" of an eviction.EvictionPolicy.
     locality: None, "LOCAL" or "REMOTE", which vLLM matches against a request's tier filter.
-    trace_path: the file for a trace (see trace.TraceWriter), in which "{pid}" stands for the process; None: no trace.
+    trace_path: the file for a trace (see observe.trace); "{pid}" in it stands for the process; None: no trace.
     """
 
     bytes_to_use: int | None = None

@@ -34,7 +34,7 @@ class EvictionPolicy(ABC):
     def store(
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
-        """`keys` are being stored into `rows`, which is often a range. At least one key, none held, in order."""
+        """`keys`, at least one, in the sequence's order, none held, are being stored into `rows`, often a range."""
 
     @abstractmethod
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
@@ -85,7 +85,7 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     # Blocks tried as a parent. Not all are held: of a group with a sliding window vLLM stores only the last ones.
     _MAX_PARENT_DISTANCE = 128
-    # Far more than run at a time. Bounded, because a caller may never finish its sequences.
+    # Far more sequences than run at a time. A bound is needed, because a caller may never finish its sequences.
     MAX_SEQUENCES = 1 << 14
 
     def __init__(self, rows: dict[bytes, int], pins: Sequence[int]) -> None:
@@ -94,7 +94,7 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     @property
     def sequences(self) -> int:
-        """How many sequences it knows the last block of: at most MAX_SEQUENCES."""
+        """The number of sequences whose last block it remembers: at most MAX_SEQUENCES."""
         return len(self._last)
 
     def clear(self) -> None:

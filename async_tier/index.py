@@ -1,4 +1,4 @@
-"""BlockIndex: which row holds which block. Pure Python: no memory, no streams.
+"""BlockIndex: which row holds which block. Bookkeeping only: it touches neither the rows' memory nor streams.
 
     reserve        FILLING   a row is taken and its copy is queued; a lookup does not find it
     mark_ready     READY     the bytes are there
@@ -22,7 +22,7 @@ FREE, FILLING, READY, ORPHAN = range(4)
 
 
 class BlockIndex:
-    """Maps keys (bytes) to rows (0 to `capacity` - 1, ValueError if none), with pins and an eviction policy."""
+    """Maps keys (bytes) to rows (0 to `capacity` - 1), with pins and a policy. ValueError if `capacity` is below 1."""
 
     def __init__(self, capacity: int, policy: Callable[..., EvictionPolicy] = LeastRecentlyUsed) -> None:
         if capacity < 1:
@@ -53,7 +53,7 @@ class BlockIndex:
 
     @property
     def policy(self) -> EvictionPolicy:
-        """What decides which block goes."""
+        """The policy that decides which block is evicted."""
         return self._policy
 
     def state(self, key: bytes) -> int:
@@ -127,7 +127,7 @@ class BlockIndex:
         return new, rows
 
     def mark_ready(self, rows: Collection[int]) -> None:
-        """The store into `rows` succeeded: they are READY, except those whose key was dropped meanwhile."""
+        """Mark `rows`, whose store succeeded, READY, and unpin them. If a key was dropped meanwhile, its row is freed."""
         state = self._state
         filled = rows
         if self._orphans:
@@ -171,7 +171,7 @@ class BlockIndex:
             self._policy.use(keys, sequence, order)
 
     def finish(self, sequence: str, order: SequenceOrder | None = None) -> None:
-        """The sequence has ended; see EvictionPolicy.finish."""
+        """Tell the policy that the sequence has ended; see EvictionPolicy.finish."""
         self._policy.finish(sequence, order)
 
     def drop(self, keys: Iterable[bytes]) -> None:

@@ -203,7 +203,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
             self.block_store.report_fault("end a step", error)
 
     def get_stats(self) -> Any:
-        """No statistics of ours. vLLM calls this once the results of a step have arrived, which is counted here."""
+        """The base class's statistics. vLLM calls this when a step's results have arrived, which is counted here."""
         self._steps_under_way = max(0, self._steps_under_way - 1)
         self._miss_steps = max(0, self._miss_steps - 1)
         self.block_store.note_results()
@@ -218,7 +218,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         # Only dropped and not released: the view belongs to vLLM, which closes its mapping after us.
         self._primary_kv_view = memoryview(b"")
 
-    # --------------------------------------------------------------------------------------------------- for people
+    # --------------------------------------------------------------------------------------------------- inspection
 
     def get_num_blocks(self) -> int:
         """The number of blocks that can be loaded."""
@@ -230,7 +230,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
 
     @property
     def promises(self) -> Promises:
-        """What vLLM was told of and has not taken up. To be read only."""
+        """The hits that vLLM was promised and has not used yet. Only for reading."""
         return self._promises
 
     def statistics(self) -> Statistics:
@@ -269,7 +269,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
             )
 
     def _on_reset(self) -> None:
-        """vLLM has reset its caches, perhaps for other weights, which block hashes do not cover."""
+        """Called when vLLM has reset its caches: the weights may have changed, and block hashes do not cover them."""
         try:
             self._promises.clear()
             if self.config.keep_on_reset:

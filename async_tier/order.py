@@ -10,10 +10,12 @@ from itertools import islice
 class SequenceOrder:
     """The order of a sequence's blocks: by place, and at the same place (blocks of several KV groups) by key.
 
-    places: by key, its place in the sequence (vLLM: of its end token). Kept and not copied: its owner adds to it.
+    places: for each key its place in the sequence (in vLLM, that of its last token). The dict is kept, not copied: its
+    owner adds to it.
 
-    With one KV group, vLLM notes all blocks in order, at evenly spaced places. A dict whose ends look like that is used
-    as it is. Then nothing here takes longer for a longer sequence, except some ns per block to walk to its middle.
+    With one KV group, vLLM notes all blocks in order, at evenly spaced places. If the ends of the dict look like
+    that, it is used as it is, and no method takes longer for a longer sequence, except some ns per block to walk to the
+    middle.
     Otherwise the keys are sorted, each once.
     """
 
@@ -30,7 +32,7 @@ class SequenceOrder:
         self._sorted_places: list[int] = []
 
     def note(self, keys: Collection[bytes]) -> None:
-        """`keys` are all blocks of a KV group so far, from the start of the sequence."""
+        """Learn the order from `keys`: all blocks of one KV group so far, from the start of the sequence."""
         self._places.update(zip(keys, range(len(keys)), strict=True))
 
     @property

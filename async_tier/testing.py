@@ -1,7 +1,7 @@
-"""Gates: decide in a test when the copies of a tier are made.
+"""Gates: let a test decide when the copies of a tier begin.
 
-A program that uses a tier has states that last for microseconds: a block on its way, a load behind a store, a store cut
-off by the end. With a gate each lasts as long as the test wants, without sleeping:
+Some states of a tier last for microseconds: a block is being stored, a load waits behind a store, `close` cuts a store
+off. With a gate such a state lasts as long as the test wants, without sleeping:
 
     store = BlockStore(Rows.of_view(memoryview(primary)))
     with store_gate(store) as gate:  # held
@@ -11,8 +11,8 @@ off by the end. With a gate each lasts as long as the test wants, without sleepi
     store.drain()  # released: the rest may be, too
     assert store.lookup(b"key")
 
-A piece is a part of a job: at most 2 MiB on the host engine, at most 4 MiB on the CUDA engine. All gates of one stream
-are one: whether it is held is a state of the stream.
+A piece is a part of a job: at most 2 MiB on the host engine, at most 4 MiB on the CUDA engine. Whether a stream is held
+is a state of the stream, so all gates of one stream act alike.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class HasBlockStore(Protocol):
 
 
 class Gate:
-    """What lets the copies of one stream begin. `with` it, the stream is held, and released at the end.
+    """Decides when the copies of one stream begin. In a `with` block the stream is held; it is released at the end.
 
-    Only beginnings: what has begun goes on, and ends. Calls of the tier do not wait for a held stream, except `drain`.
+    Copies that have begun continue and end. Calls of the tier do not wait for a held stream, except `drain`.
     `close` cuts held jobs off: they fail. Raises TypeError for a stream that is not of this package's engines.
     """
 
@@ -57,7 +57,7 @@ class Gate:
         self._limit(0)
 
     def step(self, pieces: int = 1) -> None:
-        """Let `pieces` pieces begin, from now on. What is left of an earlier `step` is void."""
+        """Let `pieces` more pieces begin. Replaces what is left of an earlier `step`."""
         self._limit(pieces)
 
     def release(self) -> None:
@@ -75,12 +75,12 @@ class Gate:
 
 
 def store_gate(owner: HasBlockStore | HasEngine) -> Gate:
-    """The gate of what is copied into the tier, of a tier, a BlockStore or an AsyncBlockStore."""
+    """The gate of the copies into the tier. owner: a tier, a BlockStore or an AsyncBlockStore."""
     return Gate(_engine_of(owner).store_stream)
 
 
 def load_gate(owner: HasBlockStore | HasEngine) -> Gate:
-    """The gate of what is copied out of the tier, of a tier, a BlockStore or an AsyncBlockStore."""
+    """The gate of the copies out of the tier. owner: a tier, a BlockStore or an AsyncBlockStore."""
     return Gate(_engine_of(owner).load_stream)
 
 

@@ -36,7 +36,7 @@ ENGINES = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of the contract, and others of every engine, run once an engine."""
+    """Tests of the contract, and others of every engine, run once per engine."""
     marks = metafunc.definition
     is_for_all = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
     if CUDA and is_for_all and not marks.get_closest_marker("host_only"):

@@ -374,7 +374,7 @@ def test_an_output_that_cannot_be_is_refused_at_once(name, why, capsys):
 
 
 def test_a_quick_run_by_itself_does_not_write_over_real_results_either(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/overlap.py", "--quick"])
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/bench/overlap.py", "--quick"])
     assert common.arguments("about").parse_args().output == common.BUILD / "quick" / "overlap.json"
     assert common.arguments("about").parse_args([]).output is None
 

@@ -117,12 +117,12 @@ def test_every_file_of_the_package_is_listed():
 
 
 def messages() -> list[str]:
-    """How the package's log messages begin, and what `fault` says that the tier could not do."""
+    """How the package's log messages begin, and what `report_fault` says that the tier could not do."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
             receiver, _, method = ast.unparse(call.func).rpartition(".")
-            if (receiver == "logger" and method in LOGS) or method == "fault":
+            if (receiver == "logger" and method in LOGS) or method == "report_fault":
                 found.add(re.sub(r"%[a-z]", "…", ast.literal_eval(call.args[0]))[:60])
     return sorted(found)
 

@@ -1,4 +1,4 @@
-"""The house: what may import what, and which names programs import."""
+"""The floors of the package: which module may import which, and which names programs import."""
 
 from __future__ import annotations
 

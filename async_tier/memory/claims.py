@@ -2,8 +2,8 @@
 
 A tier maps its memory at once, but the memory gets its pages later. Until then the system counts it as available. So
 each tier claims its addresses where other tiers can see it: in the abstract name of a socket. /proc/net/unix lists
-these names, and a name disappears with its process, however that ends. How many pages the claimed memory has by now is
-in the smaps of the process.
+these names, and a name disappears with its process, however that ends. The smaps of the process tell
+how many pages the claimed memory has by now.
 
 Only tiers in the same PID and network namespace are seen, in processes that this user may inspect: not those of other
 users or of other containers.
@@ -50,7 +50,7 @@ def claim_lock() -> Iterator[None]:
 def claim(address: int, size: int) -> int | None:
     """Claim `size` bytes of memory at `address`, until the returned descriptor is closed.
 
-    None, with a warning, if there can be no socket: then other tiers count only the pages that the memory has.
+    If no socket can be made, logs a warning and returns None. Other tiers then count only the pages the memory has.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claimed:

@@ -45,8 +45,8 @@ class Registration:
     that is an error: it can only be a leftover.
 
     range_alignment: ranges begin at the first row, and at multiples of this many bytes from the first row's page. No
-    copy may cross these multiples. It is halved if a range is refused, before its rows become ready; then not every
-    multiple begins a range. range_starts: the addresses of all ranges, as now planned. range_seconds: how long the
+    copy may cross these multiples. If a range is refused, it is halved before its rows become ready; then a range may
+    hold several multiples. range_starts: the first addresses of all ranges, as planned now. range_seconds: how long the
     driver took to pin the last range. A pause of that length before the next one leaves others half of the time.
     """
 
@@ -204,18 +204,18 @@ class Registration:
 
 
 def in_use() -> set[Range]:
-    """What registrations of this process have pinned and not unpinned: a copy."""
+    """The ranges that registrations of this process have pinned and not unpinned. The set is a copy."""
     return {*_users, *_mappings}
 
 
 def abandoned() -> set[Range]:
-    """What of that was left as it is, because copies may be under way: a copy."""
+    """The ranges that were abandoned, because copies may be under way or CUDA refused to unpin them. A copy."""
     return set(_abandoned)
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """While nobody else in this process pins or unpins. RuntimeError after LOCK_TIMEOUT_S."""
+    """Keep others in this process from pinning and unpinning. Raises RuntimeError after LOCK_TIMEOUT_S."""
     if not _lock.acquire(timeout=LOCK_TIMEOUT_S):
         raise RuntimeError("another tier of this process takes too long to pin or unpin its memory")
     try:

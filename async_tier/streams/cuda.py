@@ -1,4 +1,4 @@
-"""CudaEngine: CUDA streams and events, for a process that lives with its GPU.
+"""CudaEngine: CUDA streams and events, for a process that also has the GPU worker.
 
 `_native.CudaEngine` has the streams, the events and the thread that queues on them; see native/cuda.c. This file gives
 it a context, staging memory and limits, and frees them at the end.
@@ -87,7 +87,7 @@ class CudaEngine:
         torch.cuda.init()
         self.driver = Driver()
         self.context = DeviceContext(self.driver, ordinal)
-        # Whether no copy is known to be under way after the end; if not, memory must stay as it is.
+        # After `close`: whether all copies are known to have ended. If not, memory must stay as it is.
         self.is_quiet = True
         self._closed = False
         # By address of the rows; None for device memory. To be read by anyone, changed here only.
@@ -191,7 +191,7 @@ class CudaEngine:
     def free_all(self, unpinned: threading.Event, refusal: str | None) -> None:
         """Unpin, set `unpinned`, then free. Goes on after a refusal, and logs the first. refusal: an earlier one.
 
-        `close` does it. Call it only if copies have ended which `close` could not wait for.
+        `close` calls it. Others may call it only once copies have ended for which `close` could not wait.
         """
         refusals: list[object] = [] if refusal is None else [refusal]
 

@@ -1,7 +1,7 @@
 """HostEngine: streams and events made of native copy threads, for processes without a CUDA context.
 
 Ownership: `_native.HostEngine` owns the threads and the queues; native/core.h names the owner of every field. This file
-has only the choice of queues, the CPUs of the threads, and the engine's lifetime. Events are `_native.Job` objects.
+only chooses the queues and the CPUs of the threads, and ends the engine. Events are `_native.Job` objects.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class HostEngine:
 
 
 def default_threads() -> int:
-    """The default number of copy threads: two, or one if there are fewer than three cores, one being the scheduler's.
+    """The default number of copy threads: two, or one if there are fewer than three cores. The scheduler needs a core.
 
     Cores are those that the calling thread may run on, or the whole ones that the container's CPU quota pays for, if
     these are fewer. A copy thread (class SCHED_BATCH) that shares a core with a busy thread waits for its time slice:

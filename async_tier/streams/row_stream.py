@@ -1,4 +1,4 @@
-"""RowStream: a stream of the native core, as both engines have it."""
+"""RowStream: a stream of rows on the native core, for both engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNLIMITED = -1
 
 
 class RowStream:
-    """One queue of `engine`, a native one. alignment_of: gives `_native`'s `dst_alignment` and `src_alignment`."""
+    """One queue of `engine`. alignment_of: for rows, the `dst_alignment` or `src_alignment` that `_native` takes."""
 
     def __init__(
         self,
@@ -44,5 +44,5 @@ class RowStream:
         )
 
     def limit(self, pieces: int) -> None:
-        """Start at most `pieces` more pieces of this queue, or UNLIMITED. See `testing.Gate`."""
+        """Let at most `pieces` more pieces of this queue start; UNLIMITED: any number. See `testing.Gate`."""
         self.engine.limit(self._queue, pieces)
