@@ -127,7 +127,7 @@ class BlockIndex:
         return new, rows
 
     def mark_ready(self, rows: Collection[int]) -> None:
-        """Mark `rows`, whose store succeeded, READY, and unpin them. If a key was dropped meanwhile, its row is freed."""
+        """Mark `rows`, whose store succeeded, READY, and unpin them. A row whose key was dropped meanwhile is freed."""
         state = self._state
         filled = rows
         if self._orphans:
