@@ -19,6 +19,8 @@ from async_tier.text import brief, format_size, nearest_key, parse_size
 ENGINES = ("auto", "cuda", "host")
 LOCALITIES = ("LOCAL", "REMOTE")
 MAX_COPY_THREADS = 64
+POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LeastRecentlyUsed}
+_POLICY_HELP = f"{', '.join(map(repr, POLICIES))} or 'module:Class'"
 # With less, pieces would be so small that queueing them costs more than copying them.
 MIN_STAGING_BYTES = 64 << 10
 
@@ -31,9 +33,9 @@ def parse_threads(key: str, value: object) -> int:
 
 
 def load_policy(name: str) -> type[EvictionPolicy]:
-    """The policy called `name`: "lru", or "module:Class". Raises ValueError, naming `eviction_policy`."""
-    if name == "lru":
-        return LeastRecentlyUsed
+    """The policy called `name`: one of POLICIES, or "module:Class". Raises ValueError, naming `eviction_policy`."""
+    if name in POLICIES:
+        return POLICIES[name]
     module, _, attribute = name.partition(":")
     try:
         policy = getattr(importlib.import_module(module), attribute)
@@ -42,7 +44,7 @@ def load_policy(name: str) -> type[EvictionPolicy]:
             return policy
     except (Exception, SystemExit) as error:  # whatever importing a module raises
         why = f"one that can be imported ({type(error).__name__}: {brief(str(error))})"
-    raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', and that {why}, not {brief(name)}")
+    raise ValueError(f"eviction_policy must be {_POLICY_HELP}, and that {why}, not {brief(name)}")
 
 
 def device_number(name: str) -> int:
@@ -132,8 +134,9 @@ class TierConfig:
         for key in ("batch_copies", "keep_on_reset"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, not {brief(getattr(self, key))}")
-        if not isinstance(self.eviction_policy, str) or not re.fullmatch(r"lru|[\w.]+:\w+", self.eviction_policy):
-            raise ValueError(f"eviction_policy must be 'lru' or 'module:Class', not {brief(self.eviction_policy)}")
+        policy = self.eviction_policy
+        if not isinstance(policy, str) or not (policy in POLICIES or re.fullmatch(r"[\w.]+:\w+", policy)):
+            raise ValueError(f"eviction_policy must be {_POLICY_HELP}, not {brief(policy)}")
         if self.locality is not None and self.locality not in LOCALITIES:
             raise ValueError(f"locality must be null, 'LOCAL' or 'REMOTE', not {brief(self.locality)}")
         if self.trace_path is not None and not _is_path(self.trace_path):

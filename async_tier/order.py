@@ -15,8 +15,7 @@ class SequenceOrder:
 
     With one KV group, vLLM notes all blocks in order, at evenly spaced places. If the ends of the dict look like
     that, it is used as it is, and no method takes longer for a longer sequence, except some ns per block to walk to the
-    middle.
-    Otherwise the keys are sorted, each once.
+    middle. Otherwise the keys are sorted, each once.
     """
 
     _CHUNK = 128  # keys that `preceding` takes at once from the middle of the dict

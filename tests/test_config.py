@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from async_tier import config
 from async_tier.config import MAX_COPY_THREADS, TierConfig, load_policy, parse_threads
 from async_tier.eviction import LeastRecentlyUsed
 from async_tier.text import brief, format_size, parse_size
@@ -398,6 +399,12 @@ def test_a_policys_module_that_exits_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"^eviction_policy must be .*SystemExit: 'no\\nway'.*not 'exits_at_once:A'$"):
         load_policy("exits_at_once:A")
+
+
+def test_a_policy_needs_nothing_but_a_name(monkeypatch):
+    monkeypatch.setitem(config.POLICIES, "another", LeastRecentlyUsed)
+    name = TierConfig.parse({"eviction_policy": "another"}).eviction_policy
+    assert load_policy(name) is LeastRecentlyUsed
 
 
 def test_a_policy_is_found_by_its_name():
