@@ -47,7 +47,7 @@ class Registration:
     range_alignment: ranges begin at the first row, and at multiples of this many bytes from the first row's page. No
     copy may cross these multiples. If a range is refused, it is halved before its rows become ready; earlier ranges
     may then hold several multiples. range_starts: the first addresses of all ranges, as planned now. range_seconds: how
-    long the driver took to pin the last range. A pause of that length before the next one leaves others half of the time.
+    long the driver took to pin the last range. A pause as long before the next one leaves others half of the time.
     """
 
     def __init__(
