@@ -16,7 +16,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class Finished(NamedTuple):
     kind: str = "store"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistics:
     """Counts since construction, and the current state. A block has `row_bytes` bytes.
 
@@ -70,20 +70,20 @@ class Statistics:
     engine: str
     capacity: int
     row_bytes: int
-    rows_used: int
-    blocks: int
-    jobs_in_flight: int
-    store_jobs: int
-    load_jobs: int
-    failed_jobs: int
-    blocks_stored: int
-    blocks_loaded: int
-    blocks_present: int
-    blocks_refused: int
-    evictions: int
-    hits: int
-    misses: int
-    faults: int
+    rows_used: int = 0
+    blocks: int = 0
+    jobs_in_flight: int = 0
+    store_jobs: int = 0
+    load_jobs: int = 0
+    failed_jobs: int = 0
+    blocks_stored: int = 0
+    blocks_loaded: int = 0
+    blocks_present: int = 0
+    blocks_refused: int = 0
+    evictions: int = 0
+    hits: int = 0
+    misses: int = 0
+    faults: int = 0
 
 
 class _RefusedError(Exception):
@@ -174,9 +174,9 @@ class BlockStore:
         self.orders: dict[str | None, SequenceOrder] = {}
         # By sequence, its keys that were hit in this step.
         self._step_hits: dict[str | None, list[bytes]] = {}
-        self._store_jobs = self._load_jobs = self._failed_jobs = 0
-        self._blocks_stored = self._blocks_loaded = self._blocks_present = self._blocks_refused = 0
-        self._hits = self._misses = self._faults = 0
+        # What `statistics` returns, without the current state, and without what `lookup` counts, which has to be quick.
+        self._counts = Statistics(engine.name, self.index.capacity, primary.row_bytes)
+        self._hits = self._misses = 0
         self._closed = False
         self._broken = False
         self._is_late = False
@@ -250,7 +250,7 @@ class BlockStore:
         the sequence first; the job is then a success with fewer bytes. Unequal lengths and rows out of range fail the
         job. `order` is for a sequence without `begin_sequence`.
         """
-        self._store_jobs += 1
+        self._counts.store_jobs += 1
         self._check_engine()
         distinct = isinstance(keys, (set, frozenset))  # vLLM passes a set
         keys = list(keys)
@@ -287,11 +287,7 @@ class BlockStore:
             self._trace_begin(self._trace, job)
 
     def submit_load(
-        self,
-        job_id: int,
-        keys: Collection[bytes],
-        rows: np.ndarray | Sequence[int],
-        sequence: str | None = None,
+        self, job_id: int, keys: Collection[bytes], rows: np.ndarray | Sequence[int], sequence: str | None = None
     ) -> None:
         """Queue the copy of the blocks under `keys` (n of them) into primary rows `rows` (shape (n,)).
 
@@ -299,7 +295,7 @@ class BlockStore:
         whose load failed is gone from the tier before the failure is reported. Unequal lengths and rows out of range
         fail the whole job. `sequence` is named in the log, and is no use of the blocks.
         """
-        self._load_jobs += 1
+        self._counts.load_jobs += 1
         self._check_engine()
         keys = list(keys)
         job = _Job(job_id, "load", sequence, keys)
@@ -376,7 +372,7 @@ class BlockStore:
 
     def report_fault(self, doing: str, reason: object) -> None:
         """Count a fault, and log it as "The tier could not <doing>"; an exception's traceback, too, the first time."""
-        self._faults += 1
+        self._counts.faults += 1
         error = reason if isinstance(reason, BaseException) else None
         self._log.report(doing, f"The tier could not {doing}: {_error_text(reason)}", error, _error_text(reason))
 
@@ -435,24 +431,14 @@ class BlockStore:
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
-        return Statistics(
-            engine=self.engine.name,
-            capacity=self.index.capacity,
-            row_bytes=self.primary.row_bytes,
+        return replace(
+            self._counts,
             rows_used=self.index.rows_used,
             blocks=len(self.index),
             jobs_in_flight=len(self._loads) + len(self._stores),
-            store_jobs=self._store_jobs,
-            load_jobs=self._load_jobs,
-            failed_jobs=self._failed_jobs,
-            blocks_stored=self._blocks_stored,
-            blocks_loaded=self._blocks_loaded,
-            blocks_present=self._blocks_present,
-            blocks_refused=self._blocks_refused,
             evictions=self.index.evictions,
             hits=self._hits,
             misses=self._misses,
-            faults=self._faults,
         )
 
     # ----------------------------------------------------------------------------------------------------- job ends
@@ -493,7 +479,7 @@ class BlockStore:
             self._finish(job, self._why_failed(job))
             return
         self.index.mark_ready(job.rows)
-        self._blocks_stored += len(job.rows)
+        self._counts.blocks_stored += len(job.rows)
         self._finish(job, None, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
 
     def _end_load(self, job: _Job) -> None:
@@ -502,7 +488,7 @@ class BlockStore:
             self.index.drop(job.keys)
             self._finish(job, self._why_failed(job))
             return
-        self._blocks_loaded += len(job.rows)
+        self._counts.blocks_loaded += len(job.rows)
         loaded = tuple(job.keys) if job.missing else None
         size = len(job.rows) * self.primary.row_bytes
         self._finish(job, self._why_incomplete(job), loaded, size, job.event.seconds)
@@ -521,12 +507,12 @@ class BlockStore:
 
     def _refuse(self, job: _Job, refusal: _RefusedError) -> None:
         """Report the job as failed. Counts a fault, unless the engine is broken, which was counted when it broke."""
-        self._faults += not self._broken
+        self._counts.faults += not self._broken
         self._finish(job, str(refusal))
 
     def _fail_job(self, job: _Job, error: BaseException) -> None:
         """Report the job as failed by an unexpected error. None of its copies is under way."""
-        self._faults += 1
+        self._counts.faults += 1
         self._finish(job, _error_text(error), error=error)
 
     def _finish(
@@ -542,7 +528,7 @@ class BlockStore:
         if self._trace is not None:
             self._trace_end(self._trace, job, reason)
         if reason is not None:
-            self._failed_jobs += 1
+            self._counts.failed_jobs += 1
             line = str(job)
             self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error, reason)
         self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind))
@@ -592,8 +578,8 @@ class BlockStore:
     def _count_left_out(self, keys: list[bytes], new: Sequence[bytes]) -> None:
         taken = set(new)
         present = sum(1 for key in keys if key not in taken and self.index.state(key))
-        self._blocks_present += present
-        self._blocks_refused += len(keys) - len(taken) - present
+        self._counts.blocks_present += present
+        self._counts.blocks_refused += len(keys) - len(taken) - present
 
 
 def _capacity(primary: Rows, config: TierConfig) -> int:

@@ -19,24 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from async_tier.streams.base import CopyEngine, CopyStream
+from async_tier.streams.base import CopyStream
 from async_tier.streams.row_stream import UNLIMITED
-
-
-class HasEngine(Protocol):
-    """A BlockStore."""
-
-    @property
-    def engine(self) -> CopyEngine: ...
-
-
-class HasBlockStore(Protocol):
-    """A tier (AsyncSecondaryTierManager) or an AsyncBlockStore."""
-
-    @property
-    def block_store(self) -> HasEngine: ...
 
 
 class Gate:
@@ -74,17 +60,11 @@ class Gate:
         self.release()
 
 
-def store_gate(owner: HasBlockStore | HasEngine) -> Gate:
+def store_gate(owner: Any) -> Gate:
     """The gate of the copies into the tier. owner: a tier, a BlockStore or an AsyncBlockStore."""
-    return Gate(_engine_of(owner).store_stream)
+    return Gate(getattr(owner, "block_store", owner).engine.store_stream)
 
 
-def load_gate(owner: HasBlockStore | HasEngine) -> Gate:
+def load_gate(owner: Any) -> Gate:
     """The gate of the copies out of the tier. owner: a tier, a BlockStore or an AsyncBlockStore."""
-    return Gate(_engine_of(owner).load_stream)
-
-
-def _engine_of(owner: HasBlockStore | HasEngine) -> CopyEngine:
-    store: Any = getattr(owner, "block_store", owner)
-    engine: CopyEngine = store.engine
-    return engine
+    return Gate(getattr(owner, "block_store", owner).engine.load_stream)

@@ -1405,8 +1405,7 @@ CALLS = {
 @emulated
 @pytest.mark.parametrize("is_load", [False, True])
 @pytest.mark.parametrize(
-    ("pool", "point", "nth"),
-    [pytest.param(pool, *call, id=f"{what}, {pool}") for (what, pool), call in CALLS.items()],
+    ("pool", "point", "nth"), [pytest.param(pool, *call, id=f"{what}, {pool}") for (what, pool), call in CALLS.items()]
 )
 def test_a_refused_call_fails_that_job_alone(primary, pool, is_load, point, nth, small_pieces, emulator, caplog):
     step = 2 if point == "memcpy_batch_async" else 1

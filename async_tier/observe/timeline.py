@@ -208,11 +208,7 @@ def draw(timeline: Timeline, output: Path, title: str) -> None:
             direction = name.rpartition(" ")[2]
             times, values = zip(*points, strict=True)
             below.step(
-                times,
-                [value / 2**20 for value in values],
-                where="post",
-                label=direction,
-                color=_COLORS.get(direction),
+                times, [value / 2**20 for value in values], where="post", label=direction, color=_COLORS.get(direction)
             )
     below.set_ylabel("MiB in flight")
     below.set_xlabel("seconds")

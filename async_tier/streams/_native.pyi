@@ -52,12 +52,7 @@ class HostEngine(_Engine):
 
 class CudaEngine(_Engine):
     def __init__(
-        self,
-        context: int,
-        batch: bool,
-        piece_bytes: int,
-        loads: tuple[int, int, int],
-        stores: tuple[int, int, int],
+        self, context: int, batch: bool, piece_bytes: int, loads: tuple[int, int, int], stores: tuple[int, int, int]
     ) -> None: ...
     @property
     def broken(self) -> str | None: ...

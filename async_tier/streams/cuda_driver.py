@@ -85,8 +85,7 @@ class Driver:
         self._check("cuDeviceGet", self._library.cuDeviceGet(ctypes.byref(device), ordinal))
         context = _handle()
         self._check(
-            "cuDevicePrimaryCtxRetain",
-            self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.value),
+            "cuDevicePrimaryCtxRetain", self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.value)
         )
         return device.value, context.value or 0
 

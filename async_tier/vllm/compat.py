@@ -47,6 +47,11 @@ except ImportError as error:
         "the extra 'vllm' or 'cpu'"
     ) from error
 
+try:
+    from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
+except ImportError:  # up to 0.30, whose tiers are given none
+    BackpressureDetector = object  # type: ignore[assignment,misc]
+
 Config = TypeVar("Config")
 
 # The fields of vLLM's JobResult, and their names in `Finished`. A version may lack some, and have others in between.
@@ -92,12 +97,7 @@ class TierBase(SecondaryTierManager):
         medium = vllm_base.Medium.CPU
 
     def __init__(
-        self,
-        offloading_spec: Any,
-        primary_kv_view: memoryview,
-        tier_type: str,
-        detector: Detector | None,
-        **more: Any,
+        self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, detector: Detector | None, **more: Any
     ) -> None:
         if _BASE_TAKES_DETECTOR:
             more["backpressure_detector"] = detector
@@ -251,38 +251,13 @@ def order_of(context: Any) -> SequenceOrder:
     return SequenceOrder(context._offload_key_positions if _HAS_POSITIONS else {})
 
 
-class NeverDrop:
-    """A back-pressure policy that drops nothing, for a tier that has none configured."""
-
-    def should_store(self, detector: Any) -> bool:
-        return True
-
-    def on_store_skipped(self, num_blocks: int) -> None:
-        pass
-
-    def pop_stores_dropped(self) -> tuple[int, int]:
-        return 0, 0
-
-    def reset(self) -> None:
-        pass
-
-
-class NoPressure:
-    """A back-pressure detector that never holds a store back, with the interface of vLLM 0.31 to 0.33."""
-
-    policy = NeverDrop()
-    stats: dict[str, float] = {}  # noqa: RUF012 - read only, and vLLM's type for it
+class NoPressure(BackpressureDetector):
+    """A back-pressure detector that never holds a store back, for a tier that has none configured."""
 
     def should_store(self, num_blocks: int) -> bool:
         return True
 
-    def update(self, submit_time: float, num_bytes: int) -> None:
-        pass
-
     def on_store_completed(self, elapsed_s: float, num_bytes: int) -> None:
-        pass
-
-    def on_store_failed(self) -> None:
         pass
 
     def is_under_pressure(self) -> bool:

@@ -39,13 +39,7 @@ class Kind(enum.IntEnum):
 # Where an error may be injected while an operation runs. Where a call may be refused is called as `count` calls it.
 ASYNCHRONOUS_POINTS = frozenset({"exec_h2d", "exec_d2h", "exec_d2d", "exec_h2h", "exec_copy", "event_record"})
 
-_int, _u64, _double, _text, _handle = (
-    ctypes.c_int,
-    ctypes.c_uint64,
-    ctypes.c_double,
-    ctypes.c_char_p,
-    ctypes.c_void_p,
-)
+_int, _u64, _double, _text, _handle = (ctypes.c_int, ctypes.c_uint64, ctypes.c_double, ctypes.c_char_p, ctypes.c_void_p)
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "is_forked": (_int, ()),
     "set_delay": (None, (_int, _double)),

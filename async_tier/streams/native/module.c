@@ -685,15 +685,9 @@ static PyMethodDef module_methods[] = {
      "set by numactl. Raises OSError."},
     {NULL, NULL, 0, NULL},
 };
-static struct PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
-                                        "_native",
-                                        "The core of the copy engines; see streams/native/core.h.",
-                                        -1,
-                                        module_methods,
-                                        NULL,
-                                        NULL,
-                                        NULL,
-                                        NULL};
+static struct PyModuleDef module_def = {PyModuleDef_HEAD_INIT, .m_name = "_native", .m_size = -1,
+                                        .m_doc = "The core of the copy engines; see streams/native/core.h.",
+                                        .m_methods = module_methods};
 
 /* Adds a new type to the module. NULL if that fails. */
 static PyObject *add_type(PyObject *module, PyType_Spec *spec, const char *name) {
