@@ -7,8 +7,8 @@ Works on a copy of the project. A mutant is (rule, file, line as it is, line as 
 to catch it are the fast ones of the file's subject. With words, only mutants whose rule or file contains one.
 
 What takes longest in a short run of tests is to import torch and vLLM. So this process does that once, and forks for
-each mutant. And the test that caught a mutant is kept in build/mutants.json: the next time it is the first to run, and
-if it catches the mutant again no other has to.
+each mutant. And the test that caught a mutant, by failing or by never ending, is kept in build/mutants.json: the next
+time it is the first to run, and if it catches the mutant again no other has to.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of a test file: longer than any takes, several times over. A mutant that hangs is caught too.
-TIMEOUT_S = 120
+# Of one test: longer than any takes, several times over. A mutant that hangs is caught too.
+TIMEOUT_S = 60
 KILLERS = ROOT / "build" / "mutants.json"
 
 TIER = ("test_manager.py", "test_index.py")
@@ -604,15 +605,14 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-class FirstFailure:
-    """A plugin of pytest that notes which test failed, in a file."""
+class RunningTest:
+    """A plugin of pytest that notes in a file which test runs: at the end of a run with -x, the one that failed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.path.write_text(report.nodeid)
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.path.write_text(nodeid)
 
 
 def caught(mutant: Mutant, folder: Path, killers: dict[str, str]) -> bool:
@@ -626,12 +626,10 @@ def caught(mutant: Mutant, folder: Path, killers: dict[str, str]) -> bool:
             build(folder)
         if mutant.rule in killers and has_failed(run_tests(folder, [killers[mutant.rule]])):
             return True
-        noted = folder.parent / "failed"
-        noted.unlink(missing_ok=True)
-        is_caught = has_failed(run_tests(folder, mutant.tests, noted))
+        is_caught = has_failed(run_tests(folder, mutant.tests))
         killers.pop(mutant.rule, None)
-        if is_caught and noted.exists():
-            killers[mutant.rule] = noted.read_text().removeprefix("tests/")
+        if is_caught and (running := running_test(folder).read_text()):
+            killers[mutant.rule] = running.removeprefix("tests/")
         return is_caught
     finally:
         path.write_text(source)
@@ -644,11 +642,17 @@ def has_failed(code: int) -> bool:
     return code == 1 or code < 0
 
 
-def run_tests(folder: Path, names: Sequence[str], noted: Path | None = None) -> int:
-    """pytest's exit code for these, or the negative number of the signal that ended it; ours if it hangs.
+def running_test(folder: Path) -> Path:
+    """The file with the name of the test that runs, or was the last to run."""
+    return folder.parent / "running"
 
-    names: files in tests/, or single tests. noted: a file for the name of the test that failed.
+
+def run_tests(folder: Path, names: Sequence[str]) -> int:
+    """pytest's exit code for these, or the negative number of the signal that ended it; ours if a test hangs.
+
+    names: files in tests/, or single tests.
     """
+    running_test(folder).write_text("")
     child = os.fork()
     if child == 0:
         code = 3
@@ -660,16 +664,17 @@ def run_tests(folder: Path, names: Sequence[str], noted: Path | None = None) -> 
                 os.dup2(nothing, fd)
 
             arguments = ["-x", "-q", "-p", "no:cacheprovider", *(str(folder / "tests" / name) for name in names)]
-            code = pytest.main(arguments, plugins=[FirstFailure(noted)] if noted else [])
+            code = pytest.main(arguments, plugins=[RunningTest(running_test(folder))])
         except SystemExit:  # a test that gave up waiting ends pytest
             code = 1
         finally:
             os._exit(code)
     end = os.pidfd_open(child)
-    has_ended, _, _ = select.select([end], [], [], TIMEOUT_S * len(names))
+    while not select.select([end], [], [], 1.0)[0]:
+        if time.time() - running_test(folder).stat().st_mtime > TIMEOUT_S:
+            os.killpg(child, signal.SIGKILL)
+            break
     os.close(end)
-    if not has_ended:
-        os.killpg(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):  # it could not remove what it had made
         for left in Path("/dev/shm").glob(f"vllm_offload_async-tier-test-{child}*"):
