@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,13 +37,22 @@ logger = logging.getLogger(__name__)
 # A copy takes milliseconds. One that takes this long has met a fault of the driver or the device.
 LATE_S = 30
 
+# Why blocks that were offered to a store were not stored, and what helps.
+REFUSALS = {
+    "own_request": "requests have more blocks than the tier; set bytes_to_use to more",
+    "in_use": "copies and hits need the blocks that would be evicted; set bytes_to_use to more",
+    "not_ready": "the tier's memory is still being pinned, which ends by itself",
+    "failed": "stores fail; the log has the reason of each kind",
+}
+
 
 class Finished(NamedTuple):
     """The end of a job.
 
     success: whether every block arrived or needed no copy.
     loaded_keys: the keys that did arrive, if a load failed in part; otherwise None.
-    bytes: bytes moved. seconds: from the start of the first copy to the end of the last one.
+    bytes: bytes moved. seconds: from the start of the first copy to the end of the last one. queued_seconds: from the
+        submission to the start of the first copy. Both are 0 for a job without copies, and for one whose copies failed.
     reason: why the job failed; None for a success. kind: "store" or "load".
     """
 
@@ -53,37 +63,71 @@ class Finished(NamedTuple):
     seconds: float = 0.0
     reason: str | None = None
     kind: str = "store"
+    queued_seconds: float = 0.0
 
 
 @dataclass
 class Statistics:
-    """Counts since construction, and the current state. A block has `row_bytes` bytes.
+    """The current state, and counts since construction. A block has `row_bytes` bytes.
 
-    engine: the copy engine, "cuda" or "host". capacity: rows of the arena. rows_used: those that are not free. blocks:
-    those that can be loaded. jobs_in_flight: jobs whose copies were not seen to end. store_jobs, load_jobs: jobs
-    submitted, whatever their outcome. failed_jobs: jobs reported as failed, including loads that lacked a block.
-    blocks_stored, blocks_loaded: blocks copied successfully. blocks_present: offered to a store, but already stored or
-    being stored. blocks_refused: offered to a store, but left out for want of a row. evictions: blocks evicted. hits,
-    misses: results of `lookup`. faults: unexpected errors, and jobs refused for bad arguments or after `close`.
+    engine: the copy engine, "cuda" or "host". capacity: rows of the arena. rows_ready: those that may be used by now.
+    rows_used: those that are not free. rows_pinned: those that copies or hits of this step need (twice, if both do).
+    blocks: those that can be loaded. stores_in_flight, loads_in_flight: jobs whose copies were not seen to end.
+    store_bytes_in_flight, load_bytes_in_flight: their bytes.
+
+    store_jobs, load_jobs: jobs submitted, whatever their outcome. failed_stores, failed_loads: jobs reported as failed,
+    including loads that lacked a block. blocks_stored, blocks_loaded: blocks copied successfully. blocks_present:
+    offered to a store, but already stored or being stored. refused: offered to a store, but not stored, by the reason
+    (see REFUSALS). blocks_lost: blocks of loads that did not arrive. evictions: blocks evicted. resets: how often
+    everything was forgotten. hits, misses: results of `lookup`. faults: unexpected errors, and jobs refused for bad
+    arguments or after `close`.
     """
 
     engine: str
     capacity: int
     row_bytes: int
+    rows_ready: int = 0
     rows_used: int = 0
+    rows_pinned: int = 0
     blocks: int = 0
-    jobs_in_flight: int = 0
+    stores_in_flight: int = 0
+    loads_in_flight: int = 0
+    store_bytes_in_flight: int = 0
+    load_bytes_in_flight: int = 0
     store_jobs: int = 0
     load_jobs: int = 0
-    failed_jobs: int = 0
+    failed_stores: int = 0
+    failed_loads: int = 0
     blocks_stored: int = 0
     blocks_loaded: int = 0
     blocks_present: int = 0
-    blocks_refused: int = 0
+    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSALS, 0))
+    blocks_lost: int = 0
     evictions: int = 0
+    resets: int = 0
     hits: int = 0
     misses: int = 0
     faults: int = 0
+
+    @property
+    def jobs_in_flight(self) -> int:
+        return self.stores_in_flight + self.loads_in_flight
+
+    @property
+    def failed_jobs(self) -> int:
+        return self.failed_stores + self.failed_loads
+
+    @property
+    def blocks_refused(self) -> int:
+        return sum(self.refused.values())
+
+    @property
+    def bytes_stored(self) -> int:
+        return self.blocks_stored * self.row_bytes
+
+    @property
+    def bytes_loaded(self) -> int:
+        return self.blocks_loaded * self.row_bytes
 
 
 class _RefusedError(Exception):
@@ -91,7 +135,7 @@ class _RefusedError(Exception):
 
 
 class _Job:
-    __slots__ = ("blocks", "event", "job_id", "keys", "kind", "missing", "rows", "sequence", "traced")
+    __slots__ = ("blocks", "event", "job_id", "keys", "kind", "missing", "rows", "sequence", "submitted_ns", "traced")
 
     event: CopyEvent
 
@@ -104,6 +148,7 @@ class _Job:
         self.keys: Sequence[bytes] = ()  # those that are copied
         self.rows: Sequence[int] = ()  # of the arena, one per key
         self.missing = 0  # loads: how many of the caller's keys the tier lacked
+        self.submitted_ns = time.monotonic_ns()
         self.traced: Submitted | None = None
 
     def __str__(self) -> str:
@@ -174,7 +219,7 @@ class BlockStore:
         self.orders: dict[str | None, SequenceOrder] = {}
         # By sequence, its keys that were hit in this step.
         self._step_hits: dict[str | None, list[bytes]] = {}
-        # What `statistics` returns, without the current state, and without what `lookup` counts, which has to be quick.
+        # The state in it is that of the last call of `statistics`. `lookup` has to be quick, and counts beside it.
         self._counts = Statistics(engine.name, self.index.capacity, primary.row_bytes)
         self._hits = self._misses = 0
         self._closed = False
@@ -269,19 +314,19 @@ class BlockStore:
             sources = [sources[at] for at in places]
         new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
-            self._count_left_out(keys, new)
+            self._count_left_out(keys, new, sequence)
             row_of = dict(zip(reversed(keys), reversed(sources), strict=True))  # the first row of a key given twice
             sources = [row_of[key] for key in new]
         if not new:
             self._finish(job)
             return
+        job.keys, job.rows = new, arena_rows
         try:
             job.event = self.engine.store_stream.copy_rows(self.arena.rows, arena_rows, self.primary, sources)
         except Exception as error:
             self.index.drop_filling(new, arena_rows)
             self._fail_job(job, error)
             return
-        job.keys, job.rows = new, arena_rows
         self._stores.append(job)
         if self._trace is not None:
             self._trace_begin(self._trace, job)
@@ -351,6 +396,7 @@ class BlockStore:
 
     def clear(self) -> None:
         """Forget every block. Copies in flight continue, and their jobs are reported."""
+        self._counts.resets += 1
         self._step_hits.clear()
         self.index.clear()
 
@@ -431,11 +477,19 @@ class BlockStore:
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
+        counts, row_bytes = self._counts, self.primary.row_bytes
+        storing, loading = (sum(len(job.rows) for job in queue) for queue in (self._stores, self._loads))
         return replace(
-            self._counts,
+            counts,
+            rows_ready=self.index.usable,
             rows_used=self.index.rows_used,
+            rows_pinned=storing + loading + self.index.step_pins,
             blocks=len(self.index),
-            jobs_in_flight=len(self._loads) + len(self._stores),
+            stores_in_flight=len(self._stores),
+            loads_in_flight=len(self._loads),
+            store_bytes_in_flight=storing * row_bytes,
+            load_bytes_in_flight=loading * row_bytes,
+            refused=dict(counts.refused),
             evictions=self.index.evictions,
             hits=self._hits,
             misses=self._misses,
@@ -528,10 +582,22 @@ class BlockStore:
         if self._trace is not None:
             self._trace_end(self._trace, job, reason)
         if reason is not None:
-            self._counts.failed_jobs += 1
+            self._count_failure(job, size // self.primary.row_bytes)
             line = str(job)
             self._log.report(job.kind, f"{line[0].upper()}{line[1:]} failed: {reason}", error, reason)
-        self._finished.append(Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind))
+        queued = max(0, job.event.spans[0][1] - job.submitted_ns) * 1e-9 if seconds else 0.0
+        self._finished.append(
+            Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind, queued)
+        )
+
+    def _count_failure(self, job: _Job, arrived: int) -> None:
+        """arrived: how many of a load's blocks did."""
+        if job.kind == "load":
+            self._counts.failed_loads += 1
+            self._counts.blocks_lost += job.blocks - arrived
+        else:
+            self._counts.failed_stores += 1
+            self._counts.refused["failed"] += len(job.keys) or job.blocks
 
     # ------------------------------------------------------------------------------------------------------- details
 
@@ -575,11 +641,21 @@ class BlockStore:
             raise _RefusedError(f"a row number is not from 0 to {self.primary.count - 1}")
         return numbers
 
-    def _count_left_out(self, keys: list[bytes], new: Sequence[bytes]) -> None:
+    def _count_left_out(self, keys: list[bytes], new: Sequence[bytes], sequence: str | None) -> None:
+        """Count those of `keys` that `reserve` did not return: those that are here, and those without a row."""
         taken = set(new)
-        present = sum(1 for key in keys if key not in taken and self.index.state(key))
-        self._counts.blocks_present += present
-        self._counts.blocks_refused += len(keys) - len(taken) - present
+        left_out = [key for key in keys if key not in taken]
+        refused = sum(1 for key in left_out if not self.index.state(key))
+        self._counts.blocks_present += len(keys) - len(taken) - refused
+        if refused:
+            # Blocks that would have been evicted, but for their pins. Pins of the request's own are not in the way.
+            pinned = self.index.step_pins + sum(
+                len(job.rows)
+                for job in (*self._stores, *self._loads)
+                if job.sequence is None or job.sequence != sequence
+            )
+            why = "in_use" if pinned >= refused else "own_request"
+            self._counts.refused["not_ready" if self.index.usable < self.index.capacity else why] += refused
 
 
 def _capacity(primary: Rows, config: TierConfig) -> int:

@@ -68,6 +68,7 @@ class TierConfig:
     batch_copies: for the cuda engine: use the driver's call for many copies at once, if it has one.
     keep_on_reset: keep serving blocks stored before vLLM's `reset_cache` (block hashes do not cover the weights).
     eviction_policy: "lru", or "module:Class" of an eviction.EvictionPolicy.
+    enable_kv_events: publish what the tier stores and evicts as KV cache events, if vLLM publishes any.
     locality: None, "LOCAL" or "REMOTE", which vLLM matches against a request's tier filter.
     trace_path: the file for a trace (see observe.trace); "{pid}" in it stands for the process; None: no trace.
     """
@@ -82,6 +83,7 @@ class TierConfig:
     batch_copies: bool = True
     keep_on_reset: bool = False
     eviction_policy: str = "lru"
+    enable_kv_events: bool = False
     locality: str | None = None
     trace_path: str | None = None
 
@@ -131,7 +133,7 @@ class TierConfig:
                 f"staging_bytes must be at least {MIN_STAGING_BYTES} bytes ({format_size(MIN_STAGING_BYTES)}), "
                 f"not {self.staging_bytes}"
             )
-        for key in ("batch_copies", "keep_on_reset"):
+        for key in ("batch_copies", "keep_on_reset", "enable_kv_events"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, not {brief(getattr(self, key))}")
         policy = self.eviction_policy

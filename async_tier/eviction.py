@@ -6,7 +6,7 @@ A policy knows keys and rows, but neither memory nor jobs. The configuration may
 from __future__ import annotations
 
 import heapq
-import sys
+import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
@@ -59,9 +59,13 @@ class EvictionPolicy(ABC):
     def unpinned(self, rows: Collection[int]) -> None:  # noqa: B027 - not every policy needs to know
         """Each of `rows` has lost a pin; some may have none now."""
 
+    def oldest_age(self) -> float | None:
+        """Seconds since the last use of the block that would be evicted next. None if there is none, or if unknown."""
+        return None
+
 
 _NO_ORDER = SequenceOrder({})
-_NEVER = sys.maxsize
+_NEVER = 1 << 100  # later than any last use, and larger than any entry of the heap
 
 
 class LeastRecentlyUsed(EvictionPolicy):
@@ -99,7 +103,9 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def clear(self) -> None:
         count = len(self._pins)
-        self._clock = 0  # what follows is by row
+        # The time of the last use in us of CLOCK_MONOTONIC, or more: each use has a time of its own.
+        self._clock = 0
+        # What follows is by row.
         self._key_of: list[bytes] = [b""] * count
         self._used_at = array("q", [0]) * count  # in a list, each number would be an object
         self._stored_at = [0] * count
@@ -121,8 +127,8 @@ class LeastRecentlyUsed(EvictionPolicy):
         self, keys: Sequence[bytes], rows: Sequence[int], sequence: str | None, order: SequenceOrder | None
     ) -> None:
         above = self._find_parent(keys[0], sequence, order)
-        before = self._clock
-        self._clock = now = before + len(keys)
+        now = self._advance(len(keys))
+        before = now - len(keys)
         if isinstance(rows, range):
             run = slice(rows.start, rows.stop)
             self._key_of[run] = keys
@@ -213,6 +219,15 @@ class LeastRecentlyUsed(EvictionPolicy):
                     self._met_pinned.remove(row)
                     self._put_in_heap(row)
 
+    def oldest_age(self) -> float | None:
+        entry = self._oldest()
+        return None if entry == _NEVER else max(0.0, time.monotonic() - entry // self._end * 1e-6)
+
+    def _advance(self, uses: int) -> int:
+        """The time of the last of so many uses, which are being made now, 1 us apart."""
+        self._clock = max(self._clock + uses, time.monotonic_ns() // 1000)
+        return self._clock
+
     def _find_parent(self, key: bytes, sequence: str | None, order: SequenceOrder | None) -> int:
         """The row of the parent of a new block `key`; -1 if it is unknown or not held."""
         last = self._last.get(sequence, b"") if sequence is not None else b""
@@ -236,7 +251,7 @@ class LeastRecentlyUsed(EvictionPolicy):
     def _mark_used(self, rows: Sequence[int]) -> None:
         """Mark the blocks in `rows` as used now, the first as the newest."""
         used_at, children = self._used_at, self._children
-        self._clock = now = self._clock + len(rows)
+        now = self._advance(len(rows))
         leaves = []
         for row in rows:
             used_at[row] = now

@@ -14,11 +14,19 @@ a full garbage collection then has only the lists to walk.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
 from async_tier.order import SequenceOrder
 
 FREE, FILLING, READY, ORPHAN = range(4)
+
+
+class Change(NamedTuple):
+    """`keys` have become READY (is_stored), or are READY no more."""
+
+    is_stored: bool
+    keys: list[bytes]
 
 
 class BlockIndex:
@@ -41,6 +49,9 @@ class BlockIndex:
         self._free: list[int] = []
         self._step_pins: list[int] = []
         self._policy = policy(self._row_of, self._pins)
+        # See `note_changes`. By row, the key that it has or had.
+        self._changes: list[Change] | None = None
+        self._key_of: list[bytes] = []
 
     def __len__(self) -> int:
         """The number of READY blocks."""
@@ -55,6 +66,20 @@ class BlockIndex:
     def policy(self) -> EvictionPolicy:
         """The policy that decides which block is evicted."""
         return self._policy
+
+    @property
+    def step_pins(self) -> int:
+        """The number of hits that are pinned until `end_step`."""
+        return len(self._step_pins)
+
+    def note_changes(self) -> None:
+        """From now on keep what becomes READY, and what is READY no more. Call it while the index is empty."""
+        self._changes, self._key_of = [], [b""] * self.capacity
+
+    def take_changes(self) -> list[Change]:
+        """What has changed since the last call, in order. `clear` is no change, and forgets those before it."""
+        changes, self._changes = self._changes or [], None if self._changes is None else []
+        return changes
 
     def state(self, key: bytes) -> int:
         """FREE (not here), FILLING or READY."""
@@ -115,6 +140,9 @@ class BlockIndex:
         if not rows:
             return new, []
         row_of.update(zip(new, rows, strict=True))
+        if self._changes is not None:
+            for key, row in zip(new, rows, strict=True):
+                self._key_of[row] = key
         self.filling += len(rows)
         state, pins = self._state, self._pins
         if isinstance(rows, range):
@@ -138,6 +166,7 @@ class BlockIndex:
             state[row] = ready
             pins[row] = 0  # a FILLING row has no pin but its store's
         self.filling -= len(filled)
+        self._note_change(True, filled)
         self._policy.unpinned(filled)
 
     def pin_ready(self, keys: Sequence[bytes]) -> list[int]:
@@ -179,6 +208,8 @@ class BlockIndex:
         for key in keys:
             row = self._row_of.get(key)
             if row is not None:
+                if self._state[row] == READY:
+                    self._note_change(False, (row,))
                 self._policy.remove(row)
                 del self._row_of[key]
                 self._orphan(row)
@@ -191,6 +222,8 @@ class BlockIndex:
     def clear(self) -> None:
         """Forget every key. Pinned rows become free when they are unpinned."""
         self._policy.clear()
+        if self._changes is not None:
+            self._changes.clear()
         rows = list(self._row_of.values())
         self._row_of.clear()
         for row in rows:
@@ -216,10 +249,15 @@ class BlockIndex:
                 for row in rows:
                     self._free_row(row)
                 raise
+            self._note_change(False, evicted)
             rows.extend(reversed(evicted))
             self.evictions += len(evicted)
         adjoining = range(rows[0], rows[0] + len(rows)) if rows else range(0)
         return adjoining if rows == list(adjoining) else rows
+
+    def _note_change(self, is_stored: bool, rows: Collection[int]) -> None:
+        if self._changes is not None and rows:
+            self._changes.append(Change(is_stored, [self._key_of[row] for row in rows]))
 
     def _orphan(self, row: int) -> None:
         """The key of `row` was just removed: free the row, or make it an ORPHAN while it is pinned."""

@@ -15,6 +15,7 @@ from async_tier.streams.rows import Rows
 from async_tier.text import brief, format_size
 from async_tier.vllm import compat
 from async_tier.vllm.logs import adopt_vllms_logging
+from async_tier.vllm.metrics import TierMetrics, definitions
 from async_tier.vllm.promises import KEEP, REFUSE, WAIT, Promises
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,17 @@ class AsyncSecondaryTierManager(compat.TierBase):
         self.config = _resolve_engine(self.config, offloading_spec)
         self.block_store = BlockStore(Rows.of_view(primary_kv_view), self.config)
         self._promises = Promises(self.block_store.primary.count, self.block_store.has, compat.group_of)
+        self._label = compat.tier_label(offloading_spec, tier_type)
+        self._metrics = TierMetrics(self._label, self.block_store, self._promises)
+        if self.config.enable_kv_events:
+            if compat.are_events_published(offloading_spec):
+                self.block_store.index.note_changes()
+            else:
+                logger.warning(
+                    "enable_kv_events of tier '%s' has no effect: vLLM publishes no KV cache events (see its "
+                    "kv_events_config), or is older than 0.29, and its events do not name a tier",
+                    tier_type,
+                )
         # Steps whose results have not arrived; and, after a reset that keeps blocks, for how many more steps lookups
         # answer MISS. Until the first step planned after the reset has ended, workers may write to rows of the primary
         # that a promotion would fill.
@@ -144,6 +156,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
                     self._promises.note_end(finished.job_id, finished.success)
                 except Exception as error:  # no result may be lost because of this
                     self.block_store.report_fault("keep account of a promise", error)
+            self._metrics.note_ends(ended)
             self._detector.set_store_seconds(each.seconds for each in ended if each.kind == "store" and each.success)
             return [compat.job_result(finished) for finished in ended]
         except Exception as error:
@@ -203,11 +216,48 @@ class AsyncSecondaryTierManager(compat.TierBase):
             self.block_store.report_fault("end a step", error)
 
     def get_stats(self) -> Any:
-        """The base class's statistics. vLLM calls this when a step's results have arrived, which is counted here."""
+        """What has changed in the tier's metrics; None if nothing has.
+
+        vLLM calls this when a step's results have arrived, which is counted here.
+        """
         self._steps_under_way = max(0, self._steps_under_way - 1)
         self._miss_steps = max(0, self._miss_steps - 1)
-        self.block_store.note_results()
-        return super().get_stats()
+        try:
+            self.block_store.note_results()
+            return self._metrics.take()
+        except Exception as error:
+            self.block_store.report_fault("report its metrics", error)
+            return None
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """The definitions of the tier's metrics, which are the same for every configuration."""
+        return definitions()
+
+    def take_events(self) -> Iterable[Any]:
+        """vLLM's events for what was stored and evicted since the last call, in order; see `enable_kv_events`."""
+        try:
+            return [
+                compat.event(change.keys, change.is_stored, self.locality, self._label)
+                for change in self.block_store.index.take_changes()
+            ]
+        except Exception as error:
+            self.block_store.report_fault("report its events", error)
+            return []
+
+    @classmethod
+    def config_info_keys(cls, tier_config: dict[str, Any]) -> tuple[str, ...]:
+        """The names in `config_info`."""
+        return tuple(f"async_tier_{name}" for name in ("engine", "pool", "blocks", "block_bytes", "eviction_policy"))
+
+    def config_info(self) -> dict[str, str | int]:
+        """What does not change, as labels of vLLM's info metric (0.33 and later)."""
+        statistics = self.block_store.statistics()
+        values = (
+            *(statistics.engine, self.config.pool, statistics.capacity, statistics.row_bytes),
+            self.config.eviction_policy,
+        )
+        return dict(zip(self.config_info_keys({}), values, strict=True))
 
     def shutdown(self) -> None:
         """End the threads, free the memory and drop the view of the primary. Unfinished jobs fail. Idempotent."""
@@ -247,9 +297,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
         statistics = self.block_store.statistics()
         row_bytes, primary = statistics.row_bytes, self.block_store.primary.count
         logger.info(
-            "Tier '%s' (%s engine) holds %d blocks of %s (%s); the primary before it holds %d blocks%s",
+            "Tier '%s' (%s engine, pool %s) holds %d blocks of %s (%s); the primary before it holds %d blocks%s",
             self.tier_type,
             statistics.engine,
+            self.config.pool,
             statistics.capacity,
             format_size(row_bytes),
             format_size(statistics.capacity * row_bytes),

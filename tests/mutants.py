@@ -49,6 +49,7 @@ READER = ("test_traces.py",)
 MEMORY = ("test_arena.py", "test_memory.py", "test_manager.py")
 CLAIMS = ("test_memory.py",)
 CONFIG = ("test_config.py",)
+METRICS = ("test_metrics.py",)
 # What takes seconds to import, and is not ours.
 IMPORTED = ("pytest", "numpy", "torch", "vllm.v1.kv_offload.tiering.spec", "vllm.v1.kv_offload.cpu.gpu_worker")
 
@@ -274,7 +275,7 @@ MUTANTS = [
     Mutant("R1 an order is not sorted for its end", "order.py", "        return spacing if spacing > 0 and", "        return step if False and", EVICTION),
     Mutant("several KV groups are sorted", "order.py", "if spacing > 0 and last - next(iter(places)) == spacing * (len(places) - 1) else 0", "", EVICTION),
     Mutant("a policy that fails to store loses no row", "index.py", "            for row in rows:\n                self._free_row(row)\n            raise\n        finally", "            raise\n        finally", EVICTION),
-    Mutant("a policy that fails to evict loses no row", "index.py", "                for row in rows:\n                    self._free_row(row)\n                raise\n            rows.extend", "                raise\n            rows.extend", EVICTION),
+    Mutant("a policy that fails to evict loses no row", "index.py", "                for row in rows:\n                    self._free_row(row)\n                raise\n            self._note", "                raise\n            self._note", EVICTION),
     Mutant("nor a pin", "index.py", "            if present:\n                self.unpin(present)\n        if not rows", "            pass\n        if not rows", EVICTION),
     Mutant("a key offered twice is stored once", "index.py", "not (distinct or len(set(keys)) == len(keys))", "False"),
     Mutant(
@@ -289,7 +290,7 @@ MUTANTS = [
     Mutant("R15 a prompt longer than the primary", "vllm/promises.py", "self._wait(promise) if self._total > promise.size else REFUSE", "None", PROMISES),
     Mutant("R15 who runs out of room beside others waits", "vllm/promises.py", "self._wait(promise) if self._total > promise.size else REFUSE", "REFUSE", PROMISES),
     Mutant("R15 who waits is not asked for everything", "vllm/promises.py", "            return promise.answer if is_first else REFUSE\n", "            return promise.answer\n", PROMISES),
-    Mutant("R15 patience is new when others have taken up theirs", "vllm/promises.py", "                self._take_ups += 1\n", "                pass\n", PROMISES),
+    Mutant("R15 patience is new when others have taken up theirs", "vllm/promises.py", "                self.take_ups += 1\n", "                pass\n", PROMISES),
     Mutant("R15 there is a longest wait", "vllm/promises.py", " or promise.waited > MAX_WAIT_STEPS", "", PROMISES),
     Mutant("R15 beside what others were promised", "vllm/promises.py", "        if others and not promise.keys and (", "        if False and (", PROMISES),
     Mutant("R15 all of a request or none", "vllm/promises.py", "(self._has_waiting or self._first_overflow(promise, key) is not None)", "(self._has_waiting or promise.room <= 0)", PROMISES),
@@ -571,6 +572,29 @@ MUTANTS = [
     Mutant("quotas of version 1 count", "machine.py", ', ["cpu.cfs_quota_us", "cpu.cfs_period_us"])', ",)", ("test_engines.py",)),
     Mutant("a part of a core is none", "machine.py", "yield quota // period", "yield -(-quota // period)", ("test_engines.py",)),
     Mutant("no quota is no limit", "machine.py", "            if quota > 0:  # version 1", "            if True:  # version 1", ("test_engines.py",)),
+    Mutant("metrics: only what has changed is sent", "vllm/metrics.py", "            if value == before:", "            if False:", METRICS),
+    Mutant("metrics: counters are sent by how much they grew", "vllm/metrics.py", "value - (before or 0)", "value", METRICS),
+    Mutant("metrics: tiers of one kind are told apart", "vllm/compat.py", "(places[nth] if nth < len(places) else nth) + 1", "nth + 1", METRICS),
+    Mutant("metrics: no fault gets out", "manager.py", '            self.block_store.report_fault("report its metrics", error)\n            return None', "            raise", METRICS),
+    Mutant("metrics: times are bounded", "vllm/metrics.py", "deque(maxlen=_MAX_TIMES)", "deque()", METRICS),
+    Mutant("metrics: who waits is not turned away", "vllm/promises.py", "elif answer == REFUSE and self._promises[request].answer != WAIT:", "elif answer == REFUSE:", METRICS),
+    Mutant("metrics: ages are times", "eviction.py", "max(self._clock + uses, time.monotonic_ns() // 1000)", "self._clock + uses", METRICS),
+    Mutant("metrics: what a load lost is counted", "block_store.py", "            self._counts.blocks_lost += job.blocks - arrived\n", "", METRICS),
+    Mutant("refused: why", "block_store.py", '"in_use" if pinned >= refused else "own_request"', '"in_use"', METRICS),
+    Mutant("refused: hits of this step are in the way, too", "block_store.py", "pinned = self.index.step_pins + sum(", "pinned = sum(", METRICS),
+    Mutant("refused: a request's own copies are not in the way", "block_store.py", "if job.sequence is None or job.sequence != sequence", "if True", METRICS),
+    Mutant("refused: what is here is not", "block_store.py", "for key in left_out if not self.index.state(key))", "for key in left_out)", METRICS),
+    Mutant("refused: blocks of failed stores are", "block_store.py", '            self._counts.refused["failed"] += len(job.keys) or job.blocks\n', "            pass\n", METRICS),
+    Mutant("refused: once, also if the copies fail", "block_store.py", '+= len(job.keys) or job.blocks', "+= job.blocks", METRICS),
+    Mutant("refused: the warning comes once a minute", "vllm/metrics.py", "        if seconds < WARNING_INTERVAL_S:", "        if False:", METRICS),
+    Mutant("refused: one in a hundred is none", "vllm/metrics.py", "> WARNING_SHARE * offered", ">= WARNING_SHARE * offered", METRICS),
+    Mutant("events: what is evicted is removed", "index.py", "            self._note_change(False, evicted)\n", "", METRICS),
+    Mutant("events: what is dropped is removed", "index.py", "                    self._note_change(False, (row,))\n", "                    pass\n", METRICS),
+    Mutant("events: what was not announced is not removed", "index.py", "                if self._state[row] == READY:\n", "                if True:\n", METRICS),
+    Mutant("events: a reset has none", "index.py", "            self._changes.clear()\n", "            pass\n", METRICS),
+    Mutant("events: they have an owner", "vllm/compat.py", "ownership=owner", "ownership=None", METRICS),
+    Mutant("events: a removal expects none", "vllm/compat.py", "removal_expected=is_stored", "removal_expected=True", METRICS),
+    Mutant("events: a line says that there are none", "manager.py", "            if compat.are_events_published(offloading_spec):", "            if True:", METRICS),
     Mutant("traces: gzip is known by its first bytes", "../benchmarks/shared/traces.py", "if file.peek(len(GZIP)).startswith(GZIP) else file", 'if path.suffix == ".gz" else file', READER),
     Mutant("traces: damaged gzip is refused", "../benchmarks/shared/traces.py", "except (EOFError, gzip.BadGzipFile, zlib.error) as error:", "except zlib.error as error:", READER),
     Mutant("traces: nothing behind the last request is read", "../benchmarks/shared/traces.py", "            if len(lines) == most:\n                break\n", "", READER),

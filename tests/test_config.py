@@ -201,6 +201,7 @@ def test_without_options_there_are_defaults():
         "batch_copies": True,
         "keep_on_reset": False,
         "eviction_policy": "lru",
+        "enable_kv_events": False,
         "locality": None,
         "trace_path": None,
     }

@@ -11,6 +11,8 @@ It tests for features, not for version numbers, and gives the rest of the packag
       signal of a reset               -      -      -      -      -      yes .......
     touch in prefix order             yes ....................... yes    - .........
     positions of keys                 -      -      -      -      -      yes .......
+    events with an owner              -      -      -      -      yes (0.29) .......
+    config_info                       -      -      -      -      -      -      yes
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import re
 import sys
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, TypeVar
@@ -120,6 +122,44 @@ def job_result(finished: Finished) -> JobResult:
     """vLLM's JobResult, with the fields that this version has."""
     values: dict[str, Any] = {**_UNKNOWN_FIELDS, **dict(zip(_result_names, _result_values(finished), strict=True))}
     return JobResult(**values)
+
+
+def tier_label(offloading_spec: Any, tier_type: str) -> str:
+    """What vLLM's metrics call a tier that is being constructed: its place in the list and its type, as in "1:async".
+
+    A tier is not told its place. vLLM constructs the tiers of a list in order, so it is that of the next of this type.
+    How many there were is kept with the spec, and ends with it.
+    """
+    counts: Counter[str] = vars(offloading_spec).setdefault("_async_tiers", Counter())
+    nth = counts[tier_type]
+    counts[tier_type] += 1
+    tiers = getattr(offloading_spec, "secondary_tier_configs", None)
+    if not isinstance(tiers, list):  # vLLM's unit tests pass mocks
+        return f"{nth + 1}:{tier_type}"
+    places = [at for at, tier in enumerate(tiers) if isinstance(tier, dict) and tier.get("type") == tier_type]
+    return f"{(places[nth] if nth < len(places) else nth) + 1}:{tier_type}"
+
+
+# Whether events can name their owner. Without, any removal would also be taken for one from the primary.
+HAS_OWNED_EVENTS = "ownership" in getattr(getattr(vllm_base, "OffloadingEvent", None), "__dataclass_fields__", ())
+
+
+def are_events_published(offloading_spec: Any) -> bool:
+    """Whether vLLM publishes KV cache events, and can publish those of a tier."""
+    config = getattr(offloading_spec, "kv_events_config", None)
+    return HAS_OWNED_EVENTS and getattr(config, "enable_kv_cache_events", False) is True
+
+
+def event(keys: list[bytes], is_stored: bool, locality: Any, owner: str) -> Any:
+    """vLLM's OffloadingEvent: `keys` can be loaded from the tier `owner` from now on (is_stored), or no more."""
+    return vllm_base.OffloadingEvent(
+        keys=keys,  # type: ignore[arg-type]
+        medium=vllm_base.Medium.CPU,
+        removed=not is_stored,
+        locality=locality,
+        ownership=owner,
+        removal_expected=is_stored,
+    )
 
 
 def node_count(offloading_spec: Any) -> int | None:

@@ -91,8 +91,9 @@ class Promises:
         self._step = 0
         self._asked: list[_Promise] = []
         self._preempted: set[str] = set()
-        # How often a request took up its promise.
-        self._take_ups = 0
+        # How often a request took up its promise, was told to wait, and was refused a block that is here. Others may
+        # read these; only this class changes them.
+        self.take_ups = self.waits = self.refusals = 0
         # Whether a request waits for room in this step.
         self._has_waiting = False
         # A shortcut: the next `room` blocks of the request `asking` are KEEP, whatever their keys. The caller then
@@ -117,24 +118,12 @@ class Promises:
 
     def ask(self, request: str, key: bytes, order: SequenceOrder | None) -> int:
         """KEEP, WAIT or REFUSE: the answer to the request's lookup of `key`, a block that is here."""
-        self._count_granted()
-        promise = self._promises.get(request)
-        if promise is None or promise.step != self._step:
-            promise = self._begin(request, key, order)
-        if promise.answer is None and promise.keys and key in promise.keys:
-            return self._renew(promise)
-        if promise.answer is None and promise.room <= 0 and not self._make_room(promise, key):
-            promise.answer = self._wait(promise) if self._total > promise.size else REFUSE
-        if promise.answer is not None:
-            is_first = promise.firsts.setdefault(self._group_of(key), key) == key
-            return promise.answer if is_first else REFUSE
-        if promise.overflow is not None and order is not None and not order.precedes(key, promise.overflow):
-            return REFUSE
-        promise.room -= 1
-        self._resize(promise, promise.size + 1)
-        if not promise.keys and promise.overflow is None:
-            self.asking, self.room = request, promise.room
-        return KEEP
+        answer = self._answer(request, key, order)
+        if answer == WAIT:
+            self.waits += 1
+        elif answer == REFUSE and self._promises[request].answer != WAIT:  # it was not told to wait in this step
+            self.refusals += 1
+        return answer
 
     def note_load(self, job: int, request: str, keys: Collection[bytes]) -> None:
         """A load was submitted. Promises of this step are void at its end unless their blocks are being loaded."""
@@ -161,7 +150,7 @@ class Promises:
         self._has_waiting = False
         for request in scheduled:
             if request in self._promises and self._promises[request].keys:
-                self._take_ups += 1
+                self.take_ups += 1
             self.void(request)
         self._preempted.update(preempted)
         self._step += 1
@@ -190,6 +179,26 @@ class Promises:
         self._total = 0
 
     # ------------------------------------------------------------------------------------------------------- details
+
+    def _answer(self, request: str, key: bytes, order: SequenceOrder | None) -> int:
+        self._count_granted()
+        promise = self._promises.get(request)
+        if promise is None or promise.step != self._step:
+            promise = self._begin(request, key, order)
+        if promise.answer is None and promise.keys and key in promise.keys:
+            return self._renew(promise)
+        if promise.answer is None and promise.room <= 0 and not self._make_room(promise, key):
+            promise.answer = self._wait(promise) if self._total > promise.size else REFUSE
+        if promise.answer is not None:
+            is_first = promise.firsts.setdefault(self._group_of(key), key) == key
+            return promise.answer if is_first else REFUSE
+        if promise.overflow is not None and order is not None and not order.precedes(key, promise.overflow):
+            return REFUSE
+        promise.room -= 1
+        self._resize(promise, promise.size + 1)
+        if not promise.keys and promise.overflow is None:
+            self.asking, self.room = request, promise.room
+        return KEEP
 
     def _count_granted(self) -> None:
         """Count the blocks that were promised by the shortcut."""
@@ -241,8 +250,8 @@ class Promises:
     def _wait(self, promise: _Promise) -> int:
         if not self._has_waiting and self._step % RESUMED_STEPS == 0:
             self._void_stale()
-        if promise.take_ups != self._take_ups:
-            promise.take_ups, promise.patience = self._take_ups, PATIENCE_STEPS
+        if promise.take_ups != self.take_ups:
+            promise.take_ups, promise.patience = self.take_ups, PATIENCE_STEPS
         promise.waited += 1
         promise.patience -= _LOADING_STEP if self._loads else 1
         if promise.patience < 0 or promise.waited > MAX_WAIT_STEPS:
