@@ -576,7 +576,7 @@ MUTANTS = [
     Mutant("metrics: counters are sent by how much they grew", "vllm/metrics.py", "value - (before or 0)", "value", METRICS),
     Mutant("metrics: tiers of one kind are told apart", "vllm/compat.py", "(places[nth] if nth < len(places) else nth) + 1", "nth + 1", METRICS),
     Mutant("metrics: no fault gets out", "manager.py", '            self.block_store.report_fault("report its metrics", error)\n            return None', "            raise", METRICS),
-    Mutant("metrics: times are bounded", "vllm/metrics.py", "deque(maxlen=_MAX_TIMES)", "deque()", METRICS),
+    Mutant("metrics: times are bounded", "vllm/metrics.py", "deque(maxlen=MAX_TIMES)", "deque()", METRICS),
     Mutant("metrics: who waits is not turned away", "vllm/promises.py", "elif answer == REFUSE and self._promises[request].answer != WAIT:", "elif answer == REFUSE:", METRICS),
     Mutant("metrics: ages are times", "eviction.py", "max(self._clock + uses, time.monotonic_ns() // 1000)", "self._clock + uses", METRICS),
     Mutant("metrics: what a load lost is counted", "block_store.py", "            self._counts.blocks_lost += job.blocks - arrived\n", "", METRICS),

@@ -449,7 +449,7 @@ def test_times_that_nobody_asks_for_are_not_kept(primary, monkeypatch):
         store(tier, number, keys(number), [0])
     stats = tier.get_stats()
     assert len(stats.data["data"]["vllm:async_tier_copy_seconds"]["1:async", "store"]) == 20
-    monkeypatch.setattr(metrics, "_MAX_TIMES", 4)
+    monkeypatch.setattr(metrics, "MAX_TIMES", 4)
     other = make_tier(primary, blocks=8)
     for number in range(20):
         store(other, number, keys(number), [0])

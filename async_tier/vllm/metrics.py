@@ -31,7 +31,7 @@ PREFIX = "vllm:async_tier_"
 # In seconds: from a block of a small model on an idle machine to a queue that is minutes long.
 _BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
 # Jobs that ended since the last step whose times are kept. More would mean that nobody asks for them.
-_MAX_TIMES = 4096
+MAX_TIMES = 4096
 # How many refused blocks are worth a warning, and how often.
 WARNING_SHARE = 0.01
 WARNING_INTERVAL_S = 60.0
@@ -85,7 +85,7 @@ class TierMetrics:
         self._promises = promises
         # What was sent last, by name and second label ("" for none).
         self._sent: dict[tuple[str, str], int] = {}
-        self._times: deque[Finished] = deque(maxlen=_MAX_TIMES)
+        self._times: deque[Finished] = deque(maxlen=MAX_TIMES)
         self._refusals = RefusalWatch(label, store.statistics())
 
     def note_ends(self, ended: Iterable[Finished]) -> None:
