@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from async_tier import block_store
 from async_tier.aio import AsyncBlockStore, TransferError
-from async_tier.block_store import LATE_S, BlockStore
+from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.streams.rows import Rows
 from async_tier.testing import load_gate, store_gate
@@ -38,8 +39,9 @@ def primary() -> np.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def patience():
-    """A test that awaits what never comes fails, and does not hang."""
+def patience(monkeypatch):
+    """A test that awaits what never comes fails, and does not hang; nor does the look after late copies rescue it."""
+    monkeypatch.setattr(block_store, "LATE_S", 10 * helpers.PATIENCE_S)
 
     def give_up(number: int, frame: object) -> None:
         helpers.close_stores()  # which are waited for when the loop ends
@@ -858,7 +860,9 @@ async def test_the_engine_wakes_the_loop_and_is_not_asked(primary, monkeypatch):
             patch.setattr(
                 loop,
                 "call_later",
-                lambda delay, *rest: later(delay, *rest) if delay == LATE_S else pytest.fail("a timer was set"),
+                lambda delay, *rest: (
+                    later(delay, *rest) if delay == block_store.LATE_S else pytest.fail("a timer was set")
+                ),
             )
             with store_gate(store):
                 task = asyncio.ensure_future(store.store(keys(0), [0]))
