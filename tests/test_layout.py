@@ -14,7 +14,7 @@ PACKAGE = ROOT / "async_tier"
 
 # From the top down. A module imports from its own floor or from below; the modules of one floor may be in a folder.
 FLOORS = (
-    ("manager", "plugin", "cpu_backend"),
+    ("__main__", "cli", "operate", "manager", "plugin", "cpu_backend"),
     ("vllm",),
     ("testing",),
     ("aio",),
