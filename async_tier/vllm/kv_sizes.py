@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import vllm
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -26,7 +28,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.attention.backends import utils as backends
-from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_configs
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
@@ -34,6 +36,9 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 from async_tier.text import brief
 from async_tier.vllm import compat
 
+# Where vLLM plans KV caches: from 0.33 on in a module of its own, which is given the groups.
+_PLANNING = "vllm.v1.core.kv_cache_planning"
+_planning: Any = importlib.import_module(_PLANNING) if importlib.util.find_spec(_PLANNING) else kv_cache_utils
 # vLLM's defaults on the other platform than this one: those of its CPU build, and of a server's GPU.
 _CPU_DEFAULTS = {"block_size": 128, "max_num_batched_tokens": 2048}
 _GPU_DEFAULTS = {"block_size": 16, "max_num_batched_tokens": 8192}
@@ -157,17 +162,16 @@ def _offloading_spec(config: VllmConfig, layers: dict[str, KVCacheSpec], on_cpu:
     if hasattr(backends, "resolve_kv_cache_layout"):  # 0.30 and later
         layouts = [layout.name for layout in backends.get_supported_kv_cache_layouts(get_current_attn_backends(config))]
         backends.resolve_kv_cache_layout(config, [layouts] * len(workers), layers.values())
-    configs = get_kv_cache_configs(config, workers, [_PLENTY] * len(workers))
+    groups = [_planning.get_global_kv_cache_groups(config, workers)] if _planning is not kv_cache_utils else []
+    configs = _planning.get_kv_cache_configs(config, workers, [_PLENTY] * len(workers), *groups)
     if len({(each.kv_cache_tensors[0].size, each.num_blocks) for each in configs}) > 1:
         raise ValueError(f"pipeline_parallel_size {stages} gives its ranks layers of different sizes")
-    kv_cache_config = generate_scheduler_kv_cache_config(configs)
+    kv_cache_config = kv_cache_utils.generate_scheduler_kv_cache_config(configs)
     spec = _make_spec(config, kv_cache_config, on_cpu)
     return spec, compat.partial_chunk_problem(spec)  # which finds kv_cache_config among our variables
 
 
 def _make_spec(config: VllmConfig, kv_cache_config: Any, on_cpu: bool) -> Any:
-    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
-
     class Spec(CPUOffloadingSpec):
         def _uses_shared_region(self) -> bool:
             """Whether the workers share one copy where all would hold the same: on a GPU, which may be elsewhere."""
