@@ -38,6 +38,9 @@ _MARKS = {doctor.OK: "ok", doctor.NOTE: "note", doctor.WARNING: "WARNING", docto
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # For when vLLM is imported: it logs to stdout otherwise, and we say ourselves what it refuses.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["timeline"]:
         return timeline.main(arguments[1:], "async-tier timeline")
@@ -81,13 +84,10 @@ def _count(text: str) -> int:
 
 def _measure(options: argparse.Namespace, on_cpu: bool, chunks: dict[str, Any]) -> KVSizes:
     """The sizes of the model's KV. Raises ValueError if they cannot be known, also without vLLM."""
-    # Before vLLM is imported: what it logs is on stdout otherwise, and we say ourselves what it refuses.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         from async_tier.vllm.kv_sizes import measure
-    except ImportError as error:
-        raise ValueError(f"the KV of a model is known to vLLM 0.28 and later, and that is not here: {error}") from error
+    except Exception as error:  # a vLLM that is not there, or not as it should be
+        raise ValueError(f"what KV takes is asked of vLLM 0.28 or later, which is not here: {error}") from error
     given = {name: getattr(options, name) for name in (*_NUMBERS, *_WORDS) if getattr(options, name) is not None}
     return measure(options.model, on_cpu=on_cpu, chunks=chunks, **given)
 

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any
 from async_tier import machine
 from async_tier.config import TierConfig, check_keys, device_number, load_policy, parse_threads
 from async_tier.memory.claims import find_limits
-from async_tier.operate.doctor import (
-    CPU_BACKEND,
-    GPU,
-    NOTE,
-    OK,
-    PROBLEM,
-    WARNING,
-    Finding,
-    plugin_is_seen,
-    vllm_version,
-)
+from async_tier.operate import doctor
+from async_tier.operate.doctor import CPU_BACKEND, GPU, NOTE, OK, PROBLEM, WARNING, Finding
 from async_tier.text import brief, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -102,7 +93,7 @@ def look_at_settings(config: Mapping[str, Any], sizes: KVSizes | None, gpus: Seq
 
 def _ask_vllm(config: Mapping[str, Any]) -> None:
     """vLLM's own check, if there is a vLLM. Raises ValueError."""
-    if vllm_version() is None:
+    if doctor.vllm_version() is None:
         return
     try:
         importlib.import_module("vllm.config").KVTransferConfig(**config)
@@ -113,7 +104,7 @@ def _ask_vllm(config: Mapping[str, Any]) -> None:
 
 def _check_spec(extra: Mapping[str, Any]) -> None:
     name, module = extra.get("spec_name"), extra.get("spec_module_path")
-    found = vllm_version()
+    found = doctor.vllm_version()
     if name == CPU_SPEC:
         if module != CPU_SPEC_MODULE:
             raise ValueError(f"spec_module_path must be {CPU_SPEC_MODULE!r} with {CPU_SPEC}, not {brief(module)}")
@@ -139,7 +130,7 @@ def _primary_bytes(extra: Mapping[str, Any]) -> int:
 
 def _tier(tier: dict[str, Any], gpus: Sequence[GPU]) -> TierConfig | None:
     """The configuration of a tier of this package; None for another's. Raises ValueError."""
-    name, module, found = tier.get("type"), tier.get("module_path"), vllm_version()
+    name, module, found = tier.get("type"), tier.get("module_path"), doctor.vllm_version()
     if module == TIER_MODULE:
         if name != TIER_CLASS:
             raise ValueError(f"type must be {TIER_CLASS!r} with module_path {TIER_MODULE!r}, not {brief(name)}")
@@ -147,7 +138,7 @@ def _tier(tier: dict[str, Any], gpus: Sequence[GPU]) -> TierConfig | None:
             raise ValueError(f"module_path needs vLLM 0.28 or later, not {found[1]}: use type {TIER_TYPE!r}")
     elif name != TIER_TYPE or module is not None:
         return None
-    elif not plugin_is_seen():
+    elif not doctor.plugin_is_seen():
         raise ValueError(f"type {TIER_TYPE!r} is not known, because vLLM does not load the package's plugin")
     config = TierConfig.parse({key: value for key, value in tier.items() if key not in _NOT_OPTIONS})
     load_policy(config.eviction_policy)

@@ -100,7 +100,7 @@ def measure(model: str, *, on_cpu: bool, chunks: Mapping[str, Any], **options: A
                 initialize_model(config)
             layers = get_kv_cache_spec(config)
             _check_kinds(layers)
-            layers = _split_heads(config, layers)
+            layers = split_heads(config, layers)
             spec, problem = _offloading_spec(config, layers, on_cpu)
     except Exception as error:  # whatever vLLM and transformers raise
         raise ValueError(f"the KV of {brief(model)} cannot be known; {platform} says: {_reason(error)}") from error
@@ -136,7 +136,7 @@ def _check_kinds(layers: dict[str, KVCacheSpec]) -> None:
             raise ValueError(f"layer {name} keeps a state of kind {kind}, whose size depends on the server")
 
 
-def _split_heads(config: VllmConfig, layers: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+def split_heads(config: VllmConfig, layers: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """The layers as each of the tensor-parallel workers has them: vLLM divides KV heads, or repeats them."""
     workers = config.parallel_config.tensor_parallel_size
     split: dict[str, KVCacheSpec] = {}

@@ -94,13 +94,9 @@ def _examine(path: Path, status: os.stat_result, remove: bool) -> tuple[str, str
         return UNKNOWN, "it is not a file"
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        try:
-            _lock(fd, _DECISION)
-        except BlockingIOError:
-            return IN_USE, "an engine that is starting or ending"
         users = _users(os.fstat(fd))
-        if users or _is_locked(fd, _DECISION + 1, 0):
-            return IN_USE, " and ".join(users) or "an engine that cannot be seen from here"
+        if users:
+            return IN_USE, " and ".join(users)
         try:
             # The kernel grants a lease only if nobody else has the file open or mapped, in whichever container. Who
             # opens it from now on waits until we close it. We are told by a signal, and the default one would end us.
