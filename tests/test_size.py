@@ -138,10 +138,12 @@ MAMBA = {
 @pytest.fixture
 def measure(tmp_path):
     def measure(config: dict[str, Any], *, on_cpu: bool = True, **options: Any) -> KVSizes:
+        options = {"block_size": 16, **options}  # every CPU has blocks of that size, for every kind of attention
+        if options["block_size"] is None:
+            del options["block_size"]
         (tmp_path / "config.json").write_text(json.dumps(config))
         chunks = {key: options.pop(key) for key in ("blocks_per_chunk",) if key in options}
-        # A size of blocks that every CPU has for every kind of attention.
-        return kv_sizes.measure(str(tmp_path), on_cpu=on_cpu, chunks=chunks, **{"block_size": 16, **options})
+        return kv_sizes.measure(str(tmp_path), on_cpu=on_cpu, chunks=chunks, **options)
 
     return measure
 

@@ -40,7 +40,7 @@ def divide(sizes: KVSizes, memory: int) -> Plan:
     rows = min(steps + prompt, max(2 * steps, whole // (TIER_PER_PRIMARY + 1)))
     tier = (memory - rows * sizes.block_bytes) // (sizes.block_bytes + INDEX_BYTES)
     if tier < 2 * rows:
-        least = 3 * rows * (sizes.block_bytes + INDEX_BYTES)
+        least = rows * (3 * sizes.block_bytes + 2 * INDEX_BYTES)
         raise ValueError(
             f"memory must be at least {least} bytes ({format_size(least)}), not {memory} ({format_size(memory)}): a "
             f"primary that holds {2 * STEPS} steps of max_num_batched_tokens={sizes.max_num_batched_tokens} tokens or "
