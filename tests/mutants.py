@@ -552,7 +552,7 @@ MUTANTS = [
     Mutant("trace: steps are on no thread", "observe/trace.py", "_STEPS_THREAD = 4 << 20", "_STEPS_THREAD = 1", TRACE),
     Mutant("trace: one writer a file", "observe/trace.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", TRACE),
     Mutant("trace: a file in use is left as it is", "observe/trace.py", 'path.open("a")', 'path.open("w")', TRACE),
-    Mutant("trace: forked children do not keep the file", "observe/trace.py", "fcntl.flock(self._file, fcntl.LOCK_UN)", "pass", TRACE),
+    Mutant("trace: forked children do not keep the file", "observe/trace.py", "fcntl.flock(file, fcntl.LOCK_UN)", "pass", TRACE),
     Mutant("trace: steps without results are bounded", "observe/trace.py", "deque(maxlen=self.MAX_STEPS)", "deque()", TRACE),
     Mutant("timeline: steps without work hide nothing", "observe/timeline.py", "_STEPS if took >= shortest_step_s else _EMPTY_STEPS", "_STEPS", TRACE),
     Mutant("timeline: the default is above an empty step", "observe/timeline.py", "SHORTEST_STEP_S = 0.005", "SHORTEST_STEP_S = 0.001", TRACE),
