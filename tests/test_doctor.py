@@ -390,7 +390,7 @@ def test_sizes_in_tokens():
     assert "max_model_len=8192 takes 512 blocks" in prompt
     assert "the rest is computed again" in prompt
     (none,) = said(1)
-    assert "one token=1 takes 1 blocks of 2.0 MiB, but the primary holds 0" in none
+    assert "one token takes 1 blocks of 2.0 MiB, but the primary holds 0" in none
     assert "less than one prompt of max_model_len=8192" in said(256, tier_mib=1022)[0]
     assert "step" not in said(512, tokens_per_block=(16, 16))[0], "of both groups a step takes 256 blocks"
     assert "max_num_batched_tokens" in said(510, tokens_per_block=(16, 16))[0]

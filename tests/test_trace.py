@@ -296,7 +296,7 @@ def test_a_file_system_without_locks_will_do(path, monkeypatch):
     assert len(events(path, "step")) == 1
 
 
-def test_a_forked_child_does_not_hold_the_file(path):
+def test_a_forked_child_does_not_hold_the_file(path, monkeypatch):
     writer = TraceWriter(str(path))
     ours, theirs = os.pipe()
     child = os.fork()
@@ -306,8 +306,11 @@ def test_a_forked_child_does_not_hold_the_file(path):
         os._exit(0)
     os.close(ours)
     try:
+        monkeypatch.setattr(trace, "MAX_BYTES", 1)
+        writer.step(0, MS)
         writer.close()
-        TraceWriter(str(path)).close()
+        for each in (path, f"{path}.1"):
+            TraceWriter(str(each)).close()
     finally:
         os.close(theirs)
         os.waitpid(child, 0)

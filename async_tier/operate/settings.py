@@ -195,10 +195,11 @@ def _look_at_tokens(primary: int, sizes: KVSizes) -> Iterator[Finding]:
     if sizes.problem:
         yield Finding(PROBLEM, "blocks per chunk", sizes.problem, "remove blocks_per_chunk and block_size")
     rows = primary // sizes.block_bytes
+    step, prompt = sizes.max_num_batched_tokens, sizes.max_model_len
     for tokens, level, name, says in (
         (1, PROBLEM, "one token", "vLLM stores nothing"),
-        (sizes.max_num_batched_tokens, PROBLEM, "max_num_batched_tokens", "vLLM stores nothing of such a step"),
-        (sizes.max_model_len, WARNING, "max_model_len", "of a longer prompt the rest is computed again"),
+        (step, PROBLEM, f"max_num_batched_tokens={step}", "vLLM stores nothing of such a step"),
+        (prompt, WARNING, f"max_model_len={prompt}", "of a longer prompt the rest is computed again"),
     ):
         blocks = sizes.blocks(tokens)
         if blocks > rows:
@@ -206,9 +207,10 @@ def _look_at_tokens(primary: int, sizes: KVSizes) -> Iterator[Finding]:
             yield Finding(
                 level,
                 "primary",
-                f"{name}={tokens} takes {blocks} blocks of {format_size(sizes.block_bytes)}, but the primary holds "
+                f"{name} takes {blocks} blocks of {format_size(sizes.block_bytes)}, but the primary holds "
                 f"{rows} ({sizes.tokens(primary)} tokens): {says}",
-                f"make cpu_bytes_to_use at least {least} ({format_size(least)}), or {name} less",
+                f"make cpu_bytes_to_use at least {least} ({format_size(least)})"
+                + (f", or {name.partition('=')[0]} less" if tokens > 1 else ""),
             )
             return
     yield Finding(OK, "primary", f"the primary holds {sizes.tokens(primary)} tokens: each step, and each prompt")
