@@ -174,3 +174,44 @@ SPEC_KEYS = (
     "tier_poll_interval_s",
     "sync_load_budget_bytes",
 )
+
+
+def check_keys(extra_config: Mapping[str, Any]) -> list[str]:
+    """The keys of `kv_connector_extra_config` that nobody knows and that resemble none.
+
+    Raises ValueError for keys that are a tier's or misspelt, and for tiers that are no dictionaries.
+    """
+    check_tiers(extra_config)
+    unknown = []
+    for key in extra_config:
+        if key in SPEC_KEYS:
+            continue
+        if key in TIER_KEYS:
+            near = nearest_key(key, SPEC_KEYS)
+            raise ValueError(
+                f"{brief(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
+                + (f"; or did you mean {near!r}?" if near and near not in extra_config else "")
+            )
+        near = nearest_key(key, [*SPEC_KEYS, *TIER_KEYS])
+        if near:
+            place = "" if near in SPEC_KEYS else ", in the dictionary of a tier in secondary_tiers"
+            raise ValueError(f"unknown key {brief(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
+        unknown.append(key)
+    return unknown
+
+
+def check_tiers(extra_config: Mapping[str, Any]) -> None:
+    """Refuse tiers on which vLLM, which constructs them, would fail unclearly. Raises ValueError."""
+    tiers = extra_config.get("secondary_tiers", [])
+    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
+        raise ValueError(f"secondary_tiers must be a list of dictionaries, one per tier, not {brief(tiers)}")
+    for tier in tiers:
+        for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
+            if key in tier:
+                raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
+        for key in ("type", "module_path"):
+            if key in tier and not (isinstance(tier[key], str) and tier[key]):
+                raise ValueError(f"{key} of a tier must be a name, not {brief(tier[key])}")
+    for settings in (extra_config, *tiers):
+        if not isinstance(settings.get("backpressure") or {}, dict):
+            raise ValueError(f"backpressure must be a dictionary, not {brief(settings['backpressure'])}")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,10 +35,10 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from async_tier.config import SPEC_KEYS, TIER_KEYS, parse_threads
+from async_tier.config import SPEC_KEYS, check_keys, parse_threads
 from async_tier.streams.base import CopyEvent
 from async_tier.streams.host import HostEngine, HostStream
-from async_tier.text import brief, format_size, nearest_key, parse_size
+from async_tier.text import brief, format_size, parse_size
 from async_tier.vllm import compat
 from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.openmp import cpus_before_openmp
@@ -63,7 +62,12 @@ class CPUBackendTieringSpec(TieringOffloadingSpec):
 
     def __init__(self, config: OffloadingConfig) -> None:
         adopt_vllms_logging()
-        _check_keys(config.extra_config)
+        for key in check_keys(config.extra_config):
+            logger.warning(
+                "Key %s of kv_connector_extra_config is not known and has no effect; the known keys are %s",
+                brief(key),
+                ", ".join(SPEC_KEYS),
+            )
         primary_bytes = parse_size("cpu_bytes_to_use", config.extra_config.get("cpu_bytes_to_use"))
         self.cpu_copy_threads = parse_threads(
             "cpu_copy_threads", config.extra_config.get("cpu_copy_threads", DEFAULT_COPY_THREADS)
@@ -142,46 +146,6 @@ class _MemberRegion(SharedOffloadRegion):
     def cleanup(self) -> None:
         super().cleanup()
         self._file.unlink()
-
-
-def _check_keys(extra_config: Mapping[str, Any]) -> None:
-    """Refuse keys of `kv_connector_extra_config` that are a tier's or misspelt; log unknown ones. Raises ValueError."""
-    _check_tiers(extra_config)
-    for key in extra_config:
-        if key in SPEC_KEYS:
-            continue
-        if key in TIER_KEYS:
-            near = nearest_key(key, SPEC_KEYS)
-            raise ValueError(
-                f"{brief(key)} is a key of a tier and belongs into its dictionary in secondary_tiers, not beside it"
-                + (f"; or did you mean {near!r}?" if near and near not in extra_config else "")
-            )
-        near = nearest_key(key, [*SPEC_KEYS, *TIER_KEYS])
-        if near:
-            place = "" if near in SPEC_KEYS else ", in the dictionary of a tier in secondary_tiers"
-            raise ValueError(f"unknown key {brief(key)} in kv_connector_extra_config; did you mean {near!r}{place}?")
-        logger.warning(
-            "Key %s of kv_connector_extra_config is not known and has no effect; the known keys are %s",
-            brief(key),
-            ", ".join(SPEC_KEYS),
-        )
-
-
-def _check_tiers(extra_config: Mapping[str, Any]) -> None:
-    """Refuse tiers on which vLLM, which constructs them, would fail unclearly. Raises ValueError."""
-    tiers = extra_config.get("secondary_tiers", [])
-    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise ValueError(f"secondary_tiers must be a list of dictionaries, one per tier, not {brief(tiers)}")
-    for tier in tiers:
-        for key in ("offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector"):
-            if key in tier:
-                raise ValueError(f"{key!r} is no key of a tier: vLLM hands that over itself")
-        for key in ("type", "module_path"):
-            if key in tier and not (isinstance(tier[key], str) and tier[key]):
-                raise ValueError(f"{key} of a tier must be a name, not {brief(tier[key])}")
-    for settings in (extra_config, *tiers):
-        if not isinstance(settings.get("backpressure") or {}, dict):
-            raise ValueError(f"backpressure must be a dictionary, not {brief(settings['backpressure'])}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,3 +62,23 @@ def cpu_quotas() -> Iterator[int]:
                 continue
             if quota > 0:  # version 1 has -1 for no quota
                 yield quota // period
+
+
+def shared_memory() -> tuple[int, int]:
+    """/dev/shm: (its size, the room in it), in bytes. Raises OSError if there is none."""
+    status = os.statvfs(ROOT / "dev/shm")
+    return status.f_frsize * status.f_blocks, status.f_frsize * status.f_bavail
+
+
+def numa_nodes() -> int:
+    """The number of NUMA nodes; 0 if it is not known."""
+    return len(list((ROOT / "sys/devices/system/node").glob("node[0-9]*")))
+
+
+def huge_pages(name: str) -> str | None:
+    """The kernel's choice of transparent huge pages. name: "enabled" or "shmem_enabled". None if it is not known."""
+    try:
+        text = (ROOT / "sys/kernel/mm/transparent_hugepage" / name).read_text()
+    except OSError:
+        return None
+    return next((word[1:-1] for word in text.split() if word.startswith("[")), None)

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "async_tier"
 
 # From the top down. A module imports from its own floor or from below; the modules of one floor may be in a folder.
 FLOORS = (
+    ("__main__", "cli", "operate"),
     ("manager", "plugin", "cpu_backend"),
     ("vllm",),
     ("testing",),
@@ -31,7 +32,7 @@ FLOORS = (
 # Old names, for those who import or call them: they are on no floor, and nothing here imports them.
 ALIASES = ("arena", "timeline")
 # Who may know vLLM, and who may know CUDA, by torch or by the driver.
-VLLM_FLOORS = 2
+VLLM_FLOORS = 3
 CUDA = {"engines", "memory.device", "memory.pinned", "memory.registration", "streams.cuda", "streams.cuda_driver"}
 
 # Private names that tests look into: each with its reason, by the file's name where it is for one file.

@@ -110,18 +110,104 @@ def test_a_disk_that_is_full_at_the_start_is_refused_in_words(path, monkeypatch)
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_the_file_is_bounded(path, monkeypatch, caplog):
+def test_of_a_long_trace_two_files_are_kept_and_the_newest_events(path, monkeypatch, caplog):
     monkeypatch.setattr(trace, "MAX_BYTES", 10_240)
     writer = TraceWriter(str(path))
-    for _ in range(2):
-        for at in range(1000):
-            writer.step(at, at + 1)
-        writer.write()
-        assert not writer.events, "nothing is kept for a file that is full"
+    for at in range(1000):
+        writer.slice("store copy", at, at + 1, number=at)
     writer.close()
-    assert 10_240 < path.stat().st_size < 11_000
-    assert 50 < len(timeline.read(path, shortest_step_s=0.0).lanes["steps"]) < 200
-    assert caplog.messages == [f"The trace {path} ends here: it has its 10.0 KiB"]
+    files = [Path(f"{path}.1"), path]
+    assert sorted(path.parent.iterdir()) == sorted(files)
+    assert 10_240 < files[0].stat().st_size < 11_000
+    assert path.stat().st_size < 11_000
+    numbers = [event["args"]["number"] for each in files for event in events(each, "store copy") if event["ph"] == "b"]
+    assert numbers == list(range(numbers[0], 1000))
+    for each in files:
+        assert [event["ph"] for event in json.loads(each.read_text())][:2] == ["M", "M"]
+        assert len(timeline.read(each).lanes["store copy"]) == len(events(each, "store copy")) / 2 > 5
+    assert not caplog.messages
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_the_next_file_is_this_traces_alone_too(path, monkeypatch):
+    monkeypatch.setattr(trace, "MAX_BYTES", 1)
+    writer = TraceWriter(str(path))
+    writer.step(0, MS)
+    writer.write()
+    with pytest.raises(ValueError, match="is being written by another tier"):
+        TraceWriter(str(path))
+    TraceWriter(f"{path}.1").close()
+    writer.close()
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_another_tier_that_takes_the_name_ends_the_trace_and_nothing_else(path, monkeypatch, caplog):
+    monkeypatch.setattr(trace, "MAX_BYTES", 1)
+    writer = TraceWriter(str(path))
+    path.rename(path.with_name("elsewhere"))
+    other = TraceWriter(str(path))
+    writer.step(0, MS)
+    monkeypatch.setattr(trace.os, "replace", lambda *names: None)  # it was renamed a moment ago
+    writer.write()
+    writer.close()
+    other.close()
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"The trace {path} ends here: ")
+    assert len(events(path.with_name("elsewhere"), "step")) == 1
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_trace_is_switched_off_and_on_by_a_file(path):
+    switch = Path(f"{path}.off")
+    writer = TraceWriter(str(path))
+    writer.step(1, 2)
+    switch.touch()
+    writer.write()
+    assert len(events(path, "step")) == 1, "it is complete"
+    for at in (3, 5):
+        writer.step(at, at + 1)
+        assert not writer.events, "nothing is kept that nobody would write"
+        writer.write()
+    assert len(events(path, "step")) == 1
+    switch.unlink()
+    writer.write()
+    writer.step(7, 8)
+    writer.close()
+    assert len(events(Path(f"{path}.1"), "step")) == 1, "what was traced before is kept"
+    assert [event["dur"] for event in events(path, "step")] == [0.001]
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_trace_may_be_off_at_the_start(path):
+    switch = Path(f"{path}.off")
+    switch.touch()
+    earlier = Path(f"{path}.1")
+    earlier.write_text("an earlier trace")
+    writer = TraceWriter(str(path))
+    writer.step(1, 2)
+    writer.write()
+    switch.unlink()
+    writer.write()
+    writer.step(3, 4)
+    writer.close()
+    assert len(events(path, "step")) == 1
+    assert earlier.read_text() == "an earlier trace", "nothing was traced that would take its place"
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_what_comes_in_the_middle_of_switching_off_is_in_the_next_file(path):
+    switch = Path(f"{path}.off")
+    writer = TraceWriter(str(path))
+    append = writer.events.append  # the caller has come that far
+    writer.step(0, MS)
+    switch.touch()
+    writer.write()
+    append({"ph": "X", "name": "late", "ts": 0.0, "dur": 1.0})
+    writer.write()
+    assert len(events(path, "step")) == 1
+    switch.unlink()
+    writer.close()
+    assert len(events(path, "late")) == 1
 
 
 @pytest.mark.usefixtures("by_hand")
@@ -210,7 +296,7 @@ def test_a_file_system_without_locks_will_do(path, monkeypatch):
     assert len(events(path, "step")) == 1
 
 
-def test_a_forked_child_does_not_hold_the_file(path):
+def test_a_forked_child_does_not_hold_the_file(path, monkeypatch):
     writer = TraceWriter(str(path))
     ours, theirs = os.pipe()
     child = os.fork()
@@ -220,8 +306,11 @@ def test_a_forked_child_does_not_hold_the_file(path):
         os._exit(0)
     os.close(ours)
     try:
+        monkeypatch.setattr(trace, "MAX_BYTES", 1)
+        writer.step(0, MS)
         writer.close()
-        TraceWriter(str(path)).close()
+        for each in (path, f"{path}.1"):
+            TraceWriter(str(each)).close()
     finally:
         os.close(theirs)
         os.waitpid(child, 0)

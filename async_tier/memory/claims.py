@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from async_tier import machine
@@ -66,19 +66,9 @@ def claim(address: int, size: int) -> int | None:
 
 def refuse_if_unavailable(size: int) -> None:
     """Raise MemoryError if `size` bytes are more than is available: better now than an out-of-memory kill later."""
-    holders = list(find_holders())  # read first, so that pages that come in between count twice and never as available
-    for limit, available, group in machine.available_memory():
-        under = [
-            holder for holder in holders if group is None or group in machine.cgroups(str(holder.process), "memory")
-        ]
-        promised = sum(holder.without_pages for holder in under)
-        if size > available - promised:
-            words = f"the tier asks for {_size_text(size)}, but {limit} has {_size_text(available)} available"
-            if promised:
-                words += f", of which {_size_text(promised)} are promised to tiers that do not use it yet"
-            for holder in under:
-                words += f"; process {holder.process} ({holder.name}) has {format_size(holder.size)} for its tiers"
-            raise MemoryError(f"{words}; set bytes_to_use to less")
+    for limit in find_limits():
+        if size > limit.available - limit.promised:
+            raise MemoryError(f"the tier asks for {_size_text(size)}, but {limit}; set bytes_to_use to less")
 
 
 @dataclass(frozen=True)
@@ -89,6 +79,40 @@ class Holder:
     name: str
     size: int
     without_pages: int
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the machine, or a memory cgroup around this process, has left: `available` bytes.
+
+    promised: bytes of these that are claimed by the tiers of `holders` and have no pages yet.
+    """
+
+    name: str
+    available: int
+    holders: Sequence[Holder]
+
+    @property
+    def promised(self) -> int:
+        return sum(holder.without_pages for holder in self.holders)
+
+    def __str__(self) -> str:
+        words = f"{self.name} has {_size_text(self.available)} available"
+        if self.promised:
+            words += f", of which {_size_text(self.promised)} are promised to tiers that do not use it yet"
+        for holder in self.holders:
+            words += f"; process {holder.process} ({holder.name}) has {format_size(holder.size)} for its tiers"
+        return words
+
+
+def find_limits() -> Iterator[Limit]:
+    """What limits the memory that a tier of this process can have."""
+    holders = list(find_holders())  # read first, so that pages that come in between count twice and never as available
+    for name, available, group in machine.available_memory():
+        under = [
+            holder for holder in holders if group is None or group in machine.cgroups(str(holder.process), "memory")
+        ]
+        yield Limit(name, available, under)
 
 
 def find_holders() -> Iterator[Holder]:

@@ -221,8 +221,9 @@ def draw(timeline: Timeline, output: Path, title: str) -> None:
         pyplot.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """The program; `program` is what it is called in its help and errors. Returns the exit code."""
+    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="what trace_path has written")
     parser.add_argument("-o", "--output", type=Path, help="the picture to draw (PNG, SVG or PDF)")
     parser.add_argument("--start", type=float, default=0.0, help="second to begin at (%(default)s)")

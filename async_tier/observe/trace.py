@@ -33,16 +33,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from async_tier.streams.base import CopyEvent
-from async_tier.text import brief, format_size
+from async_tier.text import brief
 
 logger = logging.getLogger(__name__)
 
 # torch's profiler (kineto) counts time from the last multiple of three months, a month being 1/4800 of 400 Gregorian
 # years, so that a double of microseconds is precise to the nanosecond.
 _TRIMESTER_S = 3 * 2_629_746
-# The size of the file, at most: 60 to 75 thousand jobs, of some 900 bytes with one leg and 1,150 with two.
+# The size of a file, at most: 60 to 75 thousand jobs, of some 900 bytes with one leg and 1,150 with two.
 MAX_BYTES = 64 << 20
-# How often events are written to the file.
+# How often events are written to the file, and the switch is looked at.
 WRITE_INTERVAL_S = 1.0
 # Two clocks are compared: how far apart they may be read, and how often that is tried.
 _CLOCK_ERROR_NS = 10_000
@@ -71,6 +71,9 @@ def clock_offset_ns() -> int:
 class TraceWriter:
     """Writes a trace to `path`, in which "{pid}" stands for the number of this process.
 
+    A file that has MAX_BYTES is renamed to `path`.1, in place of an older one, and a new file is begun. While there is
+    a file `path`.off, nothing is written or kept. When that file is removed, a new trace is begun in the same way.
+
     Times are in ns of CLOCK_MONOTONIC (time.monotonic_ns), and slices may come in any order. A thread formats and
     writes the events, so that the caller only pays for an append. Raises ValueError if the file cannot be opened, or if
     another tier is writing a trace to it.
@@ -79,11 +82,9 @@ class TraceWriter:
     def __init__(self, path: str) -> None:
         self._pid = os.getpid()
         self.path = Path(path.replace("{pid}", str(self._pid)))
-        names = [self._name("process_name", "async-tier", 0), self._name("thread_name", "steps", _STEPS_THREAD)]
+        self._switch = Path(f"{self.path}.off")
         try:
-            self._file = _open_exclusively(self.path)
-            self._written = self._file.write("[\n" + ",\n".join(names))
-            self._file.flush()  # so that no forked child has it in a buffer
+            self._begin()
         except BlockingIOError as error:
             raise ValueError(
                 f"trace_path {brief(path)} is being written by another tier; name another file, "
@@ -95,7 +96,9 @@ class TraceWriter:
         self._offset_ns = offset - clock_base_ns(time.monotonic_ns() + offset)
         # Appended to by the tier's thread, taken from by the writer.
         self.events: deque[dict[str, Any]] = deque()
+        # Nobody writes what is given: the trace is over, because it cannot be written, or is switched off.
         self._is_over = False
+        self._is_off = self._switch.exists()
         self._slices = 0
         self._stop = threading.Event()
         self._writer = threading.Thread(target=self._write_until_stopped, name="async-tier-trace", daemon=True)
@@ -103,17 +106,17 @@ class TraceWriter:
 
     def step(self, started_ns: int, ended_ns: int) -> None:
         """Record a step of the scheduler."""
-        self._add("X", "step", started_ns, tid=_STEPS_THREAD, dur=(ended_ns - started_ns) / 1000)
+        self._add(self._event("X", "step", started_ns, tid=_STEPS_THREAD, dur=(ended_ns - started_ns) / 1000))
 
     def slice(self, lane: str, started_ns: int, ended_ns: int, **arguments: int | str) -> None:
         """Record a slice of `lane`, with arguments to be shown. Slices of a lane may overlap."""
         self._slices += 1
-        self._add("b", lane, started_ns, cat=lane, id=self._slices, args=arguments)
-        self._add("e", lane, max(started_ns, ended_ns), cat=lane, id=self._slices)
+        begin = self._event("b", lane, started_ns, cat=lane, id=self._slices, args=arguments)
+        self._add(begin, self._event("e", lane, max(started_ns, ended_ns), cat=lane, id=self._slices))
 
     def counter(self, name: str, at_ns: int, **values: int) -> None:
         """Record the values of the counter `name`, by series."""
-        self._add("C", name, at_ns, args=values)
+        self._add(self._event("C", name, at_ns, args=values))
 
     def close(self) -> None:
         """Write the remaining events. Idempotent. Does nothing in a forked child: the file is the parent's."""
@@ -125,11 +128,12 @@ class TraceWriter:
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _add(self, phase: str, name: str, at_ns: int, **more: Any) -> None:
-        if not self._is_over:
-            self.events.append(
-                {"ph": phase, "name": name, "ts": (at_ns + self._offset_ns) / 1000, "pid": self._pid, **more}
-            )
+    def _event(self, phase: str, name: str, at_ns: int, **more: Any) -> dict[str, Any]:
+        return {"ph": phase, "name": name, "ts": (at_ns + self._offset_ns) / 1000, "pid": self._pid, **more}
+
+    def _add(self, *events: dict[str, Any]) -> None:
+        if not (self._is_over or self._is_off):
+            self.events.extend(events)  # at once: a slice never ends in a file without its begin
 
     def _name(self, what: str, name: str, thread: int) -> str:
         return json.dumps({"ph": "M", "name": what, "pid": self._pid, "tid": thread, "args": {"name": name}})
@@ -140,32 +144,66 @@ class TraceWriter:
         self.write()
         self._is_over = True
         with contextlib.suppress(OSError):
-            self._file.write("\n]\n")
-            self._file.flush()
-        with contextlib.suppress(OSError):  # explicitly, because forked children have the file open, too
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        with contextlib.suppress(OSError):
-            self._file.close()
+            self._complete()
+        _let_go(self._file)
 
     def write(self) -> None:
         """Write what was given so far. By the writer's thread, every WRITE_INTERVAL_S."""
         if self._is_over:
             return
         try:
-            while self.events and not self._is_over:
+            self._is_off = self._switch.exists()
+            if self._is_complete and not self._is_off:
+                self._rotate()
+            while self.events and not self._is_complete:
+                event = self.events.popleft()
                 # `default`: json does not accept numpy's integers.
-                self._written += self._file.write(",\n" + json.dumps(self.events.popleft(), default=int))
-                if self._written > MAX_BYTES:
-                    self._end_early(f"it has its {format_size(MAX_BYTES)}")
+                self._written += self._file.write(",\n" + json.dumps(event, default=int))
+                self._has_events = True
+                if self._written > MAX_BYTES and event["ph"] != "b":  # whose end comes next
+                    self._rotate()
             self._file.flush()
+            if self._is_off and self._has_events:
+                self._complete()
         except Exception as error:  # such as a full disk
             self._end_early(error)
+
+    def _begin(self) -> None:
+        """Begin a file at `path`."""
+        names = [self._name("process_name", "async-tier", 0), self._name("thread_name", "steps", _STEPS_THREAD)]
+        self._file = _open_exclusively(self.path)
+        self._written = self._file.write("[\n" + ",\n".join(names))
+        self._file.flush()  # so that no forked child has it in a buffer
+        self._has_events = self._is_complete = False
+
+    def _complete(self) -> None:
+        """Write the end of the file, once."""
+        if not self._is_complete:
+            self._is_complete = True
+            self._file.write("\n]\n")
+            self._file.flush()
+
+    def _rotate(self) -> None:
+        """Keep the file as `path`.1, and begin the next. Another tier may take the name in between: then this ends."""
+        self._complete()
+        os.replace(self.path, f"{self.path}.1")
+        last = self._file
+        self._begin()
+        _let_go(last)
 
     def _end_early(self, why: object) -> None:
         """Drop all events from now on, because they cannot be written."""
         self._is_over = True
         self.events.clear()
         logger.warning("The trace %s ends here: %s", self.path, why)
+
+
+def _let_go(file: TextIO) -> None:
+    """Unlock and close a file."""
+    with contextlib.suppress(OSError):  # explicitly, because forked children have the file open, too
+        fcntl.flock(file, fcntl.LOCK_UN)
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def _open_exclusively(path: Path) -> TextIO:

@@ -19,14 +19,20 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
+import stat
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_space
-from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-
+from async_tier import machine
 from async_tier.text import brief
+
+if TYPE_CHECKING:  # and at run time only where it is called: `async-tier doctor` works without vLLM
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +56,62 @@ def _users(status: os.stat_result) -> list[str]:
     """The processes that have mapped a file, as far as they can be seen from here."""
     device = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x} {status.st_ino} ".encode()
     users = []
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in (machine.ROOT / "proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or must not be inspected
             if device in (process / "maps").read_bytes():
                 name = (process / "comm").read_text(errors="replace").strip()
                 own = ", this one" if process.name == str(os.getpid()) else ""
                 users.append(f"process {process.name} ({name}{own})")
     return users
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A primary's file. state: one of the four below. why: who uses it, or why that cannot be known; may be empty."""
+
+    path: Path
+    size: int
+    state: str
+    why: str
+
+
+IN_USE, LEFT_BEHIND, REMOVED, UNKNOWN = "in use", "left behind", "removed", "unknown"
+
+
+def find_files(remove: bool = False) -> Iterator[FoundFile]:
+    """The primaries' files in /dev/shm. remove: also remove those that were left behind."""
+    for path in sorted((machine.ROOT / "dev/shm").glob("vllm_offload_*.mmap")):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            yield FoundFile(path, status.st_blocks * 512, *_examine(path, status, remove))
+
+
+def _examine(path: Path, status: os.stat_result, remove: bool) -> tuple[str, str]:
+    """The state of a file, and why. remove: also remove it, if it was left behind."""
+    if status.st_uid != os.geteuid():
+        return UNKNOWN, f"it belongs to another user (number {status.st_uid})"
+    if not stat.S_ISREG(status.st_mode):
+        return UNKNOWN, "it is not a file"
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        users = _users(os.fstat(fd))
+        if users:
+            return IN_USE, " and ".join(users)
+        try:
+            # The kernel grants a lease only if nobody else has the file open or mapped, in whichever container. Who
+            # opens it from now on waits until we close it. We are told by a signal, and the default one would end us.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except BlockingIOError:
+            return IN_USE, "a process that cannot be seen from here"
+        except OSError as error:
+            return UNKNOWN, f"this system does not tell who has it open ({error.strerror})"
+        if not remove:
+            return LEFT_BEHIND, ""
+        os.unlink(path)
+        return REMOVED, ""
+    finally:
+        os.close(fd)
 
 
 class PrimaryFile:
@@ -161,6 +216,8 @@ class PrimaryFile:
             _lock(fd, self._byte)
             self.created = True
             try:
+                from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_space
+
                 check_shm_free_space(size)
                 os.ftruncate(fd, size)
             except BaseException:

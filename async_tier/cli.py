@@ -1,0 +1,158 @@
+"""The command `async-tier`: says what is wrong here, which sizes fit, and what a trace shows.
+
+    async-tier doctor [--config FILE-or-JSON [--model MODEL]] [--clean] [--json]
+    async-tier size --model MODEL --memory 512GiB [--cpu] [--json]
+    async-tier timeline TRACE.json [-o PICTURE]
+
+Exit codes: 0 if all is well, 1 if there is a problem, 2 if the command is not understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from async_tier.observe import timeline
+from async_tier.operate import doctor, settings, size
+from async_tier.text import format_size, parse_size
+
+if TYPE_CHECKING:
+    from async_tier.vllm.kv_sizes import KVSizes
+
+# Of vLLM's server, by our name for it; each also as --with-dashes. Those that are numbers are at least 1.
+_NUMBERS = (
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "block_size",
+)
+_WORDS = ("kv_cache_dtype", "dtype")
+_MARKS = {doctor.OK: "ok", doctor.NOTE: "note", doctor.WARNING: "WARNING", doctor.PROBLEM: "PROBLEM"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    # For when vLLM is imported: it logs to stdout otherwise, and we say ourselves what it refuses.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["timeline"]:
+        return timeline.main(arguments[1:], "async-tier timeline")
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return options.run(options, parser)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "async-tier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    look = commands.add_parser("doctor", help="what is well on this machine, and what is not")
+    look.set_defaults(run=run_doctor)
+    look.add_argument("--config", help="a --kv-transfer-config to judge, too: JSON, or a file of it")
+    look.add_argument("--clean", action="store_true", help="remove files of dead engines in /dev/shm")
+    look.add_argument("--model", help="with --config: the server's model, to judge the sizes in tokens")
+    fit = commands.add_parser("size", help="which sizes of primary and tier fit a model and so much memory")
+    fit.set_defaults(run=run_size)
+    fit.add_argument("--model", required=True, help="a folder with a config.json, or a name")
+    fit.add_argument("--memory", required=True, help="host memory for primary and tier together, as 512GiB")
+    fit.add_argument("--blocks-per-chunk", type=_count, default=1, help="as in kv_connector_extra_config (%(default)s)")
+    fit.add_argument("--cpu", action="store_true", help="for vLLM's CPU build, not for a GPU")
+    commands.add_parser("timeline", help="draw a trace, and say how much of the copies was hidden under compute")
+    for each in (look, fit):
+        each.add_argument("--json", action="store_true", help="for programs: one JSON object")
+        server = each.add_argument_group("the server's arguments, as it gets them")
+        for name in _NUMBERS:
+            server.add_argument(f"--{name.replace('_', '-')}", type=_count, metavar="N")
+        for name in _WORDS:
+            server.add_argument(f"--{name.replace('_', '-')}", metavar="NAME")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
+    return int(text)
+
+
+def _measure(options: argparse.Namespace, on_cpu: bool, chunks: dict[str, Any]) -> KVSizes:
+    """The sizes of the model's KV. Raises ValueError if they cannot be known, also without vLLM."""
+    try:
+        from async_tier.vllm.kv_sizes import measure
+    except Exception as error:  # a vLLM that is not there, or not as it should be
+        raise ValueError(f"what KV takes is asked of vLLM 0.28 or later, which is not here: {error}") from error
+    given = {name: getattr(options, name) for name in (*_NUMBERS, *_WORDS) if getattr(options, name) is not None}
+    return measure(options.model, on_cpu=on_cpu, chunks=chunks, **given)
+
+
+def run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    findings = list(doctor.look_at_machine(options.clean))
+    if options.model and not options.config:
+        parser.error("--model needs --config, whose sizes it is for")
+    if options.config is not None:
+        sizes = None
+        try:
+            config = settings.read(options.config)
+            if options.model:
+                extra = settings.offloading(config)
+                chunks: dict[str, Any] = {key: extra[key] for key in ("blocks_per_chunk", "block_size") if key in extra}
+                sizes = _measure(options, extra.get("spec_name") == settings.CPU_SPEC, chunks)
+        except OSError as error:
+            parser.error(f"--config {options.config}: {error.strerror}")
+        except ValueError as error:
+            findings.append(doctor.Finding(doctor.PROBLEM, "configuration", str(error), "correct it"))
+        else:
+            findings += settings.look_at_settings(config, sizes, doctor.gpus())
+    problems = sum(each.level == doctor.PROBLEM for each in findings)
+    if options.json:
+        print(json.dumps({"problems": problems, "findings": [dataclasses.asdict(each) for each in findings]}, indent=2))
+    else:
+        for each in findings:
+            print(f"{_MARKS[each.level]:8} {each.name}: {each.says}")
+            if each.advice:
+                print(f"{'':8}   -> {each.advice}")
+        print(f"\n{problems} problems" if problems else "\nno problem found")
+    return 1 if problems else 0
+
+
+def run_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    chunks = {} if options.blocks_per_chunk == 1 else {"blocks_per_chunk": options.blocks_per_chunk}
+    try:
+        memory = parse_size("memory", options.memory)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        sizes = _measure(options, options.cpu, chunks)
+        if sizes.problem:
+            raise ValueError(sizes.problem)
+        plan = size.divide(sizes, memory)
+    except ValueError as error:
+        print(json.dumps({"error": str(error)}) if options.json else f"async-tier size: {error}")
+        return 1
+    config = size.transfer_config(plan, options.cpu, chunks)
+    if options.json:
+        tokens = {"token_bytes": sizes.token_bytes, "tier_tokens": sizes.tokens(plan.tier_bytes)}
+        print(
+            json.dumps({**dataclasses.asdict(sizes), **tokens, **dataclasses.asdict(plan), "config": config}, indent=2)
+        )
+        return 0
+    groups = " + ".join(map(str, sizes.tokens_per_block))
+    print(f"{sizes.platform}: {format_size(int(sizes.token_bytes))} of KV per token; ", end="")
+    print(f"a block has {groups} tokens and {format_size(sizes.block_bytes)}")
+    for name, of in (("primary", plan.primary_bytes), ("tier", plan.tier_bytes)):
+        print(f"{name:8} {format_size(of):>10}  {of // sizes.block_bytes} blocks, {sizes.tokens(of)} tokens")
+    print(f"The primary holds {size.STEPS} steps of {sizes.max_num_batched_tokens} tokens, and a prompt of ", end="")
+    print(f"{plan.prompt_tokens}; max_model_len is {sizes.max_model_len}.")
+    print(f"\n--kv-transfer-config '{json.dumps(config)}'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

