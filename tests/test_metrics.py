@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -256,7 +257,7 @@ class TestRefused:
     def test_because_memory_is_not_ready(self, primary, server):
         tier = make_tier(primary, blocks=4)
         tier.block_store.index.usable = 1
-        tier.block_store.arena.ready = 1
+        tier.block_store.arena = SimpleNamespace(rows=tier.block_store.arena.rows, ready=1)
         server.take(tier)
         store(tier, 1, keys(0, 1, 2), [0, 1, 2])
         assert server.values()["usable_blocks"] == 1
@@ -273,6 +274,7 @@ class TestRefused:
         store(tier, 2, keys(0, 1, 2), [0, 1, 2])
         assert server.changed(tier)["refused_blocks_total, failed"] == 3
 
+    @pytest.mark.host_only  # an engine of CUDA's waits for what is held
     def test_because_its_copies_failed_and_only_those_that_were_copied(self, primary, server):
         tier = make_tier(primary, blocks=4)
         store(tier, 1, keys(0), [0])
@@ -487,11 +489,15 @@ def test_what_fails_is_reported_and_no_step_lost(primary, monkeypatch, caplog):
     assert "could not report its metrics: RuntimeError: broken" in caplog.text
 
 
+@pytest.mark.host_only
 @pytest.mark.starts_process
 def test_the_api_server_imports_nothing_heavy_for_it():
     """Its process asks for the definitions; a CUDA context there would cost 400 MB and more of device memory."""
     script = """
-import sys
+import os, sys
+if os.environ.get("ASYNC_TIER_CUDA") == "emulated":
+    from tests import cuda_emulator
+    cuda_emulator.load()
 import vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics, vllm.v1.kv_offload.tiering.spec
 before = set(sys.modules)
 from async_tier.manager import AsyncSecondaryTierManager
@@ -501,7 +507,8 @@ import torch
 print(sorted({name.split(".")[0] for name in set(sys.modules) - before}), torch.cuda.is_initialized(),
       "async_tier.streams.cuda" in sys.modules)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    root = Path(__file__).parents[1]
+    ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     names, is_initialized, has_cuda = ended.stdout.splitlines()[-1].rpartition("]")[0] + "]", *ended.stdout.split()[-2:]
     assert is_initialized == has_cuda == "False"
