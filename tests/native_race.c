@@ -581,8 +581,10 @@ static void abandon(int is_held, int home_kind, unsigned *seed) {
     AWAIT(cuda_wait_end(cuda), "an abandoned thread does not end");
     drop_abandoned(handles + ROWS / 2, ROWS / 2);
     for (int i = 0; i < DIRECTIONS; i++)
-        if (cuStreamSynchronize(streams[i][0]) == CUDA_SUCCESS) /* it was left */
+        if (cudaemu_pending((uintptr_t)streams[i][0]) >= 0) { /* it was left */
+            CHECK(cuStreamSynchronize(streams[i][0]));
             CHECK(cuStreamDestroy(streams[i][0]));
+        }
     free_side(&home);
     free_side(&arena);
 }
