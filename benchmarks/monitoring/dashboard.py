@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from benchmarks.monitoring.prometheus import Prometheus
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "monitoring"
 DASHBOARD = FOLDER / "dashboard.json"
-# What the variables of the dashboard stand for when all is chosen.
-EVERYTHING = {"model_name": ".*", "instance": ".*", "tier": ".*"}
 # Points per curve. More than a panel has pixels would only take time.
 POINTS = 300
 # Samples for a rate, as Grafana chooses them.
 RATE_SAMPLES = 4
-UNITS = {"percentunit": "share", "s": "s", "Bps": "bytes/s", "bytes": "bytes", "short": "", "none": ""}
+# Of what is drawn: at least that long is a rate's window, or a picture of a short run has only peaks.
+RATE_SHARE = 0.08
+COLUMNS = 24
+UNITS = {"percentunit": "", "s": "s", "Bps": "B/s", "bytes": "B", "short": "", "none": ""}
+
+
+Variables = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,9 @@ class Query:
     expression: str
     legend: str
 
-    def ask(self, rate_s: float, range_s: float) -> str:
-        """What Grafana would ask Prometheus, with everything chosen. rate_s, range_s: of the variables that Grafana
-        sets itself."""
-        values = EVERYTHING | {"__rate_interval": f"{rate_s:.0f}s", "__range": f"{range_s:.0f}s"}
-        return re.sub(r"\$(\w+)", lambda found: values[found[1]], self.expression)
+    def ask(self, variables: Variables, rate_s: float, range_s: float) -> str:
+        """What Grafana would ask Prometheus. rate_s, range_s: of the variables that Grafana sets itself."""
+        return fill(self.expression, variables | {"__rate_interval": f"{rate_s:.0f}s", "__range": f"{range_s:.0f}s"})
 
     def name(self, labels: dict[str, str]) -> str:
         return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), self.legend)
@@ -56,6 +58,22 @@ class Panel:
     is_stacked: bool
     place: tuple[int, int, int, int]
     queries: tuple[Query, ...]
+
+
+def fill(text: str, variables: Variables) -> str:
+    """Raises KeyError for a variable without a value."""
+    return re.sub(r"\$(\w+)", lambda found: variables[found[1]], text)
+
+
+def all_chosen(server: Prometheus) -> Variables:
+    """The variables as Grafana sets them when all that Prometheus knows is chosen."""
+    values: Variables = {}
+    for each in json.loads(DASHBOARD.read_text())["templating"]["list"]:
+        if each["type"] == "query":
+            metric, label = re.fullmatch(r"label_values\((.+), (\w+)\)", each["query"]["query"]).groups()  # type: ignore[union-attr]
+            names = server.label_values(fill(metric, values), label)
+            values[each["name"]] = "|".join(re.escape(name).replace("\\", "\\\\") for name in names)
+    return values
 
 
 def panels() -> list[Panel]:
@@ -98,95 +116,106 @@ class Period:
         return self.end - self.start
 
 
+Curves = dict[str, dict[float, float]]
+
+
+def curves(server: Prometheus, each: Panel, variables: Variables, period: Period, scrape_s: float = 1.0) -> Curves:
+    """By legend: the values by seconds since the period began. scrape_s: how often Prometheus asks the servers."""
+    step = max(scrape_s, period.seconds / POINTS)
+    rate_s = max(RATE_SAMPLES * step, period.seconds * RATE_SHARE)
+    found: Curves = {}
+    for query in each.queries:
+        for labels, values in server.range(
+            query.ask(variables, rate_s, period.seconds), period.start, period.end, step
+        ):
+            if values:
+                found[query.name(labels)] = {at - period.start: value for at, value in values}
+    return found
+
+
+def numbers(server: Prometheus, each: Panel, variables: Variables, period: Period) -> list[float]:
+    """What a panel of one number per series shows at the end of the period."""
+    (query,) = each.queries
+    return [value for _, value in server.instant(query.ask(variables, period.seconds, period.seconds), period.end)]
+
+
 def draw(server: Prometheus, periods: Sequence[Period], output: Path, scrape_s: float = 1.0) -> None:
-    """Draw the panels over these periods, one behind the other. scrape_s: how often Prometheus asks the servers."""
+    """Draw the panels over these periods, one behind the other."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    variables = all_chosen(server)
     shown = [each for each in panels() if each.queries]
-    columns, rows = 24, sorted({each.place[1] for each in shown})
-    heights = [max(each.place[3] for each in shown if each.place[1] == row) for row in rows]
+    tops = sorted({each.place[1] for each in shown})
+    heights = [max(each.place[3] for each in shown if each.place[1] == top) for top in tops]
     with pyplot.rc_context({"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = pyplot.figure(figsize=(14, 0.27 * sum(heights)), layout="constrained")
-        grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+        figure = pyplot.figure(figsize=(13, 0.24 * sum(heights)))
+        grid = figure.add_gridspec(
+            *(len(tops), COLUMNS),
+            **{"height_ratios": heights, "hspace": 0.3, "wspace": 3},
+            **{"left": 0.04, "right": 0.99, "top": 0.98, "bottom": 0.025},
+        )
         for each in shown:
             x, y, width, _ = each.place
-            axes = figure.add_subplot(grid[rows.index(y), x : x + width])
+            axes = figure.add_subplot(grid[tops.index(y), x : x + width])
             axes.set_title(each.title, loc="left", fontweight="bold")
-            (_draw_numbers if each.kind == "stat" else _draw_curves)(axes, each, server, periods, scrape_s)
-        figure.savefig(output, dpi=90)
+            if each.kind == "stat":
+                _draw_numbers(axes, each, periods, [numbers(server, each, variables, period) for period in periods])
+            else:
+                _draw_curves(
+                    axes, each, periods, [curves(server, each, variables, period, scrape_s) for period in periods]
+                )
+                axes.tick_params(labelbottom=y == tops[-1])
+                axes.set_xlabel("seconds" if y == tops[-1] else "")
+        figure.savefig(output, dpi=80)
         pyplot.close(figure)
 
 
-def _draw_numbers(axes: Any, each: Panel, server: Prometheus, periods: Sequence[Period], scrape_s: float) -> None:
+def _draw_numbers(axes: Any, each: Panel, periods: Sequence[Period], found: Sequence[list[float]]) -> None:
     axes.axis("off")
-    for place, period in enumerate(periods):
-        (query,) = each.queries
-        found = server.instant(query.ask(RATE_SAMPLES * scrape_s, period.seconds), period.end)
-        text = ", ".join(_number(value, each.unit) for _, value in found) or "no data"
-        height = 0.75 - 0.55 * place
-        axes.text(0, height, f"{period.label}:", transform=axes.transAxes, color="gray")
-        axes.text(0.5, height, text, transform=axes.transAxes, fontsize=12, color=f"C{place}")
+    for place, (period, values) in enumerate(zip(periods, found, strict=True)):
+        text = ", ".join(f"{value:.1%}" if each.unit == "percentunit" else f"{value:.3g}" for value in values)
+        height = 0.7 - 0.5 * place
+        axes.text(0, height, period.label, transform=axes.transAxes, color="gray")
+        axes.text(0.45, height, text or "no data", transform=axes.transAxes, fontsize=12)
 
 
-def _number(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "percentunit" else f"{value:.3g}"
-
-
-def _draw_curves(axes: Any, each: Panel, server: Prometheus, periods: Sequence[Period], scrape_s: float) -> None:
+def _draw_curves(axes: Any, each: Panel, periods: Sequence[Period], found: Sequence[Curves]) -> None:
     """Each period begins where the one before it ends; a curve has one colour in all of them."""
-    colors: dict[str, str] = {}
-    begin = 0.0
-    for place, period in enumerate(periods):
-        curves = dict(_curves(each, server, period, scrape_s))
-        for name in curves:
-            colors.setdefault(name, f"C{len(colors)}")
-        if each.is_stacked and curves:
-            times = sorted({at for curve in curves.values() for at in curve})
-            axes.stackplot(
-                [begin + at for at in times],
-                [[curve.get(at, 0.0) for at in times] for curve in curves.values()],
-                colors=[colors[name] for name in curves],
-                alpha=0.7,
-                linewidth=0,
-            )
-        else:
-            for name, curve in curves.items():
-                at = [begin + moment for moment in curve]
-                axes.plot(at, list(curve.values()), colors[name], linewidth=1.2, marker=".", markersize=1.5)
-        axes.axvspan(begin, begin + period.seconds, color="black", alpha=0.05 * (place % 2), linewidth=0)
-        axes.text(
-            *(begin + period.seconds / 2, 0.99, period.label),
-            **{"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "color": "gray"},
-        )
+    from matplotlib.ticker import EngFormatter, PercentFormatter
+
+    names = sorted({name for curves in found for name in curves})
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
+    begin, highest = 0.0, 0.0
+    for place, (period, curves) in enumerate(zip(periods, found, strict=True)):
+        below: dict[float, float] = {}
+        for name, curve in curves.items():
+            times = [begin + at for at in curve]
+            if each.is_stacked:
+                bottom = [below.get(at, 0.0) for at in curve]
+                below |= {at: below.get(at, 0.0) + value for at, value in curve.items()}
+                heights = [below[at] for at in curve]
+                axes.fill_between(times, bottom, heights, color=colors[name], alpha=0.7, linewidth=0)
+            else:
+                heights = list(curve.values())
+                axes.plot(times, heights, colors[name], linewidth=1.2)
+            highest = max(highest, *heights)
+        axes.axvspan(begin, begin + period.seconds, color="black", alpha=0.06 * (place % 2), linewidth=0)
+        middle = begin + period.seconds / 2
+        axes.text(middle, 0.98, period.label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="gray")
         begin += period.seconds
-    for name, color in colors.items():
-        axes.plot([], [], color, label=name or each.title)
+    for name in names:
+        axes.plot([], [], colors[name], label=name or each.title)
     axes.set_xlim(0, begin)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.15 if axes.get_ylim()[1] > 0.06 or colors and _has_height(axes) else 1)
-    axes.set_ylabel(UNITS[each.unit])
-    axes.set_xlabel("seconds")
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 0.93), frameon=False, fontsize=6, ncols=2 if len(colors) > 3 else 1
-    )
-
-
-def _has_height(axes: Any) -> bool:
-    """Whether anything in it is above 0."""
-    return bool(axes.collections) or any(max(line.get_ydata(), default=0) > 0 for line in axes.lines)
-
-
-def _curves(
-    each: Panel, server: Prometheus, period: Period, scrape_s: float
-) -> Iterator[tuple[str, dict[float, float]]]:
-    """The name of each curve, and its value by seconds since the period began."""
-    step = max(scrape_s, period.seconds / POINTS)
-    for query in each.queries:
-        asked = query.ask(RATE_SAMPLES * step, period.seconds)
-        for labels, values in server.range(asked, period.start, period.end, step):
-            yield query.name(labels), {at - period.start: value for at, value in values}
+    top = 1.4 * highest or 1.0  # room for the legend
+    axes.set_ylim(-0.02 * top, top)  # or a curve at 0 would not be seen
+    if each.unit == "percentunit":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    elif UNITS[each.unit]:
+        axes.yaxis.set_major_formatter(EngFormatter(UNITS[each.unit], sep=" "))
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.92), frameon=False, fontsize=6, ncols=-(-len(names) // 3) or 1)
 
 
 def main() -> int:

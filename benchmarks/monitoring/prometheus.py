@@ -48,6 +48,10 @@ class Prometheus:
         pairs = [(each["metric"], [(float(at), float(value)) for at, value in each["values"]]) for each in found]
         return [(labels, [pair for pair in values if not math.isnan(pair[1])]) for labels, values in pairs]
 
+    def label_values(self, metric: str, label: str) -> list[str]:
+        """The values of the label in all series of the metric that there ever were."""
+        return self._get(f"label/{label}/values", {"match[]": metric})
+
     def alerts(self) -> list[dict[str, str]]:
         """The labels of the alerts that are pending or firing."""
         return [each["labels"] for each in self._get("alerts", {})["alerts"]]

@@ -24,7 +24,7 @@ from benchmarks.demo.demo import BUILD, FLOAT32_BYTES, documents, prompt
 from benchmarks.demo.model import kv_bytes_per_token, smollm2
 from benchmarks.demo.server import Server, serve
 from benchmarks.monitoring.dashboard import Period, draw
-from benchmarks.monitoring.prometheus import Prometheus, prometheus
+from benchmarks.monitoring.prometheus import SCRAPE_S, Prometheus, prometheus
 
 # The smallest that vLLM's CPU backend takes.
 BLOCK_TOKENS = 32
@@ -39,6 +39,8 @@ STEP_BLOCKS = 6
 # By document; FORGET: vLLM's KV cache is emptied, and the tiers are not.
 FORGET = -1
 ASKED = (0, FORGET, 0, 1, 2, 0, 1, 2, 0, FORGET, 0, 1, 2, 0)
+# So many of them until each tier has had hits, if it ever has.
+WARM_UP = 6
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,19 @@ LARGE = Sizes("large enough", DOCUMENT_BLOCKS + 2, 6 * DOCUMENT_BLOCKS)
 
 @dataclass
 class Seen:
-    """One run. before, after: what /metrics said when `period` began and ended, by name and labels as Prometheus writes
-    them. Prometheus had asked for the same by then."""
+    """One run. instance: the server's address, which is its label in Prometheus.
+
+    before, after: what /metrics said at the ends of `measured`, by name and labels as Prometheus writes them. By then
+    Prometheus had asked for the same, and nothing was going on. `measured` is shorter than `period`: vLLM's counters of
+    hits only appear with the first hit, and Prometheus cannot know how that has raised them.
+    """
 
     sizes: Sizes
+    instance: str
     period: Period
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    cached_tokens: list[int] = field(default_factory=list)
+    measured: Period
+    before: dict[str, float]
+    after: dict[str, float]
     tracebacks: list[str] = field(default_factory=list)
 
     def growth(self, name: str, **labels: str) -> float:
@@ -80,24 +87,31 @@ class Seen:
         return total(self.after) - total(self.before)
 
 
-def ask(sizes: Sizes, server: Server, watcher: Prometheus, texts: list[str]) -> Seen:
+def ask_all(sizes: Sizes, server: Server, watcher: Prometheus, texts: list[str]) -> Seen:
     """Ask it everything, while Prometheus watches."""
-    watcher.scrape(server.url.removeprefix("http://"))
-    # The first request of a server pays for what it builds on first use. Its counters then exist.
+    instance = server.url.removeprefix("http://")
+    watcher.scrape(instance)
+    # The first request of a server pays for what it builds on first use.
     server.ask("Hello.", ANSWER_TOKENS)
-    before = _as_prometheus_sees(server, watcher)
-    start = time.time()
-    cached = []
-    for number in ASKED:
-        if number == FORGET:
-            request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
-            urllib.request.urlopen(request, timeout=60).close()
-        else:
-            answer = server.ask(prompt(texts[number], QUESTION), ANSWER_TOKENS)
-            cached.append(answer.cached_tokens)
-            print(f"  {sizes.label}, document {number}: first token after {answer.first:.2f} s", flush=True)
-    after = _as_prometheus_sees(server, watcher)
-    return Seen(sizes, Period(sizes.label, start, time.time()), before, after, cached)
+    _, start = _as_prometheus_sees(server, watcher)
+    for number in ASKED[:WARM_UP]:
+        _ask(sizes, server, number, texts)
+    before, middle = _as_prometheus_sees(server, watcher)
+    for number in ASKED[WARM_UP:]:
+        _ask(sizes, server, number, texts)
+    after, _ = _as_prometheus_sees(server, watcher)
+    end = time.time()
+    period, measured = (Period(sizes.label, begin, end) for begin in (start, middle))
+    return Seen(sizes, instance, period, measured, before, after)
+
+
+def _ask(sizes: Sizes, server: Server, number: int, texts: list[str]) -> None:
+    if number == FORGET:
+        request = urllib.request.Request(f"{server.url}/reset_prefix_cache", method="POST")
+        urllib.request.urlopen(request, timeout=60).close()
+    else:
+        answer = server.ask(prompt(texts[number], QUESTION), ANSWER_TOKENS)
+        print(f"  {sizes.label}, document {number}: first token after {answer.first:.2f} s", flush=True)
 
 
 def series(server: Server) -> dict[str, float]:
@@ -118,15 +132,15 @@ def _name(name: str, labels: dict[str, str]) -> str:
     return name + "{" + ", ".join(f'{label}="{labels[label]}"' for label in sorted(labels)) + "}"
 
 
-def _as_prometheus_sees(server: Server, watcher: Prometheus) -> dict[str, float]:
-    """What /metrics says once nothing happens any more, and Prometheus has asked for it."""
+def _as_prometheus_sees(server: Server, watcher: Prometheus) -> tuple[dict[str, float], float]:
+    """What /metrics says once nothing happens any more and Prometheus has it, too; and since when that is so."""
+    instance = server.url.removeprefix("http://")
     said: dict[str, float] = {}
 
     def is_seen() -> bool:
         said.clear()
         said.update(series(server))
-        address = server.url.removeprefix("http://")
-        found = watcher.instant('{__name__=~"vllm:.+", instance="' + address + '"}')
+        found = watcher.instant('{__name__=~"vllm:.+", instance="' + instance + '"}')
         ours = ("__name__", "job", "instance")
         seen = {
             _name(labels["__name__"], {each: labels[each] for each in labels if each not in ours}): value
@@ -135,7 +149,13 @@ def _as_prometheus_sees(server: Server, watcher: Prometheus) -> dict[str, float]
         return {name: seen.get(name) for name in said} == said
 
     watcher.wait_until(f"what {server.url}/metrics says in Prometheus", is_seen)
-    return said
+    since = time.time()
+
+    def was_asked_again() -> bool:
+        return any(at > since + SCRAPE_S for _, at in watcher.instant(f'timestamp(up{{instance="{instance}"}})'))
+
+    watcher.wait_until(f"samples of {server.url} in which nothing happens", was_asked_again)
+    return said, since
 
 
 def run(folder: Path, watcher: Prometheus, after_each: Callable[[Seen], None] = lambda seen: None) -> list[Seen]:
@@ -160,7 +180,7 @@ def run(folder: Path, watcher: Prometheus, after_each: Callable[[Seen], None] = 
         name = f"async-tier-{os.getpid()}-{len(found)}"
         log = folder / f"{sizes.label.replace(' ', '-')}.log"
         with serve(model, log, name=name, offloading=offloading, arguments=arguments) as server:
-            seen = ask(sizes, server, watcher, texts)
+            seen = ask_all(sizes, server, watcher, texts)
             after_each(seen)
         seen.tracebacks = server.tracebacks()
         found.append(seen)
