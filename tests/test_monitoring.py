@@ -10,9 +10,11 @@ import json
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import numpy as np
 import prometheus_client
@@ -157,16 +159,30 @@ def watcher(tmp_path: Path) -> Iterator[Prometheus]:
         yield running
 
 
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.fixture
 def server(watcher: Prometheus) -> Iterator[Server]:
-    """vLLM's side of /metrics, served to Prometheus."""
+    """vLLM's side of /metrics, served to Prometheus as plain text, which is how vLLM serves it.
+
+    Not by prometheus_client's own server: to Prometheus it would say vllm_ where it is vllm:.
+    """
     found = Server()
-    http, thread = prometheus_client.start_http_server(0, "127.0.0.1", found.registry)
-    watcher.scrape(f"127.0.0.1:{http.server_port}")
-    yield found
-    http.shutdown()
-    http.server_close()
-    thread.join()
+
+    def answer(_: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain; version=0.0.4")])
+        return [prometheus_client.generate_latest(found.registry)]
+
+    with make_server("127.0.0.1", 0, answer, handler_class=Quiet) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        watcher.scrape(f"127.0.0.1:{http.server_port}")
+        yield found
+        http.shutdown()
+        thread.join()
 
 
 @pytest.fixture
