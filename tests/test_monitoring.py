@@ -6,6 +6,7 @@ Those marked `monitoring` need Debian's package prometheus, and the last ones ta
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,6 @@ import numpy as np
 import prometheus_client
 import pytest
 import yaml
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import get_connector_metric_definitions
 from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
@@ -61,6 +61,9 @@ needs_prometheus = pytest.mark.monitoring
 
 def existing_series() -> set[str]:
     """The names that Prometheus has of our metrics and vLLM's."""
+    # Not in all versions of vLLM on which this module is collected.
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import get_connector_metric_definitions
+
     text = (VLLM / "v1/metrics/loggers.py").read_text()
     kinds = {name: kind for kind, name in re.findall(r'_(counter|gauge|histogram)_cls\(\s*name="(.*?)"', text)}
     settings = {"secondary_tiers": [], "cpu_bytes_to_use": 1}
@@ -209,7 +212,8 @@ def test_prometheus_understands_every_query(watcher: Prometheus):
 @needs_prometheus
 def test_a_broken_engine_is_told_from_one_whose_stores_fail(watcher: Prometheus, server: Server, primary: np.ndarray):
     tier = make_tier(primary, blocks=8)
-    names = iter(range(1000))
+    names = itertools.count()
+    found: list[tuple[dict[str, str], float]] = []
 
     def work(row: int) -> None:
         """A store of a new block, from this row."""
@@ -218,7 +222,8 @@ def test_a_broken_engine_is_told_from_one_whose_stores_fail(watcher: Prometheus,
         server.take(tier)
 
     def is_broken() -> bool:
-        return bool(watcher.instant(in_seconds("AsyncTierBroken")))
+        found[:] = watcher.instant(in_seconds("AsyncTierBroken"))
+        return bool(found)
 
     def fails() -> bool:
         return bool(watcher.instant(in_seconds("AsyncTierFails")))
@@ -243,9 +248,7 @@ def test_a_broken_engine_is_told_from_one_whose_stores_fail(watcher: Prometheus,
     tier.block_store.engine.broken = "an illegal memory access"
     watcher.wait_until("a broken engine", while_working(0, is_broken))
     assert tier.statistics().blocks == 0
-    (labels, _), *others = watcher.instant(in_seconds("AsyncTierBroken"))
-    assert labels["tier"] == "1:async"
-    assert not others
+    assert [labels["tier"] for labels, _ in found] == ["1:async"]
 
 
 @needs_prometheus
@@ -253,7 +256,7 @@ def test_blocks_that_are_lost_are_shown(watcher: Prometheus, server: Server, pri
     tier = make_tier(primary, blocks=8)
     store(tier, 1, keys(0), [0])
     server.take(tier)
-    variables = {"model_name": "model", "instance": ".*", "tier": "1:async", "__rate_interval": "8s"}
+    variables = {"model_name": "model", "instance": ".*", "tier": "1:async", "__rate_interval": "5m"}
     queries = {
         query.legend: fill(query.expression, variables) for query in panel("Failed jobs and lost blocks").queries
     }

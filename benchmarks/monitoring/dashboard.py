@@ -215,7 +215,8 @@ def _draw_curves(axes: Any, each: Panel, periods: Sequence[Period], found: Seque
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     elif UNITS[each.unit]:
         axes.yaxis.set_major_formatter(EngFormatter(UNITS[each.unit], sep=" "))
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.92), frameon=False, fontsize=6, ncols=-(-len(names) // 3) or 1)
+    if names:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0.92), frameon=False, fontsize=6, ncols=-(-len(names) // 3))
 
 
 def main() -> int:

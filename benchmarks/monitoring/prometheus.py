@@ -18,7 +18,8 @@ from typing import Any
 
 # As often as Prometheus can reasonably ask, so that a run of a minute has enough samples.
 SCRAPE_S = 1
-PATIENCE_S = 60
+# Far beyond what anything here takes, also on a machine that does much else.
+PATIENCE_S = 180
 POLL_S = 0.1
 JOB = "vllm"
 
