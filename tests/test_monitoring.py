@@ -319,8 +319,9 @@ def seen(runs: Runs, request: pytest.FixtureRequest) -> servers.Seen:
 def test_every_panel_shows_something(runs: Runs, seen: servers.Seen, each: Panel):
     variables = all_chosen(runs.watcher)
     is_empty = each.title in EMPTY[seen.sizes.label]
-    if each.kind == "stat":
+    if each.kind == "stat":  # asked for at the end of the period alone
         assert bool(numbers(runs.watcher, each, variables, seen.period)) != is_empty
+        return
     for query in each.queries:
         one = Panel(each.title, "", each.kind, each.unit, False, each.place, (query,))
         assert bool(curves(runs.watcher, one, variables, seen.period)) != is_empty, query.legend
