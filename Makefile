@@ -30,7 +30,7 @@ C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parame
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
-	mutants-cuda demo bench bench-cuda bench-replay lint format wheel test-wheel clean
+	mutants-cuda test-monitoring demo bench bench-cuda bench-replay lint format wheel test-wheel clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -40,6 +40,7 @@ help:
 	@echo "make test-gpu       the same on this machine's GPU (GPU_PYTHON=... has vLLM and this package)"
 	@echo "make gpu-check      on this machine's GPU: facts, rates and costs"
 	@echo "make test-versions  the tier's contract on other versions of vLLM"
+	@echo "make test-monitoring  docs/monitoring beside a real Prometheus and vLLM's server (some minutes)"
 	@echo "make mutants        break each rule's line and see its test fail"
 	@echo "make mutants-cuda   the same for the CUDA engine"
 	@echo "make sanitize       native core and emulator under ThreadSanitizer, AddressSanitizer and UBSan"
@@ -111,6 +112,12 @@ gpu-check:
 
 test-versions: setup
 	$(RUN) -m tests.versions $(VERSIONS)
+
+test-monitoring:
+	@command -v promtool >/dev/null && command -v prometheus >/dev/null || { \
+		echo "prometheus and promtool are not in PATH; on Debian and Ubuntu: apt install prometheus"; false; }
+	@$(MAKE) --no-print-directory setup
+	$(RUN) -m pytest -m monitoring tests/test_monitoring.py
 
 mutants: setup
 	$(RUN) -m tests.mutants

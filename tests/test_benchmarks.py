@@ -799,7 +799,7 @@ def test_a_scheduler_is_measured_without_a_tier_with_copies_and_with_copies_held
 
 # --------------------------------------------------------------------------------------------------------------- rooms
 
-ROOMS = {"shared": set(), "demo": {"shared"}, "gpu": {"shared"}, "bench": {"shared", "demo"}}
+ROOMS = {"shared": set(), "demo": {"shared"}, "gpu": {"shared"}, "bench": {"shared", "demo"}, "monitoring": {"demo"}}
 
 
 def imported(path: Path) -> set[str]:

@@ -81,7 +81,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("doc", [*DOCS, "tests/cuda_emulator/README.md"])
+@pytest.mark.parametrize("doc", [*DOCS, "tests/cuda_emulator/README.md", "docs/monitoring/README.md"])
 def test_links_lead_somewhere(doc: str):
     text = (ROOT / doc).read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

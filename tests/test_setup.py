@@ -87,6 +87,16 @@ def test_what_the_machine_lacks_is_said_before_anything_is_installed(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
+def test_monitoring_says_that_it_needs_prometheus(tmp_path):
+    found = shutil.which("make")
+    assert found
+    (tmp_path / "make").symlink_to(found)
+    done = make("-C", str(ROOT), "test-monitoring", PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "\nprometheus and promtool are not in PATH; " in done.stdout
+    assert "pytest" not in done.stdout
+
+
 def test_a_wheel_has_the_package_and_nothing_else(tmp_path):
     """`make test-wheel` serves from it, in an environment of its own."""
     project = tmp_path / "project"
