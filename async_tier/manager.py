@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
+from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadingContext
 
 from async_tier.block_store import BlockStore, Statistics
 from async_tier.config import TierConfig
@@ -86,6 +86,10 @@ class AsyncSecondaryTierManager(compat.TierBase):
                     "kv_events_config), or is older than 0.29, and its events do not name a tier",
                     tier_type,
                 )
+        # vLLM offers to no tier what it loads from another one, unless a tier asks for all blocks of a request. Without
+        # that, after a restart memory would stay empty for good, and every load come from the disk behind it.
+        policy = OffloadPolicy.REQUEST_LEVEL if compat.has_other_tiers(offloading_spec) else None
+        self._offloading = RequestOffloadingContext(**({"policy": policy} if policy else {}))
         # Steps whose results have not arrived; and, after a reset that keeps blocks, for how many more steps lookups
         # answer MISS. Until the first step planned after the reset has ended, workers may write to rows of the primary
         # that a promotion would fill.
@@ -179,13 +183,13 @@ class AsyncSecondaryTierManager(compat.TierBase):
     # ---------------------------------------------------------------------------------------------- requests, steps
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
-        """Note the request. Its blocks are offloaded as vLLM does by default."""
+        """Note the request. Beside other tiers, ours is also to be offered blocks that are in the primary already."""
         try:
             self._promises.finish(req_context.req_id)  # of an earlier request with this name
             self.block_store.begin_sequence(req_context.req_id, compat.order_of(req_context))
         except Exception as error:
             self.block_store.report_fault("take note of a request", error)
-        return RequestOffloadingContext()
+        return self._offloading
 
     def on_request_finished(self, req_context: Any) -> None:
         """Nothing more will be stored for the request."""

@@ -625,7 +625,8 @@ class Engine:
     gpu_blocks, primary_blocks, tier_blocks: sizes, in blocks of `block_size` tokens of one KV group. vLLM keeps one of
     `gpu_blocks` for itself. max_model_len: by default what the KV cache holds. async_scheduling: plan a step before
     the results of the one before it have come. groups: KV groups, None for full attention, a number of tokens for a
-    sliding window; each of `layers` layers. tier: further keys of the tier's configuration.
+    sliding window; each of `layers` layers. tier: further keys of the tier's configuration. other_tiers: the tiers
+    behind it.
 
     copies: when the copies of worker and tier are made. "prompt": all between two steps. "random": some, at random
     points, also within the worker's step. "manual": when the test says so (`copies[...].go()`), or when somebody
@@ -651,6 +652,7 @@ class Engine:
         blocks_per_chunk: int = 1,
         policy: Literal["fcfs", "priority"] = "fcfs",
         tier: dict[str, Any] | None = None,
+        other_tiers: Sequence[dict[str, Any]] = (),
         copies: Literal["prompt", "random", "manual", "free"] = "prompt",
         worker: Literal["early", "late", "random"] = "early",
         seed: int = 0,
@@ -695,7 +697,8 @@ class Engine:
                         "copy_threads": 1,
                         "bytes_to_use": tier_blocks * row_bytes,
                         **(tier or {}),
-                    }
+                    },
+                    *other_tiers,
                 ],
             },
         )

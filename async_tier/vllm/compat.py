@@ -140,6 +140,12 @@ def tier_label(offloading_spec: Any, tier_type: str) -> str:
     return f"{(places[nth] if nth < len(places) else nth) + 1}:{tier_type}"
 
 
+def has_other_tiers(offloading_spec: Any) -> bool:
+    """Whether there is another secondary tier in the list, of whatever kind."""
+    tiers = getattr(offloading_spec, "secondary_tier_configs", None)
+    return isinstance(tiers, list) and len(tiers) > 1
+
+
 # Whether events can name their owner. Without, any removal would also be taken for one from the primary.
 HAS_OWNED_EVENTS = "ownership" in getattr(getattr(vllm_base, "OffloadingEvent", None), "__dataclass_fields__", ())
 
