@@ -10,7 +10,9 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -78,6 +80,8 @@ def running(
     arguments += ["--max-model-len", str(REQUEST_BLOCKS * BLOCK_TOKENS), "--max-num-seqs", "8"]
     arguments += ["--num-gpu-blocks-override", str(CACHE_BLOCKS), "--shutdown-timeout", "30"]
     name = f"async-tier-{os.getpid()}-{next(_numbers)}"
+    # Threads that wait for each other in every layer are slow where two servers, or others, share the cores.
+    variables = {"OMP_NUM_THREADS": "1", **(variables or {})}
     with serve(
         model, log, name=name, offloading=offloading, arguments=[*arguments, *more], variables=variables
     ) as server:
@@ -90,10 +94,20 @@ def ours(model: Path, **keys: Any) -> dict[str, Any]:
     return {"type": "async", "bytes_to_use": TIER_BLOCKS * block_bytes(model), **keys}
 
 
-def post(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port of this machine that nobody else is given while in the block; who listens on it must allow reuse."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def post(server: Server, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None) -> Any:
     """What the server answers, from JSON. Raises HTTPError with vLLM's words if it refuses."""
     data = json.dumps(body or {}).encode()
-    request = urllib.request.Request(f"{server.url}{path}", data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(f"{server.url}{path}", data, headers)
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
             return json.loads(reply.read() or "null")
@@ -102,10 +116,14 @@ def post(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
         raise
 
 
-def complete(server: Server, prompt: Prompt, **options: Any) -> dict[str, Any]:
-    """A greedy completion as vLLM answers it. options: more of the request."""
+def request_body(prompt: Prompt, **options: Any) -> dict[str, Any]:
     body = {"model": "model", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
-    return post(server, "/v1/completions", {**body, **options})
+    return {**body, **options}
+
+
+def complete(server: Server, prompt: Prompt, headers: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    """A greedy completion as vLLM answers it. options: more of the request."""
+    return post(server, "/v1/completions", request_body(prompt, **options), headers)
 
 
 def texts(server: Server, asked: Sequence[Prompt], **options: Any) -> list[str]:
@@ -124,19 +142,21 @@ def wait_until(holds: Callable[[], Any], what: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 
-def blocks_read(server: Server, tier: str, model: Path) -> float:
-    """How many blocks vLLM has loaded from the tier with this label, such as "1:async"."""
-    return server.metrics().get(("vllm:kv_offload_tiering_read_bytes_total", tier), 0.0) / block_bytes(model)
+def blocks_read(metrics: Metrics, model: Path, tier: str = "1:async") -> float:
+    """How many blocks vLLM has loaded from the tier with this label."""
+    return metrics.get(("vllm:kv_offload_tiering_read_bytes_total", tier), 0.0) / block_bytes(model)
 
 
-def of_ours(metrics: Metrics, name: str, tier: str = "1:async") -> float:
+def of_ours(metrics: Metrics, name: str) -> float:
     """One of the tier's own metrics; 0 if it has not changed yet. Series of other labels are added up."""
-    return metrics.get((f"vllm:async_tier_{name}", tier), 0.0)
+    return metrics.get((f"vllm:async_tier_{name}", "1:async"), 0.0)
 
 
 def busy_gauges(metrics: Metrics) -> dict[tuple[str, str], float]:
     """The gauges of what is under way that are not back to zero."""
-    ours = [f"vllm:async_tier_{name}" for name in ("inflight_jobs", "inflight_bytes", "pinned_blocks", "promised_blocks")]
+    ours = [
+        f"vllm:async_tier_{name}" for name in ("inflight_jobs", "inflight_bytes", "pinned_blocks", "promised_blocks")
+    ]
     active = "vllm:kv_offload_tiering_active_"
     return {key: value for key, value in metrics.items() if value and (key[0] in ours or key[0].startswith(active))}
 
