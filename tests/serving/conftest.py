@@ -11,7 +11,8 @@ from benchmarks.demo import demo
 from benchmarks.demo.model import smollm2
 from tests.serving import servers
 
-DOCUMENTS = 5
+# The fewest that leave the caches between two rounds.
+DOCUMENTS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,8 +38,9 @@ def reference(model: Path, prompts: list[servers.Prompt], tmp_path_factory: pyte
         return servers.texts(server, prompts)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _leaves_nothing_in_shared_memory():
+    """Of a module, because some servers serve all of its tests."""
     yield
     mine = f"vllm_offload_async-tier-{os.getpid()}-"
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(mine)]

@@ -102,10 +102,10 @@ def test_a_peers_blocks_come_once_and_then_from_memory_also_after_a_restart(tmp_
                 answers.append(answer["choices"][0]["text"])
             return answers
 
-        with running(model, tmp_path / "peer.log", tiers(first_port), variables=NIXL) as peer:
+        with running(model, tmp_path / "peer.log", tiers(first_port)) as peer:
             assert texts(peer, prompts) == reference
             settle(peer)
             for name in ("first", "restarted"):
-                with running(model, tmp_path / f"{name}.log", tiers(second_port), variables=NIXL) as server:
+                with running(model, tmp_path / f"{name}.log", tiers(second_port)) as server:
                     assert_first_from_then_from_memory(server, model, "2:p2p", ask, reference)
             assert blocks_read(settle(peer), model) > 0
