@@ -71,7 +71,9 @@ class Router:
         blocks = self.held.setdefault(event.ownership, set())
         if isinstance(event, BlockRemoved):
             self.removed += event.ownership == OURS
-            assert event.ownership != OURS or blocks.issuperset(event.block_hashes), "removed, but never stored"
+            # Before the first reset, the store may have been before the subscription.
+            is_known = event.ownership != OURS or not self.cleared or blocks.issuperset(event.block_hashes)
+            assert is_known, "removed, but never stored"
             blocks.difference_update(event.block_hashes)
             return
         self.stored += event.ownership == OURS

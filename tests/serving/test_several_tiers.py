@@ -90,7 +90,7 @@ def test_a_peers_blocks_come_once_and_then_from_memory_also_after_a_restart(tmp_
     numbers = itertools.count()
 
     def tiers(port: int) -> list[dict[str, Any]]:
-        # NIXL's threads spin: with more of them two servers starve on two cores, and vLLM takes a peer for dead.
+        # As few threads as possible for two servers on one machine: vLLM takes a peer that is silent for 10 s for dead.
         return [ours(model), {"type": "p2p", "host": "127.0.0.1", "port": port, "num_threads": 1}]
 
     with free_port() as first_port, free_port() as second_port:
