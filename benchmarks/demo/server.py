@@ -26,7 +26,7 @@ START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 LEFT_RUNNING_TIMEOUT_S = 15
 # The memory of a primary tier, whose name ends with the process that asked for the server, and a number.
-PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+\.mmap")
+PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+(?:_dp\d+)?\.mmap")
 
 
 def of_tier(metrics: Metrics, name: str) -> float:
@@ -163,13 +163,14 @@ def command(model: Path | str, port: int, name: str, offloading: dict[str, Any] 
     return found
 
 
-def environment(model: Path | str, model_cores: str) -> dict[str, str]:
+def environment(model: Path | str, model_cores: str, variables: dict[str, str] | None = None) -> dict[str, str]:
     return {
         **os.environ,
         **({"HF_HUB_OFFLINE": "1"} if Path(model).exists() else {}),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": model_cores,
+        **(variables or {}),
     }
 
 
@@ -182,13 +183,14 @@ def serve(
     offloading: dict[str, Any] | None,
     arguments: list[str],
     model_cores: str = "nobind",
+    variables: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run the server while in the block, on a free port of this machine.
 
     model: a folder, or a name that vLLM knows. name: unique on this machine; names the primary tier's memory (see
     PRIMARY_MEMORY). offloading: the `kv_connector_extra_config`, None for no offloading at all. arguments: more of the
-    server's. model_cores: the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere. Raises
-    RuntimeError with the end of the log if the server does not come up.
+    server's. model_cores: the cores that the forward pass is bound to ("1,2,3"); "nobind": it runs anywhere.
+    variables: more of its environment. Raises RuntimeError with the end of the log if the server does not come up.
     """
     remove_what_the_dead_left()
     # Bound until the server has ended, or somebody else may be given its port. vLLM's listens on it all the same.
@@ -205,7 +207,7 @@ def serve(
                 command(model, port, name, offloading) + arguments,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(model, model_cores),
+                env=environment(model, model_cores, variables),
                 start_new_session=True,
             )
             server = Server(f"http://127.0.0.1:{port}", log, process)
