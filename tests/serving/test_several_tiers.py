@@ -6,6 +6,7 @@ Every answer is compared with that of a server that never offloads.
 from __future__ import annotations
 
 import itertools
+import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_after_a_restart_blocks_come_from_s3_once_and_then_from_memory(tmp_path,
     assert_it_survives_a_restart(tmp_path, model, prompts, reference, bucket, variables=NIXL)
 
 
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 6, reason="engines with p2p never rest: on fewer cores vLLM takes a peer for dead"
+)
 def test_a_peers_blocks_come_once_and_then_from_memory_also_after_a_restart(tmp_path, model, prompts, reference):
     """The peer's first documents have left its primary: it serves them out of our tier."""
     numbers = itertools.count()
