@@ -362,7 +362,10 @@ def test_refused_blocks_are_the_tiers_by_reason(runs: Runs, seen: servers.Seen):
 def test_bytes_are_those_that_the_tier_has_copied(runs: Runs, seen: servers.Seen, direction: str):
     rate = runs.rates(seen, "Bytes copied", "{{tier}} {{direction}}")[f"{direction} 1:async"]
     copied = seen.growth("vllm:async_tier_copied_bytes_total", direction=direction)
-    assert rate * seen.measured.seconds == pytest.approx(copied, rel=0.05)
+    # Per prompt token: by what share Prometheus extrapolates depends on which samples a busy machine has missed.
+    tokens = ("computed", "vLLM's KV cache", "primary and tiers")
+    token_rate = sum(sum(runs.rates(seen, "Prompt tokens by source", each).values()) for each in tokens)
+    assert rate / token_rate == pytest.approx(copied / seen.growth("vllm:prompt_tokens_by_source_total"), rel=0.03)
     if direction == "load" and seen.sizes == servers.LARGE:
         assert copied > 0
 
