@@ -51,7 +51,7 @@ help:
 	@echo "make mutants-cuda   the same for the CUDA engine"
 	@echo "make sanitize       native core and emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
-	@echo "make bench          all benchmarks, a table and a picture, in some 15 minutes (TRACE=... for replay)"
+	@echo "make bench          all benchmarks, a table and a picture, in some 12 minutes (TRACE=... for replay)"
 	@echo "make bench-cuda     what the CUDA engine asks of the scheduler, on the emulator (half a minute)"
 	@echo "make bench-replay   the eviction policy beside a plain LRU one, on TRACES='FILE FILE'"
 	@echo "make lint           ruff, mypy, C warnings, clang-format ('pre-commit install' runs it before every commit)"
