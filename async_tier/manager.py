@@ -78,14 +78,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         self._label = compat.tier_label(offloading_spec, tier_type)
         self._metrics = TierMetrics(self._label, self.block_store, self._promises)
         if self.config.enable_kv_events:
-            if compat.are_events_published(offloading_spec):
-                self.block_store.index.note_changes()
-            else:
-                logger.warning(
-                    "enable_kv_events of tier '%s' has no effect: vLLM publishes no KV cache events (see its "
-                    "kv_events_config), or is older than 0.29, and its events do not name a tier",
-                    tier_type,
-                )
+            self._note_events(offloading_spec)
         # vLLM offers to no tier what it loads from another one, unless a tier asks for all blocks of a request. Without
         # that, after a restart memory would stay empty for good, and every load come from the disk behind it.
         policy = OffloadPolicy.REQUEST_LEVEL if compat.has_other_tiers(offloading_spec) else None
@@ -295,6 +288,17 @@ class AsyncSecondaryTierManager(compat.TierBase):
         """Report a job that could not be submitted as failed."""
         request = getattr(getattr(job_metadata, "req_context", None), "req_id", None)
         self.block_store.fail(job_metadata.job_id, kind, error, getattr(job_metadata, "keys", ()), request)
+
+    def _note_events(self, offloading_spec: Any) -> None:
+        """Have what changes noted for `take_events`, if vLLM asks for it."""
+        if compat.are_events_published(offloading_spec):
+            self.block_store.index.note_changes()
+        else:
+            logger.warning(
+                "enable_kv_events of tier '%s' has no effect: vLLM publishes no KV cache events (see its "
+                "kv_events_config), or is older than 0.29, and its events do not name a tier",
+                self.tier_type,
+            )
 
     def _log_sizes(self, tokens_per_block: Sequence[int], tokens_per_step: int | None) -> None:
         """Log what fits. tokens_per_block: by KV group, empty if unknown. tokens_per_step: None if unknown."""

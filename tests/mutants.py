@@ -597,7 +597,7 @@ MUTANTS = [
     Mutant("events: a reset has none", "index.py", "            self._changes.clear()\n", "            pass\n", METRICS),
     Mutant("events: they have an owner", "vllm/compat.py", "ownership=owner", "ownership=None", METRICS),
     Mutant("events: a removal expects none", "vllm/compat.py", "removal_expected=is_stored", "removal_expected=True", METRICS),
-    Mutant("events: a line says that there are none", "manager.py", "            if compat.are_events_published(offloading_spec):", "            if True:", METRICS),
+    Mutant("events: a line says that there are none", "manager.py", "        if compat.are_events_published(offloading_spec):", "        if True:", METRICS),
     Mutant("other tiers: what they load is taken, too", "vllm/compat.py", "isinstance(tiers, list) and len(tiers) > 1", "False", ("test_other_tiers.py",)),
     Mutant("other tiers: alone nothing is offered again", "vllm/compat.py", "isinstance(tiers, list) and len(tiers) > 1", "True", ("test_other_tiers.py",)),
     Mutant("traces: gzip is known by its first bytes", "../benchmarks/shared/traces.py", "if file.peek(len(GZIP)).startswith(GZIP) else file", 'if path.suffix == ".gz" else file', READER),
