@@ -214,6 +214,8 @@ class BlockStore:
         self.index.usable = arena.ready
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
+        # Rows of the jobs in each, so that `statistics` takes no longer for a longer queue.
+        self._rows_in_flight = {"store": 0, "load": 0}
         self._finished: list[Finished] = []
         # By sequence, from `begin_sequence` to `finish_sequence`. Others may read it; only this class changes it.
         self.orders: dict[str | None, SequenceOrder] = {}
@@ -328,6 +330,7 @@ class BlockStore:
             self._fail_job(job, error)
             return
         self._stores.append(job)
+        self._rows_in_flight["store"] += len(job.rows)
         if self._trace is not None:
             self._trace_begin(self._trace, job)
 
@@ -370,6 +373,7 @@ class BlockStore:
             return
         job.keys, job.rows = keys, arena_rows
         self._loads.append(job)
+        self._rows_in_flight["load"] += len(job.rows)
         if self._trace is not None:
             self._trace_begin(self._trace, job)
 
@@ -478,7 +482,7 @@ class BlockStore:
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
         counts, row_bytes = self._counts, self.primary.row_bytes
-        storing, loading = (sum(len(job.rows) for job in queue) for queue in (self._stores, self._loads))
+        storing, loading = self._rows_in_flight.values()
         return replace(
             counts,
             rows_ready=self.index.usable,
@@ -501,6 +505,7 @@ class BlockStore:
         # Jobs are reported in order of submission, so none behind an unfinished one needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
+            self._rows_in_flight[job.kind] -= len(job.rows)
             try:
                 end(job)
             except Exception as error:  # `end` reports last, so the job is not reported yet

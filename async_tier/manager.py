@@ -81,8 +81,9 @@ class AsyncSecondaryTierManager(compat.TierBase):
             self._note_events(offloading_spec)
         # vLLM offers to no tier what it loads from another one, unless a tier asks for all blocks of a request. Without
         # that, after a restart memory would stay empty for good, and every load come from the disk behind it.
-        policy = OffloadPolicy.REQUEST_LEVEL if compat.has_other_tiers(offloading_spec) else None
-        self._offloading = RequestOffloadingContext(**({"policy": policy} if policy else {}))
+        self._offloading = RequestOffloadingContext()
+        if compat.has_other_tiers(offloading_spec):
+            self._offloading.policy = OffloadPolicy.REQUEST_LEVEL
         # Steps whose results have not arrived; and, after a reset that keeps blocks, for how many more steps lookups
         # answer MISS. Until the first step planned after the reset has ended, workers may write to rows of the primary
         # that a promotion would fill.

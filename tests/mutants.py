@@ -578,6 +578,7 @@ MUTANTS = [
     Mutant("metrics: only what has changed is sent", "vllm/metrics.py", "            if value == before:", "            if False:", METRICS),
     Mutant("metrics: counters are sent by how much they grew", "vllm/metrics.py", "value - (before or 0)", "value", METRICS),
     Mutant("metrics: tiers of one kind are told apart", "vllm/compat.py", "(places[nth] if nth < len(places) else nth) + 1", "nth + 1", METRICS),
+    Mutant("metrics: what has ended is not in flight", "block_store.py", "            self._rows_in_flight[job.kind] -= len(job.rows)\n", "", METRICS),
     Mutant("metrics: no fault gets out", "manager.py", '            self.block_store.report_fault("report its metrics", error)\n            return None', "            raise", METRICS),
     Mutant("metrics: times are bounded", "vllm/metrics.py", "deque(maxlen=MAX_TIMES)", "deque()", METRICS),
     Mutant("metrics: who waits is not turned away", "vllm/promises.py", "elif answer == REFUSE and self._promises[request].answer != WAIT:", "elif answer == REFUSE:", METRICS),

@@ -209,13 +209,18 @@ def test_evicted_lost_and_reset(primary, server):
 
 
 class TestRefused:
-    def test_for_want_of_a_row_because_a_request_is_longer_than_the_tier(self, primary, server):
-        tier = make_tier(primary, blocks=4)
-        server.take(tier)
+    def begin(self, tier: AsyncSecondaryTierManager) -> tuple[list[bytes], Any]:
+        """A request of 6 blocks, in their order."""
         prompt = keys(*range(6))
         asks = request("long", prompt)
         tier.on_new_request(asks)
         tier.touch(prompt, asks)
+        return prompt, asks
+
+    def test_for_want_of_a_row_because_a_request_is_longer_than_the_tier(self, primary, server):
+        tier = make_tier(primary, blocks=4)
+        server.take(tier)
+        prompt, asks = self.begin(tier)
         store(tier, 1, prompt, range(6), context=asks)
         changed = server.changed(tier)
         assert changed["refused_blocks_total, own_request"] == 2
@@ -224,10 +229,7 @@ class TestRefused:
     def test_its_own_copies_in_flight_do_not_change_that(self, primary, server):
         tier = make_tier(primary, blocks=4)
         server.take(tier)
-        prompt = keys(*range(6))
-        asks = request("long", prompt)
-        tier.on_new_request(asks)
-        tier.touch(prompt, asks)
+        prompt, asks = self.begin(tier)
         with store_gate(tier):
             tier.submit_store(job(1, prompt[:3], [0, 1, 2], context=asks))
             tier.submit_store(job(2, prompt[3:], [3, 4, 5], context=asks))
