@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import time
 import weakref
 from collections import deque
@@ -25,6 +26,8 @@ import numpy as np
 from async_tier.config import TierConfig, load_policy
 from async_tier.engines import RowMemory, open_engine
 from async_tier.index import READY, BlockIndex
+from async_tier.memory.peers import Borrowed, Peers
+from async_tier.memory.pool import Identity, PoolArena
 from async_tier.observe.faults import FaultLog, one_line
 from async_tier.observe.trace import Submitted, TierTrace, TraceWriter
 from async_tier.order import SequenceOrder
@@ -77,7 +80,9 @@ class Statistics:
 
     store_jobs, load_jobs: jobs submitted, whatever their outcome. failed_stores, failed_loads: jobs reported as failed,
     including loads that lacked a block. blocks_stored, blocks_loaded: blocks copied successfully. blocks_present:
-    offered to a store, but already stored or being stored. refused: offered to a store, but not stored, by the reason
+    offered to a store, but already stored or being stored, here or by a peer. blocks_borrowed: those of blocks_loaded
+    that were copied from a peer's rows. restored: blocks that were found in the pool at start. peers: other files of
+    the pool. peer_blocks: blocks in these. refused: offered to a store, but not stored, by the reason
     (see REFUSALS). blocks_lost: blocks of loads that did not arrive. evictions: blocks evicted. resets: how often
     everything was forgotten. hits, misses: results of `lookup`. faults: unexpected errors, and jobs refused for bad
     arguments or after `close`.
@@ -102,6 +107,10 @@ class Statistics:
     blocks_loaded: int = 0
     blocks_present: int = 0
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSALS, 0))
+    blocks_borrowed: int = 0
+    restored: int = 0
+    peers: int = 0
+    peer_blocks: int = 0
     blocks_lost: int = 0
     evictions: int = 0
     resets: int = 0
@@ -135,7 +144,10 @@ class _RefusedError(Exception):
 
 
 class _Job:
-    __slots__ = ("blocks", "event", "job_id", "keys", "kind", "missing", "rows", "sequence", "submitted_ns", "traced")
+    __slots__ = (
+        *("blocks", "borrowed", "event", "job_id", "keys", "kind", "missing", "rows", "sequence", "submitted_ns"),
+        "traced",
+    )
 
     event: CopyEvent
 
@@ -147,6 +159,7 @@ class _Job:
         self.blocks = len(keys)
         self.keys: Sequence[bytes] = ()  # those that are copied
         self.rows: Sequence[int] = ()  # of the arena, one per key
+        self.borrowed: Sequence[Borrowed] = ()  # loads: what is copied from peers
         self.missing = 0  # loads: how many of the caller's keys the tier lacked
         self.submitted_ns = time.monotonic_ns()
         self.traced: Submitted | None = None
@@ -154,6 +167,41 @@ class _Job:
     def __str__(self) -> str:
         request = "" if self.sequence is None else f", request {brief(self.sequence)}"
         return f"job {self.job_id} ({self.kind}{request}, {self.blocks} block{'s' * (self.blocks != 1)})"
+
+
+class _WithBorrowed:
+    """The CopyEvent of a load from several memories. own: of the tier's own rows, if there are any among them.
+
+    Whether copies of peers' rows failed is asked of their own events.
+    """
+
+    def __init__(self, own: CopyEvent | None, borrowed: Sequence[CopyEvent]) -> None:
+        self._own = own
+        self._events = [*borrowed] if own is None else [own, *borrowed]
+
+    @property
+    def failed(self) -> bool:
+        return self._own is not None and self._own.failed
+
+    @property
+    def reason(self) -> str | None:
+        return None if self._own is None else self._own.reason
+
+    @property
+    def is_done(self) -> bool:
+        return all(event.is_done for event in self._events)
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        return sorted((span for event in self._events for span in event.spans), key=operator.itemgetter(1))
+
+    @property
+    def seconds(self) -> float:
+        spans = self.spans
+        return (max(end for _, _, end in spans) - spans[0][1]) * 1e-9 if spans else 0.0
+
+    def synchronize(self, seconds: float = 1e9) -> bool:
+        return all(event.synchronize(seconds) for event in self._events)
 
 
 class BlockStore:
@@ -174,7 +222,9 @@ class BlockStore:
     rest is left out. Blocks that do not continue each other need no name.
 
     `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration decides
-    (`engines.open_engine`). Raises ValueError for a bad configuration, MemoryError if the memory is not available.
+    (`engines.open_engine`). With a pool that is a folder, the store begins with the blocks that are in it, and also
+    finds those of other processes: `identity` tells for what their keys mean the same; by default that is the
+    configuration's namespace and the size of a row, and all else is left to the caller. Raises ValueError for a bad configuration, MemoryError if the memory is not available.
     """
 
     def __init__(
@@ -184,6 +234,7 @@ class BlockStore:
         *,
         engine: CopyEngine | None = None,
         arena: RowMemory | None = None,
+        identity: Identity | None = None,
     ) -> None:
         config = config or TierConfig()
         self.primary = primary
@@ -192,7 +243,7 @@ class BlockStore:
         writer = TraceWriter(config.trace_path) if config.trace_path is not None else None
         if engine is None or arena is None:
             try:
-                engine, arena = open_engine(primary, config, capacity)
+                engine, arena = open_engine(primary, config, capacity, identity)
             except BaseException:
                 if writer is not None:
                     writer.close()
@@ -212,6 +263,12 @@ class BlockStore:
                 f"{brief(config.eviction_policy)}"
             ) from error
         self.index.usable = arena.ready
+        self._pool = arena.pool
+        self._peers: Peers | None = None
+        restored = 0
+        if self._pool is not None:
+            restored = len(self._pool.restored)
+            self._join_pool(self._pool)
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         # Rows of the jobs in each, so that `statistics` takes no longer for a longer queue.
@@ -223,6 +280,7 @@ class BlockStore:
         self._step_hits: dict[str | None, list[bytes]] = {}
         # The state in it is that of the last call of `statistics`. `lookup` has to be quick, and counts beside it.
         self._counts = Statistics(engine.name, self.index.capacity, primary.row_bytes)
+        self._counts.restored = restored
         self._hits = self._misses = 0
         self._closed = False
         self._broken = False
@@ -236,20 +294,27 @@ class BlockStore:
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
         """Use this order of the sequence's blocks until `finish_sequence`."""
         self.orders[sequence] = order
+        if self._peers is not None:
+            self._peers.refresh()
 
     def has(self, key: bytes) -> bool:
         """Whether `key` can be loaded now. Unlike `lookup`, this counts neither as a hit nor as a use."""
-        return self.index.state(key) == READY
+        return self.index.state(key) == READY or (self._peers is not None and key in self._peers.keys)
 
     def lookup(self, key: bytes, sequence: str | None = None, pin: bool = False) -> bool:
         """Whether `key` can be loaded now. A hit counts as a use by `sequence` (a request's name); a load does not.
 
         The block may be evicted before it is loaded, and the load then fails for it. With `pin` a hit stays loadable
-        until the next `end_step`, which the caller then has to call.
+        until the next `end_step`, which the caller then has to call; unless a peer holds it, which may evict it.
         """
         if not self.index.pin_hit(key):
-            self._misses += 1
-            return False
+            if self._peers is None or not self._peer_has(key, pin):
+                self._misses += 1
+                return False
+            self._hits += 1
+            if pin:
+                self._step_hits.setdefault(sequence, []).append(key)
+            return True
         self._hits += 1
         if not pin:
             self.index.undo_last_hit()
@@ -263,8 +328,8 @@ class BlockStore:
 
     def undo_last_hit(self, sequence: str | None = None) -> None:
         """Undo the last lookup, which was a hit of this sequence with `pin`: no hit is counted, no use, no pin."""
-        self.index.undo_last_hit()
-        self._step_hits[sequence].pop()
+        if self.index.state(self._step_hits[sequence].pop()) == READY:  # it was not a peer's
+            self.index.undo_last_hit()
         self._hits -= 1
 
     def end_step(self) -> None:
@@ -275,6 +340,8 @@ class BlockStore:
         if self._step_hits:
             self._note_hits()
         self.index.end_step()
+        if self._peers is not None:
+            self._peers.refresh()
         if self._log.has_held_back:
             self._log.flush()
 
@@ -314,6 +381,8 @@ class BlockStore:
             places = order.permutation(keys)
             keys = [keys[at] for at in places]
             sources = [sources[at] for at in places]
+        if self._peers is not None and not self._peers.keys.isdisjoint(keys):
+            keys, sources = self._without_peers(self._peers, keys, sources)
         new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new, sequence)
@@ -330,7 +399,7 @@ class BlockStore:
             self._fail_job(job, error)
             return
         self._stores.append(job)
-        self._rows_in_flight["store"] += len(job.rows)
+        self._rows_in_flight["store"] += len(job.keys)
         if self._trace is not None:
             self._trace_begin(self._trace, job)
 
@@ -354,26 +423,38 @@ class BlockStore:
             self._refuse(job, refusal)
             return
         arena_rows = self.index.pin_ready(keys)
-        job.missing = arena_rows.count(-1)
-        if job.missing:
-            self.index.drop([key for key, row in zip(keys, arena_rows, strict=True) if row < 0])
+        if -1 in arena_rows:
+            absent = [at for at, row in enumerate(arena_rows) if row < 0]
+            self.index.drop([keys[at] for at in absent])
+            if self._peers is not None:
+                job.borrowed = self._borrow([keys[at] for at in absent], [targets[at] for at in absent])
             found = [at for at, row in enumerate(arena_rows) if row >= 0]
             keys = [keys[at] for at in found]
             arena_rows = [arena_rows[at] for at in found]
             targets = [targets[at] for at in found]
-        if not keys:
+        borrowed = [key for part in job.borrowed for key in part.keys]
+        job.missing = job.blocks - len(keys) - len(borrowed)
+        if not keys and not borrowed:
             self._finish(job, self._why_incomplete(job))
             return
-        try:
-            job.event = self.engine.load_stream.copy_rows(self.primary, targets, self.arena.rows, arena_rows)
-        except Exception as error:
-            self.index.unpin(arena_rows)
-            self.index.drop(keys)
-            self._fail_job(job, error)
-            return
-        job.keys, job.rows = keys, arena_rows
+        event = None
+        if keys:
+            try:
+                event = self.engine.load_stream.copy_rows(self.primary, targets, self.arena.rows, arena_rows)
+            except Exception as error:
+                self.index.unpin(arena_rows)
+                self.index.drop(keys)
+                if not borrowed:
+                    self._fail_job(job, error)
+                    return
+                job.missing += len(keys)
+                keys, arena_rows = [], []
+        job.keys, job.rows = [*keys, *borrowed], arena_rows
+        if borrowed or event is None:
+            event = _WithBorrowed(event, [part.event for part in job.borrowed if part.event is not None])
+        job.event = event
         self._loads.append(job)
-        self._rows_in_flight["load"] += len(job.rows)
+        self._rows_in_flight["load"] += len(job.keys)
         if self._trace is not None:
             self._trace_begin(self._trace, job)
 
@@ -403,6 +484,8 @@ class BlockStore:
         self._counts.resets += 1
         self._step_hits.clear()
         self.index.clear()
+        if self._peers is not None:  # theirs were stored before, too, or with what this engine has no more
+            self._peers.clear()
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
         """Count `keys`, in this order, as used by the sequence; those not here are ignored."""
@@ -441,7 +524,11 @@ class BlockStore:
             return
         self._closed = True
         self.engine.close()
+        if self._peers is not None:
+            self._peers.close()
         self.drain()
+        if self._pool is not None and not self._broken:
+            self.index.leave_table()
         self.index.clear()
         self._release()
 
@@ -478,6 +565,8 @@ class BlockStore:
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
         self.engine.signal(fd)
+        if self._peers is not None:
+            self._peers.signal(fd)
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
@@ -489,6 +578,8 @@ class BlockStore:
             rows_used=self.index.rows_used,
             rows_pinned=storing + loading + self.index.step_pins,
             blocks=len(self.index),
+            peers=0 if self._peers is None else self._peers.count,
+            peer_blocks=0 if self._peers is None else len(self._peers),
             stores_in_flight=len(self._stores),
             loads_in_flight=len(self._loads),
             store_bytes_in_flight=storing * row_bytes,
@@ -505,7 +596,7 @@ class BlockStore:
         # Jobs are reported in order of submission, so none behind an unfinished one needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
-            self._rows_in_flight[job.kind] -= len(job.rows)
+            self._rows_in_flight[job.kind] -= len(job.keys)
             try:
                 end(job)
             except Exception as error:  # `end` reports last, so the job is not reported yet
@@ -547,14 +638,41 @@ class BlockStore:
             self.index.drop(job.keys)
             self._finish(job, self._why_failed(job))
             return
-        self._counts.blocks_loaded += len(job.rows)
+        if job.borrowed:
+            self._end_borrowing(job)
+        self._counts.blocks_loaded += len(job.keys)
         loaded = tuple(job.keys) if job.missing else None
-        size = len(job.rows) * self.primary.row_bytes
+        size = len(job.keys) * self.primary.row_bytes
         self._finish(job, self._why_incomplete(job), loaded, size, job.event.seconds)
 
+    def _borrow(self, keys: list[bytes], targets: list[int]) -> list[Borrowed]:
+        """Queue copies of those blocks that peers hold."""
+        assert self._peers is not None
+        borrowed = []
+        for part in self._peers.borrow(keys, targets):
+            try:
+                part.event = self._peers.stream.copy_rows(self.primary, part.targets, part.peer.rows, part.rows)
+                borrowed.append(part)
+            except Exception as error:
+                self._peers.drop(part.keys)
+                self.report_fault("copy a peer's blocks", error)
+        return borrowed
+
+    def _end_borrowing(self, job: _Job) -> None:
+        """Take out of a load those of its keys whose peer had changed, or lost, them before their copies ended."""
+        assert self._peers is not None
+        for part in job.borrowed:
+            lost = part.keys if part.event is not None and part.event.failed else part.lost()
+            self._counts.blocks_borrowed += len(part.keys) - len(lost)
+            if lost:
+                self._peers.drop(lost)
+                gone = set(lost)
+                job.keys = [key for key in job.keys if key not in gone]
+                job.missing += len(lost)
+
     def _why_failed(self, job: _Job) -> str:
-        if self.engine.broken is not None:
-            return self.engine.broken
+        if (broken := self._broken_by()) is not None:
+            return broken
         if self._closed:
             return "the tier was closed before its copies were made"
         return job.event.reason or "its copies were not made"
@@ -608,15 +726,42 @@ class BlockStore:
 
     def _check_engine(self) -> None:
         """First in most calls: empty the tier if the engine broke, log a late copy, use rows that became ready."""
-        if self.engine.broken is not None and not self._broken:
+        if not self._broken and (broken := self._broken_by()) is not None:
             self._broken = True
             self.clear()
-            self.report_fault("go on copying; it is empty and takes nothing more", self.engine.broken)
+            self.report_fault("go on copying; it is empty and takes nothing more", broken)
         if self.engine.seconds_under_way > LATE_S and not self._is_late:
             self._is_late = True
             logger.error("A copy of the tier has been under way for %d s, and has not ended; its jobs wait", LATE_S)
         if self.index.usable < self.index.capacity:
             self.index.usable = self.arena.ready
+
+    def _peer_has(self, key: bytes, pin: bool) -> bool:
+        assert self._peers is not None
+        if not pin and key not in self._peers.keys:  # there may be no steps
+            self._peers.refresh()
+        return key in self._peers.keys
+
+    def _without_peers(self, peers: Peers, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
+        """Those keys that no peer holds, and their rows of the primary. The others are not stored again."""
+        held = {key for key in peers.held(keys) if not self.index.state(key)}
+        self._counts.blocks_present += sum(key in held for key in keys)
+        kept = [at for at, key in enumerate(keys) if key not in held]
+        return [keys[at] for at in kept], [sources[at] for at in kept]
+
+    def _broken_by(self) -> str | None:
+        """Why nothing can be copied any more; None if it can."""
+        if self._pool is not None and not self._pool.is_intact:
+            self.index.lose_table()  # touching memory that the file has not any more would end the process
+            return f"{self._pool.path} was truncated"
+        return self.engine.broken
+
+    def _join_pool(self, pool: PoolArena) -> None:
+        """Begin with the blocks in the tier's file, and find the files of others."""
+        self.index.keep_in(pool.table, pool.restored)
+        pool.restored.clear()
+        own_stream = self.engine.load_stream if self.engine.name == "host" else None
+        self._peers = Peers(pool.path.parent, pool.identity, self.primary.row_bytes, pool.inode, own_stream)
 
     def _note_hits(self) -> None:
         """Pass this step's hits to the index as uses, in the order of lookup; together, which costs less."""
@@ -632,7 +777,7 @@ class BlockStore:
         if self._closed:
             raise _RefusedError("the tier is shut down")
         if self._broken:
-            raise _RefusedError(f"the tier can copy no more: {self.engine.broken}")
+            raise _RefusedError(f"the tier can copy no more: {self._broken_by()}")
         # vLLM passes numpy arrays. A list is quicker to check and to pass on, up to thousands of rows.
         numbers: list[int] = rows.tolist() if isinstance(rows, np.ndarray) else list(rows)
         if len(numbers) != len(keys):

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
@@ -21,6 +22,7 @@ LOCALITIES = ("LOCAL", "REMOTE")
 MAX_COPY_THREADS = 64
 POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LeastRecentlyUsed}
 _POLICY_HELP = f"{', '.join(map(repr, POLICIES))} or 'module:Class'"
+MAX_NAMESPACE = 256
 # With less, pieces would be so small that queueing them costs more than copying them.
 MIN_STAGING_BYTES = 64 << 10
 
@@ -58,7 +60,11 @@ class TierConfig:
 
     bytes_to_use: capacity in bytes; None means twice the primary tier.
     engine: "cuda" (CUDA streams), "host" (native copy threads), or "auto": "cuda" if this process uses a GPU.
-    pool: where the tier's rows lie: "host", or "cuda:N" for memory of that device.
+    pool: where the tier's rows lie: "host", "cuda:N" for memory of that device, or the absolute path of a folder, in
+        whose files the blocks survive this process, and are shared with others on this node.
+    namespace: for such a folder, and only then: the name of what the blocks belong to, 1 to 256 characters. It stands
+        for all that their keys do not tell, such as the model's revision.
+    pool_on_disk: allow a folder that is not on tmpfs or hugetlbfs.
     device: for the cuda engine with pool "host": the GPU whose copy engines are used, "cuda:N". None means the first
         one of vLLM's workers, or torch's current one without vLLM.
     copy_threads: for the host engine: native copy threads, 1 to 64; None means `streams.host.default_threads`.
@@ -76,6 +82,8 @@ class TierConfig:
     bytes_to_use: int | None = None
     engine: str = "auto"
     pool: str = "host"
+    namespace: str | None = None
+    pool_on_disk: bool = False
     device: str | None = None
     copy_threads: int | None = None
     staging_bytes: int = 64 << 20
@@ -114,26 +122,56 @@ class TierConfig:
         config._check()
         return config
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the rows lie in a GPU's memory."""
+        return self.pool.startswith("cuda:")
+
+    @property
+    def pool_folder(self) -> Path | None:
+        """The folder of a pool that outlives the process; None for another pool."""
+        return Path(self.pool) if self.pool.startswith("/") else None
+
+    def _check_pool(self) -> None:
+        if not isinstance(self.pool, str) or not (
+            re.fullmatch(r"host|cuda:[0-9]{1,4}", self.pool) or (self.pool.startswith("/") and _is_path(self.pool))
+        ):
+            raise ValueError(
+                f"pool must be 'host', 'cuda:N' with a device's number N, or the absolute path of a folder, not "
+                f"{brief(self.pool)}"
+            )
+        if self.is_on_device and self.engine == "host":
+            raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
+        if self.pool_folder is None:
+            if self.namespace is not None:
+                raise ValueError(f"namespace needs a pool that is the absolute path of a folder, not {self.pool!r}")
+            if self.pool_on_disk:
+                raise ValueError(f"pool_on_disk needs a pool that is the absolute path of a folder, not {self.pool!r}")
+            return
+        name = self.namespace
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAMESPACE or not name.isprintable() or not name.strip():
+            raise ValueError(
+                f"namespace must be a text of 1 to {MAX_NAMESPACE} printable characters where pool is a folder: the "
+                f"name of what its blocks belong to, such as the model and its revision; not {brief(name)}"
+            )
+
     def _check(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, not {brief(self.engine)}")
-        if not isinstance(self.pool, str) or not re.fullmatch(r"host|cuda:[0-9]{1,4}", self.pool):
-            raise ValueError(f"pool must be 'host' or 'cuda:N' with a device's number N, not {brief(self.pool)}")
-        if self.pool != "host" and self.engine == "host":
-            raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
+        self._check_pool()
         if self.device is not None:
             if not isinstance(self.device, str) or not re.fullmatch(r"cuda:[0-9]{1,4}", self.device):
                 raise ValueError(f"device must be null or 'cuda:N' with a device's number N, not {brief(self.device)}")
             if self.engine == "host":
                 raise ValueError(f"device {self.device!r} needs engine 'cuda' or 'auto', not 'host'")
-            if self.pool != "host" and device_number(self.pool) != device_number(self.device):
+            if self.is_on_device and device_number(self.pool) != device_number(self.device):
                 raise ValueError(f"device {self.device!r} must be the one of pool {self.pool!r}, or null")
         if self.staging_bytes < MIN_STAGING_BYTES:
             raise ValueError(
                 f"staging_bytes must be at least {MIN_STAGING_BYTES} bytes ({format_size(MIN_STAGING_BYTES)}), "
                 f"not {self.staging_bytes}"
             )
-        for key in ("batch_copies", "keep_on_reset", "enable_kv_events"):
+        for key in ("batch_copies", "keep_on_reset", "enable_kv_events", "pool_on_disk"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, not {brief(getattr(self, key))}")
         policy = self.eviction_policy

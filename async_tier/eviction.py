@@ -6,6 +6,7 @@ A policy knows keys and rows, but neither memory nor jobs. The configuration may
 from __future__ import annotations
 
 import heapq
+import operator
 import time
 from abc import ABC, abstractmethod
 from array import array
@@ -59,6 +60,26 @@ class EvictionPolicy(ABC):
     def unpinned(self, rows: Collection[int]) -> None:  # noqa: B027 - not every policy needs to know
         """Each of `rows` has lost a pin; some may have none now."""
 
+    def parent(self, row: int) -> int:
+        """The row of the block that the one in `row` continues; -1 if there is none, or if it is unknown."""
+        return -1
+
+    @property
+    def used_at(self) -> array[int] | None:
+        """By row, the time of the last use in us of CLOCK_MONOTONIC, as array("q"). None if it is not known."""
+        return None
+
+    def restore(
+        self, keys: Sequence[bytes], rows: Sequence[int], parents: Sequence[int], used_at: Sequence[int]
+    ) -> None:
+        """`keys`, at least one, are held in `rows`: an earlier process stored them. Called once, before all else.
+
+        parents: for each, what `parent` has said, while that block is held. used_at: for each, the time of its last
+        use; without `used_at`, when it was stored.
+        """
+        for at in sorted(range(len(keys)), key=used_at.__getitem__):
+            self.store(keys[at : at + 1], rows[at : at + 1], None, None)
+
     def oldest_age(self) -> float | None:
         """Seconds since the last use of the block that would be evicted next. None if there is none, or if unknown."""
         return None
@@ -107,7 +128,7 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._clock = 0
         # What follows is by row.
         self._key_of: list[bytes] = [b""] * count
-        self._used_at = array("q", [0]) * count  # in a list, each number would be an object
+        self._used_at: array[int] = array("q", [0]) * count  # in a list, each number would be an object
         self._stored_at = [0] * count
         self._children = [0] * count
         # The parent's row or -1. The parent is gone if its row is free by now, or has a block that was stored later.
@@ -149,6 +170,28 @@ class LeastRecentlyUsed(EvictionPolicy):
             self._remove_from_list(above)
             self._children[above] += 1
         self._note_last(sequence, keys[-1])
+
+    def parent(self, row: int) -> int:
+        return self._parent[row]
+
+    @property
+    def used_at(self) -> array[int]:
+        return self._used_at
+
+    def restore(
+        self, keys: Sequence[bytes], rows: Sequence[int], parents: Sequence[int], used_at: Sequence[int]
+    ) -> None:
+        for row, key, parent in zip(rows, keys, parents, strict=True):
+            self._key_of[row] = key
+            self._parent[row] = parent
+            if parent >= 0:
+                self._children[parent] += 1
+        # Later than now, if the system's clock has begun anew.
+        late = max(0, max(used_at) - self._advance(0))
+        for row, at in sorted(zip(rows, used_at, strict=True), key=operator.itemgetter(1)):
+            self._used_at[row] = at - late
+            if not self._children[row]:
+                self._put_newest(row)
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         self._mark_used([self._rows[key] for key in keys])

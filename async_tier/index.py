@@ -4,6 +4,8 @@
     mark_ready     READY     the bytes are there
     drop, evict    FREE      the key is gone; the row is free once nothing pins it (ORPHAN until then)
 
+Where the rows are in a pool, the same is kept in its table (streams/native/table.c), which outlives the process.
+
 A *pin* is a reason not to reuse a row: the store that fills it, a load that reads it, a hit of this step. A row is
 never reused while it is pinned, even if its key is gone.
 
@@ -18,8 +20,11 @@ from typing import NamedTuple
 
 from async_tier.eviction import EvictionPolicy, LeastRecentlyUsed
 from async_tier.order import SequenceOrder
+from async_tier.streams import _native
 
 FREE, FILLING, READY, ORPHAN = range(4)
+# How many rows' last uses are copied to the table in a step. All are within some hundred steps.
+_USES_PER_STEP = 4096
 
 
 class Change(NamedTuple):
@@ -36,8 +41,7 @@ class BlockIndex:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 row, not {capacity}")
         self.capacity = capacity
-        # The first `usable` rows may be taken. Grows up to the capacity, where memory becomes ready bit by bit.
-        self.usable = capacity
+        self._usable = capacity
         self.evictions = 0
         self.filling = 0
         self._orphans = 0
@@ -52,6 +56,10 @@ class BlockIndex:
         # See `note_changes`. By row, the key that it has or had.
         self._changes: list[Change] | None = None
         self._key_of: list[bytes] = []
+        # See `keep_in`. Rows from `_asleep` up to `_restored` were in the table, and are not usable yet.
+        self._table: _native.Table | None = None
+        self._asleep = self._restored = 0
+        self._next_use = 0
 
     def __len__(self) -> int:
         """The number of READY blocks."""
@@ -72,9 +80,55 @@ class BlockIndex:
         """The number of hits that are pinned until `end_step`."""
         return len(self._step_pins)
 
+    @property
+    def usable(self) -> int:
+        """The first so many rows may be taken. Grows up to the capacity, where memory becomes ready bit by bit."""
+        return self._usable
+
+    @usable.setter
+    def usable(self, rows: int) -> None:
+        self._usable = rows
+        if self._asleep < min(rows, self._restored):
+            self._wake()
+
     def note_changes(self) -> None:
-        """From now on keep what becomes READY, and what is READY no more. Call it while the index is empty."""
+        """From now on keep what becomes READY, and what is READY no more. The first change is what is READY now."""
         self._changes, self._key_of = [], [b""] * self.capacity
+        for key, row in self._row_of.items():
+            self._key_of[row] = key
+        self._note_change(True, [row for row in self._row_of.values() if self._state[row] == READY])
+
+    def keep_in(self, table: _native.Table, restored: Sequence[tuple[int, bytes, int, int]]) -> None:
+        """From now on keep the index in `table`, too, which holds these blocks: they are READY where rows are usable.
+
+        restored: (row, key, the row of the block that it continues or -1, last use in us of CLOCK_MONOTONIC).
+        """
+        self._table = table
+        row_of = self._row_of
+        row_of.update((key, row) for row, key, _, _ in restored)
+        if len(row_of) < len(restored):  # no owner stores a key twice
+            table.withdraw([row for row, key, _, _ in restored if row_of[key] != row])
+            restored = [each for each in restored if row_of[each[1]] == each[0]]
+        if not restored:
+            return
+        self._restored = self._fresh = restored[-1][0] + 1  # they are in the order of rows
+        for row, _, _, _ in restored:
+            self._state[row] = FILLING
+            self._pins[row] = 1
+        self.filling = len(restored)
+        rows, keys, parents, used_at = zip(*restored, strict=True)
+        self._policy.restore(keys, rows, parents, used_at)
+        self._wake()
+
+    def lose_table(self) -> None:
+        """Touch the table no more."""
+        self._table = None
+
+    def leave_table(self) -> None:
+        """Keep the table no longer. What is in it stays, for the next owner."""
+        if self._table is not None and self._policy.used_at is not None:
+            self._table.note_uses(self._policy.used_at, 0, self.capacity)
+        self._table = None
 
     def take_changes(self) -> list[Change]:
         """What has changed since the last call, in order. `clear` is no change, and forgets those before it."""
@@ -104,6 +158,10 @@ class BlockIndex:
         if self._step_pins:
             pinned, self._step_pins = self._step_pins, []
             self.unpin(pinned)
+        if self._table is not None and self._policy.used_at is not None:
+            count = min(_USES_PER_STEP, self.capacity - self._next_use)
+            self._table.note_uses(self._policy.used_at, self._next_use, count)
+            self._next_use = (self._next_use + count) % self.capacity
 
     def reserve(
         self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None, distinct: bool = False
@@ -130,6 +188,8 @@ class BlockIndex:
                 new = new[: len(rows)]
             if rows:
                 self._policy.store(new, rows, sequence, order)
+                if self._table is not None:  # before any byte changes
+                    self._table.take(list(rows), new, self._policy.parent(rows[0]))
         except BaseException:
             for row in rows:
                 self._free_row(row)
@@ -161,6 +221,8 @@ class BlockIndex:
         if self._orphans:
             filled = [row for row in rows if state[row] == FILLING]
             self.unpin([row for row in rows if state[row] != FILLING])
+        if self._table is not None:
+            self._table.publish(filled)
         pins, ready = self._pins, READY
         for row in filled:
             state[row] = ready
@@ -210,6 +272,8 @@ class BlockIndex:
             if row is not None:
                 if self._state[row] == READY:
                     self._note_change(False, (row,))
+                    if self._table is not None:
+                        self._table.withdraw([row])
                 self._policy.remove(row)
                 del self._row_of[key]
                 self._orphan(row)
@@ -220,7 +284,10 @@ class BlockIndex:
         self.unpin(rows)
 
     def clear(self) -> None:
-        """Forget every key. Pinned rows become free when they are unpinned."""
+        """Forget every key, and all that is in the table, for good. Pinned rows become free when they are unpinned."""
+        if self._table is not None:
+            self._table.begin_reset()
+            self._table = None
         self._policy.clear()
         if self._changes is not None:
             self._changes.clear()
@@ -254,6 +321,13 @@ class BlockIndex:
             self.evictions += len(evicted)
         adjoining = range(rows[0], rows[0] + len(rows)) if rows else range(0)
         return adjoining if rows == list(adjoining) else rows
+
+    def _wake(self) -> None:
+        """Make the restored blocks READY, and the rows between them free, that are usable by now."""
+        rows = range(self._asleep, min(self._usable, self._restored))
+        self._asleep = rows.stop
+        self._free.extend(row for row in reversed(rows) if self._state[row] == FREE)
+        self.mark_ready([row for row in rows if self._state[row] != FREE])
 
     def _note_change(self, is_stored: bool, rows: Collection[int]) -> None:
         if self._changes is not None and rows:

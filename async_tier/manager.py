@@ -358,7 +358,7 @@ def _check_nodes(offloading_spec: Any, tier_type: str) -> None:
 
 def _resolve_engine(config: TierConfig, offloading_spec: Any) -> TierConfig:
     """The configuration with "auto" and the default device settled by where this spec has vLLM's workers."""
-    if config.pool != "host":
+    if config.is_on_device:
         return config
     if config.engine == "auto" and not compat.has_one_worker(offloading_spec):
         # The workers have processes of their own, so a CUDA context here would serve the tier alone.

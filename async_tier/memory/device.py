@@ -26,6 +26,7 @@ class DeviceArena:
                 ) from error
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
         self.ready = count
+        self.pool = None
         engine.add_rows(self.rows, None)
 
     def close(self) -> None:

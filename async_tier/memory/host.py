@@ -21,12 +21,31 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+def map_memory(size: int, fd: int = -1, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> int:
+    """Map new memory of the process, or a file that is shared. Returns the address; raises OSError.
+
+    It will hold users' conversations, so it is kept out of core dumps and forked children.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if fd < 0 else mmap.MAP_SHARED
+    address: int = _libc.mmap(None, size, protection, flags, fd, 0)
+    if address == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
+        _libc.madvise(address, size, advice)  # MADV_HUGEPAGE is refused by kernels built without them
+    return address
+
+
+def unmap_memory(address: int, size: int) -> None:
+    """Unmap what `map_memory` has mapped."""
+    _libc.munmap(address, size)
+
+
 class Arena:
     """Anonymous host memory for `count` rows of `row_bytes` bytes, with huge pages if the system has them.
 
-    The memory is only mapped here; the engine populates it (HostEngine.populate, memory.pinned.PinnedArena). It will
-    hold users' conversations. So it is kept out of core dumps and forked children, and has no name that could outlive
-    the process.
+    The memory is only mapped here; the engine populates it (HostEngine.populate, memory.pinned.PinnedArena). It has no
+    name that could outlive the process.
 
     Raises MemoryError for more than the machine or the container has left, see `memory.claims`.
     """
@@ -38,19 +57,18 @@ class Arena:
         length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         with claim_lock():
             refuse_if_unavailable(size)
-            start = _libc.mmap(
-                None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
-            )
-            if start == _MAP_FAILED:  # a limit on address space, or no overcommitment
-                reason = os.strerror(ctypes.get_errno())
-                raise MemoryError(f"the system refuses the tier {format_size(size)} ({size} bytes): {reason}")
-            for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
-                _libc.madvise(start, length, advice)  # MADV_HUGEPAGE is refused by kernels built without them
+            try:
+                start = map_memory(length)
+            except OSError as error:  # a limit on address space, or no overcommitment
+                raise MemoryError(
+                    f"the system refuses the tier {format_size(size)} ({size} bytes): {error.strerror}"
+                ) from error
             address = -(-start // _HUGE_PAGE) * _HUGE_PAGE if size >= _HUGE_PAGE else start
             self._release = weakref.finalize(self, _release, start, length, claim(address, size), os.getpid())
         self.rows = Rows(address=address, count=count, row_bytes=row_bytes, stride=row_bytes)
         # See RowMemory: copies may touch all rows at once.
         self.ready = count
+        self.pool = None
 
     def close(self) -> None:
         """Free the memory. All copies that touch it must have ended. Idempotent."""
@@ -64,6 +82,6 @@ class Arena:
 def _release(start: int, length: int, claimed: int | None, owner: int) -> None:
     """Unmap the memory, but only in the process that mapped it: a forked child may have other memory there."""
     if os.getpid() == owner:
-        _libc.munmap(start, length)
+        unmap_memory(start, length)
         if claimed is not None:
             os.close(claimed)

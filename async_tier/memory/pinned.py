@@ -7,6 +7,7 @@ import mmap
 import threading
 
 from async_tier.memory.host import Arena
+from async_tier.memory.pool import PoolArena
 from async_tier.memory.registration import PIN_RANGE_BYTES, Registration
 from async_tier.streams import _native
 from async_tier.streams.cuda import CudaEngine
@@ -22,13 +23,14 @@ PINNER_TIMEOUT_S = 5.0
 class PinnedArena:
     """Host memory that a background thread pins range by range (`registration`). `ready` rows are pinned so far.
 
-    The memory is an `Arena` and not torch's pinned memory, because freeing that can abort the process if the CUDA
-    context is lost. Raises as Arena does, and as `Registration.register_next` if the first ranges are refused.
+    The memory is `arena`'s and not torch's pinned memory, because freeing that can abort the process if the CUDA
+    context is lost. Raises as `Registration.register_next` does if the first ranges are refused, and closes `arena`.
     """
 
-    def __init__(self, engine: CudaEngine, count: int, row_bytes: int) -> None:
-        self._arena = Arena(count, row_bytes)
-        self.rows = self._arena.rows
+    def __init__(self, engine: CudaEngine, arena: Arena | PoolArena) -> None:
+        self._arena = arena
+        self.rows = arena.rows
+        self.pool = arena.pool
         _prefer_near_node(engine, self.rows)
         self.registration = Registration(engine.driver, engine.context, self.rows, PIN_RANGE_BYTES, is_new=True)
         self._stop = threading.Event()

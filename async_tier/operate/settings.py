@@ -83,7 +83,7 @@ def look_at_settings(config: Mapping[str, Any], sizes: KVSizes | None, gpus: Seq
     yield Finding(OK, "configuration", "its keys and values are accepted")
     if len(ours) > 1:
         yield Finding(NOTE, "tiers", "each block is held in every async tier: two hold no more than one")
-    in_host = [tier.bytes_to_use or 2 * primary for tier in ours if tier.pool == "host"]
+    in_host = [tier.bytes_to_use or 2 * primary for tier in ours if not tier.is_on_device]
     yield from _look_at_room(primary, sum(in_host))
     for tier in ours:
         yield from _look_at_sizes(primary, tier.bytes_to_use or 2 * primary, sizes)
@@ -142,12 +142,12 @@ def _tier(tier: dict[str, Any], gpus: Sequence[GPU]) -> TierConfig | None:
         raise ValueError(f"type {TIER_TYPE!r} is not known, because vLLM does not load the package's plugin")
     config = TierConfig.parse({key: value for key, value in tier.items() if key not in _NOT_OPTIONS})
     load_policy(config.eviction_policy)
-    device = config.device if config.pool == "host" else config.pool
+    device = config.pool if config.is_on_device else config.device
     if (device is not None or config.engine == "cuda") and not gpus:
         raise ValueError(f"engine {config.engine!r} with pool {config.pool!r} needs a GPU, and nvidia-smi finds none")
     if device is not None and device_number(device) >= len(gpus):
         raise ValueError(f"{device!r} is not there: this machine has cuda:0 to cuda:{len(gpus) - 1}")
-    if config.pool != "host" and config.bytes_to_use and config.bytes_to_use > gpus[device_number(config.pool)].free:
+    if config.is_on_device and config.bytes_to_use and config.bytes_to_use > gpus[device_number(config.pool)].free:
         free = format_size(gpus[device_number(config.pool)].free)
         raise ValueError(f"bytes_to_use {format_size(config.bytes_to_use)} is more than {config.pool} has free, {free}")
     if config.trace_path is not None and not os.access(Path(config.trace_path).parent, os.W_OK):

@@ -21,7 +21,6 @@ import logging
 import os
 import signal
 import stat
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from async_tier import machine
+from async_tier.file_locks import is_locked, lock
 from async_tier.text import brief
 
 if TYPE_CHECKING:  # and at run time only where it is called: `async-tier doctor` works without vLLM
@@ -36,20 +36,7 @@ if TYPE_CHECKING:  # and at run time only where it is called: `async-tier doctor
 
 logger = logging.getLogger(__name__)
 
-_FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length (0: to the end), process
 _DECISION = 0
-
-
-def _lock(fd: int, start: int, *, kind: int = fcntl.F_WRLCK, wait: bool = False) -> None:
-    """Lock a byte, which may lie beyond the file's end. Raises OSError if it is locked and `wait` is false."""
-    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
-    fcntl.fcntl(fd, command, struct.pack(_FLOCK, kind, os.SEEK_SET, start, 1, 0))
-
-
-def _is_locked(fd: int, start: int, length: int) -> bool:
-    """Whether another open file has locked any of these bytes. A length of 0 means to the end."""
-    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
-    return struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
 
 
 def _users(status: os.stat_result) -> list[str]:
@@ -148,9 +135,9 @@ class PrimaryFile:
     def hand_over(self, region: SharedOffloadRegion) -> None:
         """Move the lock to the file that `region`, vLLM's view, has mapped, so that it ends with the mapping."""
         assert region.fd is not None
-        _lock(self._fd, _DECISION, wait=True)  # until the context ends: nobody must see the file unlocked
-        _lock(self._fd, self._byte, kind=fcntl.F_UNLCK)
-        _lock(region.fd, self._byte)
+        lock(self._fd, _DECISION, wait=True)  # until the context ends: nobody must see the file unlocked
+        lock(self._fd, self._byte, kind=fcntl.F_UNLCK)
+        lock(region.fd, self._byte)
         # The mapping keeps the file open. vLLM would close this descriptor only in `cleanup`, not if it is dropped.
         os.close(region.fd)
         region.fd = None
@@ -165,7 +152,7 @@ class PrimaryFile:
                 return
             fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                _lock(fd, _DECISION, wait=True)
+                lock(fd, _DECISION, wait=True)
                 status = os.fstat(fd)
                 if status.st_ino == self._inode and status.st_nlink:
                     os.unlink(self.path)
@@ -179,9 +166,9 @@ class PrimaryFile:
             if fd is None:
                 continue
             try:
-                _lock(fd, _DECISION, wait=True)
+                lock(fd, _DECISION, wait=True)
                 if self._join(fd, size):
-                    _lock(fd, _DECISION, kind=fcntl.F_UNLCK)
+                    lock(fd, _DECISION, kind=fcntl.F_UNLCK)
                     return fd
             except BaseException:
                 os.close(fd)
@@ -209,11 +196,11 @@ class PrimaryFile:
         status = os.fstat(fd)
         if not status.st_nlink:
             return False
-        if not _is_locked(fd, _DECISION + 1, 0):
+        if not is_locked(fd, _DECISION + 1, 0):
             if status.st_size:
                 self._remove_left_behind(status)
                 return False
-            _lock(fd, self._byte)
+            lock(fd, self._byte)
             self.created = True
             try:
                 from vllm.distributed.device_communicators.shm_broadcast import check_shm_free_space
@@ -224,10 +211,10 @@ class PrimaryFile:
                 os.unlink(self.path)
                 raise
             return True
-        others = _is_locked(fd, _DECISION + 1, self._first - _DECISION - 1) or _is_locked(fd, self._last + 1, 0)
-        if others or _is_locked(fd, self._byte, 1) or status.st_size != size:
+        others = is_locked(fd, _DECISION + 1, self._first - _DECISION - 1) or is_locked(fd, self._last + 1, 0)
+        if others or is_locked(fd, self._byte, 1) or status.st_size != size:
             raise self._in_use_error(_users(status))
-        _lock(fd, self._byte)
+        lock(fd, self._byte)
         return True
 
     def _remove_left_behind(self, status: os.stat_result) -> None:

@@ -14,6 +14,7 @@
 
 #include "cuda.h"
 #include "host.h"
+#include "table.h"
 
 /* Not 4096 everywhere. */
 static unsigned long long page_bytes(void) { return (unsigned long long)sysconf(_SC_PAGESIZE); }
@@ -707,7 +708,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&module_def);
     PyObject *host = add_type(module, &host_spec, "HostEngine"), *cuda = add_type(module, &cuda_spec, "CudaEngine");
     job_type = (PyTypeObject *)add_type(module, &job_spec, "Job");
-    if (host == NULL || cuda == NULL || job_type == NULL)
+    if (host == NULL || cuda == NULL || job_type == NULL || table_add(module))
         Py_CLEAR(module);
     Py_XDECREF(host);
     Py_XDECREF(cuda);

@@ -1,0 +1,253 @@
+"""Peers: the blocks in the other files of a pool, which other engines of this node own, or have left behind.
+
+Nothing here locks or writes. Each owner's table says what changed (streams/native/table.c), and `refresh` reads that.
+What a peer holds may be gone at any moment, so a copy is made first and asked for afterwards: `Borrowed.lost`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import weakref
+from collections.abc import Collection, KeysView, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from async_tier.memory.host import map_memory, unmap_memory
+from async_tier.memory.pool import SUFFIX, Description, Identity, open_file
+from async_tier.streams import _native
+from async_tier.streams.base import CopyEvent, CopyStream
+from async_tier.streams.host import HostEngine, default_threads
+from async_tier.streams.rows import Rows
+
+logger = logging.getLogger(__name__)
+
+# Records read by one `refresh`, at most: some 100 us.
+REFRESH_RECORDS = 1024
+
+
+class Peer:
+    """A file of the pool, mapped to be read until nobody has this object any more."""
+
+    def __init__(self, fd: int, description: Description) -> None:
+        size, offset = description.size, description.rows_offset
+        address = map_memory(size, fd, mmap.PROT_READ)
+        self.fd = fd
+        self.size = size
+        self.table = _native.Table(address, description.capacity)
+        count, row_bytes = description.capacity, description.row_bytes
+        self.rows = Rows(address=address + offset, count=count, row_bytes=row_bytes, stride=row_bytes)
+        weakref.finalize(self, _release, address, size, fd, os.getpid())
+        # What was read of its table: of which epoch, how many of its changes, and the records up to `scanned`.
+        self.epoch = self.seen = self.scanned = 0
+        # By row that holds a block, its key and the word of its record.
+        self.held: dict[int, tuple[bytes, int]] = {}
+
+
+@dataclass
+class Borrowed:
+    """Blocks of one peer that a load copies. targets: rows of the primary. event: of the copies."""
+
+    peer: Peer
+    epoch: int
+    keys: list[bytes]
+    rows: list[int]
+    words: list[int]
+    targets: list[int]
+    event: CopyEvent | None = None
+
+    def lost(self) -> list[bytes]:
+        """After the copies: the keys of which other bytes may have been copied."""
+        return [self.keys[at] for at in self.peer.table.stale(self.rows, self.words, self.epoch)]
+
+
+class Peers:
+    """The blocks of the other files in `folder` that have this identity.
+
+    own: the inode of the engine's own file. stream: copies what is borrowed; without one, threads of their own do.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Identity, row_bytes: int, own: int, stream: CopyStream | None = None
+    ) -> None:
+        # CUDA's engine only touches memory that is pinned, which takes long for what may never be read.
+        self._engine: HostEngine | None = None
+        if stream is None:
+            self._engine = HostEngine(default_threads())
+            stream = self._engine.load_stream
+        self.stream: CopyStream = stream
+        self._folder, self._prefix, self._digest = folder, identity.prefix, identity.digest
+        self._row_bytes, self._own = row_bytes, own
+        self._is_over = False
+        self._looked_at = -1  # the folder's time of change, when its files were looked at
+        self._peers: dict[int, Peer] = {}  # by inode
+        self._of: dict[bytes, Peer] = {}  # by key
+        self._row_of: dict[bytes, int] = {}
+        self.refresh(limit=1 << 60)
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self._of)
+
+    @property
+    def count(self) -> int:
+        """The number of files."""
+        return len(self._peers)
+
+    @property
+    def keys(self) -> KeysView[bytes]:
+        """The keys of the blocks. Asking costs what asking a dict costs."""
+        return self._of.keys()
+
+    def refresh(self, limit: int = REFRESH_RECORDS) -> None:
+        """Read what has changed, at most `limit` records of it. Never blocks, and raises nothing."""
+        if self._is_over:
+            return
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed: what is mapped stays
+            changed = os.stat(self._folder).st_mtime_ns
+            if changed != self._looked_at:
+                self._looked_at = changed
+                self._look()
+        for peer in tuple(self._peers.values()):
+            limit = max(0, self._follow(peer, limit))
+
+    def borrow(self, keys: Sequence[bytes], targets: Sequence[int]) -> list[Borrowed]:
+        """What to copy, by peer, for those of `keys` that are held. targets: a row of the primary for each key."""
+        borrowed: dict[Peer, Borrowed] = {}
+        for key, target in zip(keys, targets, strict=True):
+            peer = self._of.get(key)
+            if peer is None:
+                continue
+            part = borrowed.setdefault(peer, Borrowed(peer, peer.epoch, [], [], [], []))
+            row = self._row_of[key]
+            part.keys.append(key)
+            part.rows.append(row)
+            part.words.append(peer.held[row][1])
+            part.targets.append(target)
+        for part in borrowed.values():
+            self._drop_lost(part)
+        return [part for part in borrowed.values() if part.keys]
+
+    def held(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of `keys` that are held, which was just looked up in the peers' tables."""
+        return {key for part in self.borrow(keys, range(len(keys))) for key in part.keys}
+
+    def drop(self, keys: Collection[bytes]) -> None:
+        """Forget `keys`, until their peers store them again."""
+        for key in keys:
+            if (peer := self._of.pop(key, None)) is not None:
+                peer.held.pop(self._row_of.pop(key), None)
+
+    def signal(self, fd: int) -> None:
+        """See CopyEngine.signal; for the threads of its own."""
+        if self._engine is not None:
+            self._engine.signal(fd)
+
+    def close(self) -> None:
+        """End the threads of its own, and unmap the peers' files once no copy touches them. Idempotent."""
+        if self._engine is not None:
+            self._engine.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all peers, for good. What is being copied is still copied."""
+        self._peers.clear()
+        self._of.clear()
+        self._row_of.clear()
+        self._is_over = True
+
+    def _drop_lost(self, part: Borrowed) -> None:
+        lost = part.lost()
+        if lost:
+            self.drop(lost)
+            gone = set(lost)
+            kept = [at for at, key in enumerate(part.keys) if key not in gone]
+            for name in ("keys", "rows", "words", "targets"):
+                values = getattr(part, name)
+                setattr(part, name, [values[at] for at in kept])
+
+    def _look(self) -> None:
+        """Find the files that came, and those that went."""
+        found: set[int] = set()
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._folder):
+                if not (entry.name.startswith(self._prefix) and entry.name.endswith(SUFFIX)):
+                    continue
+                inode = entry.inode()
+                found.add(inode)
+                if inode != self._own and inode not in self._peers:
+                    self._attach(Path(entry.path), inode)
+            for inode in self._peers.keys() - found:
+                self._forget(self._peers.pop(inode))
+
+    def _attach(self, path: Path, inode: int) -> None:
+        try:
+            fd = open_file(path, os.O_RDONLY)
+            try:
+                description = Description.read(fd)
+                if (description.digest, description.row_bytes) != (self._digest, self._row_bytes):
+                    raise ValueError("it is for other blocks")
+                self._peers[inode] = Peer(fd, description)
+            except BaseException:
+                os.close(fd)
+                raise
+        except (OSError, ValueError) as error:
+            logger.warning("The blocks in %s are not used: %s", path, error)
+
+    def _follow(self, peer: Peer, limit: int) -> int:
+        """Read what has changed in a peer's table. Returns how many records may still be read."""
+        table = peer.table
+        if os.fstat(peer.fd).st_size < peer.size:  # touching what it has not any more would end this process
+            self._forget(peer)
+            self._peers = {inode: each for inode, each in self._peers.items() if each is not peer}
+            logger.warning("The blocks of a file in %s are not used any more: it was truncated", self._folder)
+            return limit
+        epoch = table.epoch
+        if epoch != peer.epoch:
+            self._forget(peer)
+            peer.epoch = epoch
+        if epoch & 1:
+            return limit
+        if peer.scanned == 0:
+            peer.seen = table.changes
+        if peer.scanned < peer.rows.count:
+            for record in table.scan(peer.scanned, limit):
+                self._note(peer, *record)
+            read = min(limit, peer.rows.count - peer.scanned)
+            peer.scanned += read
+            return limit - read
+        if table.changes == peer.seen:
+            return limit
+        news = table.changes_since(peer.seen, limit)
+        if news is None:
+            self._forget(peer)
+            return limit
+        changes, seen = news
+        for change in changes:
+            self._note(peer, *change)
+        read, peer.seen = seen - peer.seen, seen
+        return limit - read
+
+    def _note(self, peer: Peer, row: int, key: bytes | None, word: int) -> None:
+        """A peer's row now holds this block, or none."""
+        if row in peer.held:
+            before = peer.held.pop(row)[0]
+            if self._of.get(before) is peer and self._row_of[before] == row:
+                del self._of[before], self._row_of[before]
+        if key is not None:
+            peer.held[row] = key, word
+            self._of[key], self._row_of[key] = peer, row
+
+    def _forget(self, peer: Peer) -> None:
+        """Forget a peer's blocks. Its table is read from the start again."""
+        for row in tuple(peer.held):
+            self._note(peer, row, None, 0)
+        peer.scanned = 0
+
+
+def _release(address: int, size: int, fd: int, owner: int) -> None:
+    os.close(fd)
+    if os.getpid() == owner:
+        unmap_memory(address, size)

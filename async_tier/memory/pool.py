@@ -1,0 +1,398 @@
+"""PoolArena: the tier's rows in a file of a folder that the user named, which outlives the process.
+
+An engine owns its file by a lock on its first byte, which ends with the process, however that ends. Others may read it
+(`memory.peers`). A new engine takes over a file that has its digest and geometry, and that nobody owns.
+
+    0 ........... description: what is in the file and whose it is; written once, before the file has a name
+    2048 ........ the table: which row holds which block; streams/native/table.c owns all of it
+    rows_offset . the rows
+
+The mapping, and not a descriptor, keeps the lock: a forked child inherits descriptors, but not this mapping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import logging
+import mmap
+import os
+import stat
+import struct
+import threading
+import time
+import weakref
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from async_tier import machine
+from async_tier.file_locks import is_locked, lock
+from async_tier.memory.claims import claim, claim_lock, refuse_if_unavailable
+from async_tier.memory.host import map_memory, unmap_memory
+from async_tier.streams import _native
+from async_tier.streams.rows import Rows
+from async_tier.text import brief, format_size
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+SUFFIX = ".pool"
+_MAGIC = b"async-tier pool\n"
+# Magic, version, digest, rows, bytes of a row, start of the rows, size of the file, boot, length of the text after it.
+_FIELDS = struct.Struct("<16sI32sQQQQ36sI")
+_SUM = struct.Struct("<I")  # a CRC of all of the above, and of the text
+_TEXT_BYTES = 1024
+_OWNER = struct.Struct("<QQd")  # process, its PID namespace, when it became the owner (time.time)
+_OWNER_OFFSET = 1536
+_DESCRIPTION_BYTES = 2048
+_HUGE_PAGE = 2 << 20
+# Memory is allocated so many bytes at a time, each of which takes some 20 ms.
+_ALLOCATION_BYTES = 64 << 20
+# Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
+_IN_MEMORY = ("tmpfs", "hugetlbfs")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a pool is for. digest: 32 bytes, of all that its blocks' meaning depends on. about: shown to people."""
+
+    digest: bytes
+    about: dict[str, str]
+
+    @property
+    def prefix(self) -> str:
+        """How the names of its files begin."""
+        return f"{self.digest.hex()[:16]}-{VERSION}-"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The part of a file that never changes."""
+
+    digest: bytes
+    capacity: int
+    row_bytes: int
+    rows_offset: int
+    size: int
+    boot: str
+    about: dict[str, str]
+
+    def pack(self) -> bytes:
+        text = json.dumps(self.about).encode()[:_TEXT_BYTES]
+        numbers = (self.capacity, self.row_bytes, self.rows_offset, self.size)
+        fields = _FIELDS.pack(_MAGIC, VERSION, self.digest, *numbers, self.boot.encode(), len(text)) + text
+        return fields + _SUM.pack(zlib.crc32(fields))
+
+    @classmethod
+    def read(cls, fd: int) -> Description:
+        """The description in an open file. Raises ValueError with what is wrong, OSError if it cannot be read."""
+        data = os.pread(fd, _DESCRIPTION_BYTES, 0)
+        if len(data) < _DESCRIPTION_BYTES:
+            raise ValueError("it is too short")
+        magic, version, digest, *numbers, boot, length = _FIELDS.unpack_from(data)
+        if magic != _MAGIC:
+            raise ValueError("it is no pool")
+        if version != VERSION:
+            raise ValueError(f"it has version {version} of the format, not {VERSION}")
+        end = _FIELDS.size + min(length, _TEXT_BYTES)
+        if _SUM.unpack_from(data, end)[0] != zlib.crc32(data[:end]):
+            raise ValueError("its description is damaged")
+        capacity, row_bytes, rows_offset, size = numbers
+        table_end = _native.Table.bytes(capacity) if capacity < 1 << 31 else size
+        if not (capacity >= 1 and row_bytes >= 1 and table_end <= rows_offset <= size - capacity * row_bytes):
+            raise ValueError("its description is damaged")
+        if (real := os.fstat(fd).st_size) != size:
+            raise ValueError(f"it has {real} bytes and not {size}")
+        try:
+            about = json.loads(data[_FIELDS.size : end])
+        except ValueError:  # longer than there is room for
+            about = {}
+        return cls(digest, capacity, row_bytes, rows_offset, size, boot.decode(errors="replace"), about)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor of a regular file that belongs to this user. Raises OSError, or ValueError for another one."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    raise ValueError("it is no file, or belongs to another user")
+
+
+def check_folder(folder: Path, on_disk: bool) -> None:
+    """Make the folder if only its last part is missing. Raises ValueError if it cannot be a pool's."""
+    name = f"pool {brief(str(folder))}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        status = folder.stat()
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder, or one that can be made ({error.strerror})") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{name} must be a folder")
+    if status.st_uid != os.geteuid():
+        raise ValueError(f"{name} must be a folder of this user (number {os.geteuid()}), not of number {status.st_uid}")
+    if status.st_mode & 0o022:
+        raise ValueError(
+            f"{name} must be a folder that nobody else may write to, but its mode is {stat.S_IMODE(status.st_mode):o}; "
+            "chmod it to 700, or name a folder in it, which is then made"
+        )
+    kind = file_system(status.st_dev)
+    if kind not in _IN_MEMORY and not on_disk:
+        raise ValueError(
+            f"{name} must be on {' or '.join(_IN_MEMORY)}, such as /dev/shm, but is on {kind}; for a file system on a "
+            "disk, whose writes would slow copies down, set pool_on_disk to true"
+        )
+
+
+def file_system(device: int) -> str:
+    """The kind of the file system with this number (st_dev), as in "tmpfs"."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for line in (machine.ROOT / "proc/self/mountinfo").read_text(errors="replace").splitlines():
+            if line.split()[2] == wanted:
+                return line.rpartition(" - ")[2].split()[0]
+    return "an unknown file system"
+
+
+class PoolArena:
+    """Memory for `count` rows of `row_bytes` bytes in a file of `folder`: one that was left behind, or a new one.
+
+    table: of its rows. restored: the blocks in it, see `_native.Table.restore`. `ready` rows have memory; with
+    `allocate` a thread sees to the rest, and where the file system has no more room, fewer stay.
+
+    Raises ValueError for a folder that cannot be used, MemoryError if it or the machine has no room.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Identity, count: int, row_bytes: int, *, on_disk: bool = False, allocate: bool
+    ) -> None:
+        check_folder(folder, on_disk)
+        table_bytes = _native.Table.bytes(count)
+        page = max(_HUGE_PAGE, os.statvfs(folder).f_frsize)
+        rows_offset = -(-table_bytes // page) * page
+        size = rows_offset + -(-count * row_bytes // page) * page
+        wanted = Description(identity.digest, count, row_bytes, rows_offset, size, _boot(), identity.about)
+        with claim_lock():
+            found = _take_over(folder, identity.prefix, wanted) or _create(folder, identity.prefix, wanted)
+            self.path, fd, self.is_new = found
+            try:
+                address = map_memory(size, fd)
+                self._fd = open_file(self.path, os.O_RDWR)  # without the lock
+            finally:
+                os.close(fd)
+            claimed = claim(address + rows_offset, count * row_bytes)
+        self._stop = threading.Event()
+        self._release = weakref.finalize(self, _release, address, size, claimed, self._fd, self._stop, os.getpid())
+        self.identity = identity
+        self.size = size
+        self.inode = os.fstat(self._fd).st_ino
+        self.rows = Rows(address=address + rows_offset, count=count, row_bytes=row_bytes, stride=row_bytes)
+        self.table = _native.Table(address, count)
+        if self.table.epoch & 1:
+            self.table.end_reset()
+        self.restored = [] if self.is_new else self.table.restore()
+        owner = _OWNER.pack(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, time.time())
+        ctypes.memmove(address + _OWNER_OFFSET, owner, len(owner))
+        # Rows up to the last one with a block have memory already. Others may.
+        self._ready = max((row for row, *_ in self.restored), default=-1) + 1
+        self._rows_offset = rows_offset
+        if allocate:
+            self._allocate_next()  # so that the first blocks can be stored at once
+            threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True).start()
+
+    @property
+    def pool(self) -> PoolArena:
+        """See RowMemory."""
+        return self
+
+    @property
+    def ready(self) -> int:
+        """See RowMemory."""
+        return self._ready
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the file still has its size. Touching memory that it has not any more would end the process."""
+        return os.fstat(self._fd).st_size >= self.size
+
+    def close(self) -> None:
+        """Unmap the memory, and give up the file. All copies that touch it must have ended. Idempotent."""
+        self._release()
+
+    def abandon_memory(self) -> None:
+        """Never unmap the memory nor give up the file, because a copy may still touch it; `close` does nothing."""
+        self._stop.set()
+        self._release.detach()
+
+    def _allocate(self) -> None:
+        try:
+            while self._ready < self.rows.count and not self._stop.is_set():
+                self._allocate_next()
+        except OSError as error:
+            if not self._stop.is_set():
+                logger.warning(
+                    "The tier holds %d blocks and not %d, because %s has no more room: %s",
+                    self._ready,
+                    self.rows.count,
+                    self.path.parent,
+                    error.strerror,
+                )
+
+    def _allocate_next(self) -> None:
+        first = self._ready * self.rows.row_bytes
+        size = min(max(_ALLOCATION_BYTES, self.rows.row_bytes), self.rows.count * self.rows.row_bytes - first)
+        if size:
+            os.posix_fallocate(self._fd, self._rows_offset + first, size)
+            self._ready = (first + size) // self.rows.row_bytes
+
+
+def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, bool] | None:
+    """(path, descriptor with the lock, False) of a file that was left behind; None if there is none."""
+    for path in sorted(folder.glob(f"{prefix}*{SUFFIX}")):
+        try:
+            fd = open_file(path, os.O_RDWR)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is passed over: %s", path, error)
+            continue
+        with contextlib.ExitStack() as ends:
+            ends.callback(os.close, fd)
+            try:
+                lock(fd, 0)
+            except OSError:
+                continue  # its owner lives
+            if not os.fstat(fd).st_nlink:
+                continue  # it was just removed
+            try:
+                found = Description.read(fd)
+                if found.boot != wanted.boot:
+                    raise ValueError("it is from before the machine was started, and may lack what was not written")
+            except (OSError, ValueError) as error:
+                logger.warning("%s is removed, and its blocks are lost: %s", path, error)
+                path.unlink(missing_ok=True)
+                continue
+            # The digest and the geometry; what is shown to people may differ.
+            if (found.digest, found.capacity, found.rows_offset, found.size) != (
+                *(wanted.digest, wanted.capacity, wanted.rows_offset, wanted.size),
+            ):
+                continue
+            refuse_if_unavailable(max(0, wanted.size - os.fstat(fd).st_blocks * 512))
+            ends.pop_all()
+            return path, fd, False
+    return None
+
+
+def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, bool]:
+    """(path, descriptor with the lock, True) of a new file. It has a name only when it is whole."""
+    refuse_if_unavailable(wanted.size)
+    status = os.statvfs(folder)
+    room = status.f_bavail * status.f_frsize
+    if wanted.size > room:
+        raise MemoryError(
+            f"the tier asks for {format_size(wanted.size)} ({wanted.size} bytes), but pool {folder} has "
+            f"{format_size(room)} ({room} bytes) left; set bytes_to_use to less, mount it with more, or see what "
+            f"`async-tier pool list {folder}` shows"
+        )
+    try:
+        fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ValueError(f"pool {folder} cannot hold files without a name ({error.strerror})") from error
+    with contextlib.ExitStack() as ends:
+        ends.callback(os.close, fd)
+        lock(fd, 0)
+        try:
+            os.ftruncate(fd, wanted.size)
+            os.posix_fallocate(fd, 0, wanted.rows_offset)
+            address = map_memory(wanted.rows_offset, fd)  # hugetlbfs has no write()
+        except OSError as error:
+            raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
+        ctypes.memmove(address, data := wanted.pack(), len(data))
+        unmap_memory(address, wanted.rows_offset)
+        # With a folder's descriptor Python calls linkat, which follows this link.
+        there = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for number in itertools.count():
+                name = f"{prefix}{number}{SUFFIX}"
+                with contextlib.suppress(FileExistsError):
+                    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=there, follow_symlinks=True)
+                    break
+        finally:
+            os.close(there)
+        ends.pop_all()
+        return folder / name, fd, True
+
+
+def _boot() -> str:
+    """A number of its own for each start of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _release(address: int, size: int, claimed: int | None, fd: int, stop: threading.Event, owner: int) -> None:
+    stop.set()
+    os.close(fd)
+    if os.getpid() == owner:  # a forked child may have other memory there
+        unmap_memory(address, size)
+        if claimed is not None:
+            os.close(claimed)
+
+
+@dataclass(frozen=True)
+class FoundPool:
+    """A file in a folder. problem: why it cannot be used, and None if it can. owner: its process while it is held."""
+
+    path: Path
+    allocated: int
+    problem: str | None
+    description: Description | None = None
+    owner: int | None = None
+    is_held: bool = False
+    since: float = 0.0
+    blocks: int = 0
+    is_reset: bool = False
+
+
+def find_pools(folder: Path) -> list[FoundPool]:
+    """The pools' files in a folder. Takes no lock. Raises OSError if it cannot be read."""
+    return [_examine(folder / name) for name in sorted(os.listdir(folder)) if name.endswith(SUFFIX)]
+
+
+def _examine(path: Path) -> FoundPool:
+    allocated, is_held = 0, False
+    try:
+        fd = open_file(path, os.O_RDONLY)
+        try:
+            allocated, is_held = os.fstat(fd).st_blocks * 512, is_locked(fd, 0, 1)
+            description = Description.read(fd)
+            address = map_memory(description.rows_offset, fd, mmap.PROT_READ)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        return FoundPool(path, allocated, getattr(error, "strerror", None) or str(error), is_held=is_held)
+    try:
+        table = _native.Table(address, description.capacity)
+        process, namespace, since = _OWNER.unpack(ctypes.string_at(address + _OWNER_OFFSET, _OWNER.size))
+        is_reset = bool(table.epoch & 1)
+        blocks = 0 if is_reset else len(table.scan(0, description.capacity))
+    finally:
+        unmap_memory(address, description.rows_offset)
+    is_near = namespace == os.stat("/proc/self/ns/pid").st_ino
+    owner = process if is_held and is_near else None
+    return FoundPool(path, allocated, None, description, owner, is_held, since, blocks, is_reset)
+
+
+def remove_pool(path: Path) -> bool:
+    """Remove a file, unless an engine holds it. Whether it is removed; engines that read it forget its blocks."""
+    fd = open_file(path, os.O_RDWR)
+    try:
+        try:
+            lock(fd, 0)
+        except OSError:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(fd)
