@@ -10,6 +10,7 @@ import contextlib
 import logging
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Collection, KeysView, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from async_tier.streams.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# Records read by one `refresh`, at most: some 100 us.
-REFRESH_RECORDS = 1024
+# Records read by one `refresh`, at most: some 300 us.
+REFRESH_RECORDS = 512
+# More than the coarsest clock of a kernel, whose ticks are 1 to 10 ms.
+COARSE_NS = 100_000_000
 
 
 class Peer:
@@ -107,7 +110,8 @@ class Peers:
             return
         with contextlib.suppress(FileNotFoundError):  # the folder was removed: what is mapped stays
             changed = os.stat(self._folder).st_mtime_ns
-            if changed != self._looked_at:
+            # The clock of these times is coarse: soon after a change there may be another one with the same time.
+            if changed != self._looked_at or abs(time.time_ns() - changed) < COARSE_NS:
                 self._looked_at = changed
                 self._look()
         for peer in tuple(self._peers.values()):

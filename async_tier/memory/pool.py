@@ -280,7 +280,9 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 *(wanted.digest, wanted.capacity, wanted.rows_offset, wanted.size),
             ):
                 continue
-            refuse_if_unavailable(max(0, wanted.size - os.fstat(fd).st_blocks * 512))
+            used = wanted.rows_offset + wanted.capacity * wanted.row_bytes
+            if (missing := used - os.fstat(fd).st_blocks * 512) > 0:
+                refuse_if_unavailable(missing)
             ends.pop_all()
             return path, fd, False
     return None
