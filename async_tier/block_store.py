@@ -267,8 +267,7 @@ class BlockStore:
         self._peers: Peers | None = None
         restored = 0
         if self._pool is not None:
-            restored = len(self._pool.restored)
-            self._join_pool(self._pool)
+            restored = self._join_pool(self._pool)
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         # Rows of the jobs in each, so that `statistics` takes no longer for a longer queue.
@@ -756,12 +755,13 @@ class BlockStore:
             return f"{self._pool.path} was truncated"
         return self.engine.broken
 
-    def _join_pool(self, pool: PoolArena) -> None:
-        """Begin with the blocks in the tier's file, and find the files of others."""
-        self.index.keep_in(pool.table, pool.restored)
-        pool.restored.clear()
+    def _join_pool(self, pool: PoolArena) -> int:
+        """Begin with the blocks in the tier's file, and find the files of others. Returns how many blocks there are."""
+        restored, pool.restored = pool.restored, ([], [], [], [])
+        self.index.keep_in(pool.table, *restored)
         own_stream = self.engine.load_stream if self.engine.name == "host" else None
         self._peers = Peers(pool.path.parent, pool.identity, self.primary.row_bytes, pool.inode, own_stream)
+        return len(restored[0])
 
     def _note_hits(self) -> None:
         """Pass this step's hits to the index as uses, in the order of lookup; together, which costs less."""

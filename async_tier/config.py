@@ -137,23 +137,20 @@ class TierConfig:
             re.fullmatch(r"host|cuda:[0-9]{1,4}", self.pool) or (self.pool.startswith("/") and _is_path(self.pool))
         ):
             raise ValueError(
-                f"pool must be 'host', 'cuda:N' with a device's number N, or the absolute path of a folder, not "
+                f"pool must be 'host' or 'cuda:N' with a device's number N, or the absolute path of a folder, not "
                 f"{brief(self.pool)}"
             )
         if self.is_on_device and self.engine == "host":
             raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
-        if self.pool_folder is None:
-            if self.namespace is not None:
-                raise ValueError(f"namespace needs a pool that is the absolute path of a folder, not {self.pool!r}")
-            if self.pool_on_disk:
-                raise ValueError(f"pool_on_disk needs a pool that is the absolute path of a folder, not {self.pool!r}")
-            return
-        name = self.namespace
-        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAMESPACE or not name.isprintable() or not name.strip():
-            raise ValueError(
-                f"namespace must be a text of 1 to {MAX_NAMESPACE} printable characters where pool is a folder: the "
-                f"name of what its blocks belong to, such as the model and its revision; not {brief(name)}"
-            )
+        name, allowed = self.namespace, "null unless pool is the absolute path of a folder"
+        if self.pool_folder is not None:
+            allowed = f"a name of 1 to {MAX_NAMESPACE} printable characters for what the blocks in the folder belong to"
+            if isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= len(name) <= MAX_NAMESPACE:
+                return
+        if name is not None or self.pool_folder is not None:
+            raise ValueError(f"namespace must be {allowed}, not {brief(name)}")
+        if self.pool_on_disk is True:
+            raise ValueError("pool_on_disk must be false unless pool is the absolute path of a folder, not True")
 
     def _check(self) -> None:
         if self.engine not in ENGINES:

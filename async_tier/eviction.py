@@ -6,7 +6,6 @@ A policy knows keys and rows, but neither memory nor jobs. The configuration may
 from __future__ import annotations
 
 import heapq
-import operator
 import time
 from abc import ABC, abstractmethod
 from array import array
@@ -186,12 +185,14 @@ class LeastRecentlyUsed(EvictionPolicy):
             self._parent[row] = parent
             if parent >= 0:
                 self._children[parent] += 1
-        # Later than now, if the system's clock has begun anew.
-        late = max(0, max(used_at) - self._advance(0))
-        for row, at in sorted(zip(rows, used_at, strict=True), key=operator.itemgetter(1)):
+        late = max(0, max(used_at) - self._advance(0))  # uses are later than now if the system's clock has begun anew
+        for row, at in zip(rows, used_at, strict=True):
             self._used_at[row] = at - late
-            if not self._children[row]:
-                self._put_newest(row)
+        leaves = [row for row in rows if not self._children[row]]
+        leaves.sort(key=self._used_at.__getitem__)
+        for older, row, newer in zip([self._end, *leaves], leaves, [*leaves[1:], self._end], strict=False):
+            self._older[row], self._newer[row] = older, newer
+        self._newer[self._end], self._older[self._end] = leaves[0], leaves[-1]
 
     def use(self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None) -> None:
         self._mark_used([self._rows[key] for key in keys])

@@ -98,26 +98,36 @@ class BlockIndex:
             self._key_of[row] = key
         self._note_change(True, [row for row in self._row_of.values() if self._state[row] == READY])
 
-    def keep_in(self, table: _native.Table, restored: Sequence[tuple[int, bytes, int, int]]) -> None:
-        """From now on keep the index in `table`, too, which holds these blocks: they are READY where rows are usable.
+    def keep_in(
+        self,
+        table: _native.Table,
+        rows: Sequence[int],
+        keys: Sequence[bytes],
+        parents: Sequence[int],
+        used_at: Sequence[int],
+    ) -> None:
+        """From now on keep the index in `table`, too. What it has restored is READY where rows are usable.
 
-        restored: (row, key, the row of the block that it continues or -1, last use in us of CLOCK_MONOTONIC).
+        The others are parallel: rows, ascending, and for each its key, the row of the block that this one continues or
+        -1, and its last use in us of CLOCK_MONOTONIC.
         """
         self._table = table
-        row_of = self._row_of
-        row_of.update((key, row) for row, key, _, _ in restored)
-        if len(row_of) < len(restored):  # no owner stores a key twice
-            table.withdraw([row for row, key, _, _ in restored if row_of[key] != row])
-            restored = [each for each in restored if row_of[each[1]] == each[0]]
-        if not restored:
+        if not rows:
             return
-        self._restored = self._fresh = restored[-1][0] + 1  # they are in the order of rows
-        for row, _, _, _ in restored:
+        row_of = self._row_of
+        row_of.update(zip(keys, rows, strict=True))
+        if len(row_of) < len(rows):  # no owner stores a key twice
+            twice = [row for row, key in zip(rows, keys, strict=True) if row_of[key] != row]
+            table.withdraw(twice)
+            row_of.clear()
+            self.keep_in(table, *table.restore())
+            return
+        self._restored = self._fresh = rows[-1] + 1
+        self._policy.restore(keys, rows, parents, used_at)
+        for row in rows:
             self._state[row] = FILLING
             self._pins[row] = 1
-        self.filling = len(restored)
-        rows, keys, parents, used_at = zip(*restored, strict=True)
-        self._policy.restore(keys, rows, parents, used_at)
+        self.filling = len(rows)
         self._wake()
 
     def lose_table(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,8 @@ def test_without_options_there_are_defaults():
         "bytes_to_use": None,
         "engine": "auto",
         "pool": "host",
+        "namespace": None,
+        "pool_on_disk": False,
         "device": None,
         "copy_threads": None,
         "staging_bytes": 64 << 20,
@@ -377,6 +380,25 @@ def test_a_trace_path_is_one_that_a_system_takes():
     for value in ("a\0b", "\0", "\ud800", ""):
         with pytest.raises(ValueError, match=r"^trace_path must be null or the name of a file, not "):
             TierConfig.parse({"trace_path": value})
+
+
+def test_a_pool_in_a_folder_has_a_namespace():
+    config = TierConfig.parse({"pool": "/dev/shm/pool", "namespace": "a model, revision 3", "pool_on_disk": True})
+    assert (config.pool_folder, config.is_on_device) == (Path("/dev/shm/pool"), False)
+    for name in (None, "", "  ", "x" * 257, "a\nb", 1, True, ["a"], "\udc80"):
+        with pytest.raises(ValueError, match=r"^namespace must be a name of 1 to 256 printable characters .*, not "):
+            TierConfig.parse({"pool": "/dev/shm/pool", "namespace": name})
+    for pool in ("host", "cuda:0"):
+        with pytest.raises(ValueError, match=r"^namespace must be null unless pool is the absolute path of a folder, "):
+            TierConfig.parse({"pool": pool, "namespace": "a"})
+        with pytest.raises(ValueError, match=r"^pool_on_disk must be false unless pool is the absolute path"):
+            TierConfig.parse({"pool": pool, "pool_on_disk": True})
+
+
+@pytest.mark.parametrize("pool", ["dev/shm/pool", "./pool", "~/pool", "/a\0b", "/\ud800"])
+def test_a_pools_folder_is_an_absolute_path(pool):
+    with pytest.raises(ValueError, match=r"^pool must be 'host' or 'cuda:N' .* or the absolute path of a folder, not "):
+        TierConfig.parse({"pool": pool, "namespace": "a"})
 
 
 def test_a_pool_on_a_gpu_is_not_for_copy_threads():

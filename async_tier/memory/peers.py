@@ -7,11 +7,13 @@ What a peer holds may be gone at any moment, so a copy is made first and asked f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
 import time
 import weakref
+from array import array
 from collections.abc import Collection, KeysView, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,24 +31,27 @@ logger = logging.getLogger(__name__)
 REFRESH_RECORDS = 512
 # More than the coarsest clock of a kernel, whose ticks are 1 to 10 ms.
 COARSE_NS = 100_000_000
+_ROW = (1 << 32) - 1
 
 
 class Peer:
-    """A file of the pool, mapped to be read until nobody has this object any more."""
+    """A file of the pool, mapped to be read until nobody has this object any more. number: of this one among all."""
 
-    def __init__(self, fd: int, description: Description) -> None:
+    def __init__(self, number: int, fd: int, description: Description) -> None:
         size, offset = description.size, description.rows_offset
+        count, row_bytes = description.capacity, description.row_bytes
         address = map_memory(size, fd, mmap.PROT_READ)
+        self.number = number
         self.fd = fd
         self.size = size
-        self.table = _native.Table(address, description.capacity)
-        count, row_bytes = description.capacity, description.row_bytes
+        self.table = _native.Table(address, count)
         self.rows = Rows(address=address + offset, count=count, row_bytes=row_bytes, stride=row_bytes)
         weakref.finalize(self, _release, address, size, fd, os.getpid())
         # What was read of its table: of which epoch, how many of its changes, and the records up to `scanned`.
         self.epoch = self.seen = self.scanned = 0
-        # By row that holds a block, its key and the word of its record.
-        self.held: dict[int, tuple[bytes, int]] = {}
+        # By row, the key of its block and the word of its record; None and 0 without a block.
+        self.keys: list[bytes | None] = [None] * count
+        self.words = array("Q", bytes(8 * count))
 
 
 @dataclass
@@ -81,18 +86,21 @@ class Peers:
             self._engine = HostEngine(default_threads())
             stream = self._engine.load_stream
         self.stream: CopyStream = stream
-        self._folder, self._prefix, self._digest = folder, identity.prefix, identity.digest
+        self._folder, self._prefix, self._digest = str(folder), identity.prefix, identity.digest
         self._row_bytes, self._own = row_bytes, own
         self._is_over = False
+        self._gone: list[Peer] = []
         self._looked_at = -1  # the folder's time of change, when its files were looked at
         self._peers: dict[int, Peer] = {}  # by inode
-        self._of: dict[bytes, Peer] = {}  # by key
-        self._row_of: dict[bytes, int] = {}
+        self._numbers = itertools.count()
+        self._by_number: dict[int, Peer] = {}
+        # By key, the number of its peer << 32 | its row. Of several peers that hold it, one.
+        self._places: dict[bytes, int] = {}
         self.refresh(limit=1 << 60)
 
     def __len__(self) -> int:
         """The number of blocks."""
-        return len(self._of)
+        return len(self._places)
 
     @property
     def count(self) -> int:
@@ -102,33 +110,40 @@ class Peers:
     @property
     def keys(self) -> KeysView[bytes]:
         """The keys of the blocks. Asking costs what asking a dict costs."""
-        return self._of.keys()
+        return self._places.keys()
 
     def refresh(self, limit: int = REFRESH_RECORDS) -> None:
         """Read what has changed, at most `limit` records of it. Never blocks, and raises nothing."""
         if self._is_over:
             return
-        with contextlib.suppress(FileNotFoundError):  # the folder was removed: what is mapped stays
+        with contextlib.suppress(OSError):  # the folder was removed: what is mapped stays
             changed = os.stat(self._folder).st_mtime_ns
             # The clock of these times is coarse: soon after a change there may be another one with the same time.
             if changed != self._looked_at or abs(time.time_ns() - changed) < COARSE_NS:
                 self._looked_at = changed
                 self._look()
-        for peer in tuple(self._peers.values()):
-            limit = max(0, self._follow(peer, limit))
+        for peer in self._peers.values():
+            has_news = peer.table.news(peer.fd, peer.size, peer.epoch, peer.seen)
+            if has_news is None:
+                logger.warning("The blocks of a file in %s are not used any more: it was truncated", self._folder)
+                self._gone.append(peer)
+            elif has_news or peer.scanned < peer.rows.count:
+                limit = self._follow(peer, limit)
+        while self._gone:
+            self._remove(self._gone.pop())
 
     def borrow(self, keys: Sequence[bytes], targets: Sequence[int]) -> list[Borrowed]:
         """What to copy, by peer, for those of `keys` that are held. targets: a row of the primary for each key."""
         borrowed: dict[Peer, Borrowed] = {}
         for key, target in zip(keys, targets, strict=True):
-            peer = self._of.get(key)
-            if peer is None:
+            place = self._places.get(key)
+            if place is None:
                 continue
+            peer, row = self._by_number[place >> 32], place & _ROW
             part = borrowed.setdefault(peer, Borrowed(peer, peer.epoch, [], [], [], []))
-            row = self._row_of[key]
             part.keys.append(key)
             part.rows.append(row)
-            part.words.append(peer.held[row][1])
+            part.words.append(peer.words[row])
             part.targets.append(target)
         for part in borrowed.values():
             self._drop_lost(part)
@@ -141,8 +156,9 @@ class Peers:
     def drop(self, keys: Collection[bytes]) -> None:
         """Forget `keys`, until their peers store them again."""
         for key in keys:
-            if (peer := self._of.pop(key, None)) is not None:
-                peer.held.pop(self._row_of.pop(key), None)
+            place = self._places.pop(key, None)
+            if place is not None:
+                self._by_number[place >> 32].keys[place & _ROW] = None
 
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal; for the threads of its own."""
@@ -158,8 +174,8 @@ class Peers:
     def clear(self) -> None:
         """Forget all peers, for good. What is being copied is still copied."""
         self._peers.clear()
-        self._of.clear()
-        self._row_of.clear()
+        self._by_number.clear()
+        self._places.clear()
         self._is_over = True
 
     def _drop_lost(self, part: Borrowed) -> None:
@@ -183,8 +199,8 @@ class Peers:
                 found.add(inode)
                 if inode != self._own and inode not in self._peers:
                     self._attach(Path(entry.path), inode)
-            for inode in self._peers.keys() - found:
-                self._forget(self._peers.pop(inode))
+        for inode in self._peers.keys() - found:
+            self._remove(self._peers[inode])
 
     def _attach(self, path: Path, inode: int) -> None:
         try:
@@ -193,61 +209,60 @@ class Peers:
                 description = Description.read(fd)
                 if (description.digest, description.row_bytes) != (self._digest, self._row_bytes):
                     raise ValueError("it is for other blocks")
-                self._peers[inode] = Peer(fd, description)
+                peer = Peer(next(self._numbers), fd, description)
             except BaseException:
                 os.close(fd)
                 raise
+            self._peers[inode] = self._by_number[peer.number] = peer
         except (OSError, ValueError) as error:
             logger.warning("The blocks in %s are not used: %s", path, error)
+
+    def _remove(self, peer: Peer) -> None:
+        """Forget a file that is gone."""
+        self._forget(peer)
+        self._peers = {inode: each for inode, each in self._peers.items() if each is not peer}
+        del self._by_number[peer.number]
 
     def _follow(self, peer: Peer, limit: int) -> int:
         """Read what has changed in a peer's table. Returns how many records may still be read."""
         table = peer.table
-        if os.fstat(peer.fd).st_size < peer.size:  # touching what it has not any more would end this process
-            self._forget(peer)
-            self._peers = {inode: each for inode, each in self._peers.items() if each is not peer}
-            logger.warning("The blocks of a file in %s are not used any more: it was truncated", self._folder)
-            return limit
         epoch = table.epoch
         if epoch != peer.epoch:
             self._forget(peer)
             peer.epoch = epoch
         if epoch & 1:
             return limit
-        if peer.scanned == 0:
-            peer.seen = table.changes
         if peer.scanned < peer.rows.count:
-            for record in table.scan(peer.scanned, limit):
-                self._note(peer, *record)
+            if peer.scanned == 0:
+                peer.seen = table.changes
+            self._note(peer, *table.scan(peer.scanned, limit))
             read = min(limit, peer.rows.count - peer.scanned)
             peer.scanned += read
             return limit - read
-        if table.changes == peer.seen:
-            return limit
         news = table.changes_since(peer.seen, limit)
         if news is None:
             self._forget(peer)
             return limit
-        changes, seen = news
-        for change in changes:
-            self._note(peer, *change)
-        read, peer.seen = seen - peer.seen, seen
-        return limit - read
+        self._note(peer, *news)
+        peer.seen += len(news[0])
+        return limit - len(news[0])
 
-    def _note(self, peer: Peer, row: int, key: bytes | None, word: int) -> None:
-        """A peer's row now holds this block, or none."""
-        if row in peer.held:
-            before = peer.held.pop(row)[0]
-            if self._of.get(before) is peer and self._row_of[before] == row:
-                del self._of[before], self._row_of[before]
-        if key is not None:
-            peer.held[row] = key, word
-            self._of[key], self._row_of[key] = peer, row
+    def _note(self, peer: Peer, rows: Sequence[int], keys: Sequence[bytes | None], words: Sequence[int]) -> None:
+        """A peer's rows now hold these blocks, or none."""
+        base, places, held, of_rows = peer.number << 32, self._places, peer.keys, peer.words
+        for row, key, word in zip(rows, keys, words, strict=True):
+            before = held[row]
+            if before is not None and places.get(before) == base + row:
+                del places[before]
+            held[row] = key
+            of_rows[row] = word
+            if key is not None:
+                places[key] = base + row
 
     def _forget(self, peer: Peer) -> None:
         """Forget a peer's blocks. Its table is read from the start again."""
-        for row in tuple(peer.held):
-            self._note(peer, row, None, 0)
+        rows = [row for row, key in enumerate(peer.keys) if key is not None]
+        self._note(peer, rows, [None] * len(rows), [0] * len(rows))
         peer.scanned = 0
 
 

@@ -162,7 +162,7 @@ def file_system(device: int) -> str:
 class PoolArena:
     """Memory for `count` rows of `row_bytes` bytes in a file of `folder`: one that was left behind, or a new one.
 
-    table: of its rows. restored: the blocks in it, see `_native.Table.restore`. `ready` rows have memory; with
+    table: of its rows. restored: the blocks in it, as `_native.Table.restore` gives them. `ready` rows have memory; with
     `allocate` a thread sees to the rest, and where the file system has no more room, fewer stay.
 
     Raises ValueError for a folder that cannot be used, MemoryError if it or the machine has no room.
@@ -195,11 +195,11 @@ class PoolArena:
         self.table = _native.Table(address, count)
         if self.table.epoch & 1:
             self.table.end_reset()
-        self.restored = [] if self.is_new else self.table.restore()
+        self.restored = self.table.restore()
         owner = _OWNER.pack(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, time.time())
         ctypes.memmove(address + _OWNER_OFFSET, owner, len(owner))
         # Rows up to the last one with a block have memory already. Others may.
-        self._ready = max((row for row, *_ in self.restored), default=-1) + 1
+        self._ready = self.restored[0][-1] + 1 if self.restored[0] else 0
         self._rows_offset = rows_offset
         if allocate:
             self._allocate_next()  # so that the first blocks can be stored at once
@@ -218,7 +218,7 @@ class PoolArena:
     @property
     def is_intact(self) -> bool:
         """Whether the file still has its size. Touching memory that it has not any more would end the process."""
-        return os.fstat(self._fd).st_size >= self.size
+        return self.table.news(self._fd, self.size, 0, 0) is not None
 
     def close(self) -> None:
         """Unmap the memory, and give up the file. All copies that touch it must have ended. Idempotent."""
@@ -378,7 +378,7 @@ def _examine(path: Path) -> FoundPool:
         table = _native.Table(address, description.capacity)
         process, namespace, since = _OWNER.unpack(ctypes.string_at(address + _OWNER_OFFSET, _OWNER.size))
         is_reset = bool(table.epoch & 1)
-        blocks = 0 if is_reset else len(table.scan(0, description.capacity))
+        blocks = 0 if is_reset else len(table.scan(0, description.capacity)[0])
     finally:
         unmap_memory(address, description.rows_offset)
     is_near = namespace == os.stat("/proc/self/ns/pid").st_ino

@@ -25,6 +25,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #define HEADER_BYTES 4096 /* the first half belongs to memory/pool.py */
@@ -229,19 +230,54 @@ static int read_record(Record *record, uint64_t *word, unsigned char *key, size_
     return atomic_load_explicit(&record->word, memory_order_relaxed) == *word;
 }
 
-/* Appends (row, key, word) of a ready record, otherwise (row, None, 0), unless `only_ready`. -1: an exception is set. */
-static int append_record(Table *table, PyObject *list, Py_ssize_t row, int only_ready) {
+/* Parallel lists that a method returns. */
+typedef struct {
+    PyObject *lists[4];
+    int count;
+} Lists;
+
+static int lists_open(Lists *lists, int count) {
+    lists->count = count;
+    for (int i = 0; i < count; i++)
+        lists->lists[i] = PyList_New(0);
+    for (int i = 0; i < count; i++)
+        if (lists->lists[i] == NULL)
+            return -1;
+    return 0;
+}
+
+/* Appends to one of them, and drops the item. 0, or -1 with an exception set, also if the item is NULL. */
+static int lists_add(Lists *lists, int at, PyObject *item) {
+    int failed = item == NULL ? -1 : PyList_Append(lists->lists[at], item);
+    Py_XDECREF(item);
+    return failed;
+}
+
+/* The tuple of the lists, or NULL if this failed. They are dropped. */
+static PyObject *lists_close(Lists *lists, int failed) {
+    PyObject *result = failed ? NULL : PyTuple_New(lists->count);
+    for (int i = 0; i < lists->count; i++) {
+        if (result)
+            PyTuple_SetItem(result, i, lists->lists[i]);
+        else
+            Py_XDECREF(lists->lists[i]);
+    }
+    return result;
+}
+
+/* Appends a record's row, key and word if it is ready, otherwise the row, None and 0, unless `only_ready`. */
+static int add_record(Table *table, Lists *lists, Py_ssize_t row, int only_ready) {
     unsigned char key[KEY_BYTES];
     size_t size;
     uint64_t word;
     int is_ready = read_record(&table->records[row], &word, key, &size);
     if (!is_ready && only_ready)
         return 0;
-    PyObject *item = is_ready ? Py_BuildValue("ny#K", row, (const char *)key, (Py_ssize_t)size, (unsigned long long)word)
-                              : Py_BuildValue("nOK", row, Py_None, 0ULL);
-    int failed = item == NULL ? -1 : PyList_Append(list, item);
-    Py_XDECREF(item);
-    return failed;
+    if (!is_ready)
+        Py_INCREF(Py_None);
+    return lists_add(lists, 0, PyLong_FromSsize_t(row)) ||
+           lists_add(lists, 1, is_ready ? PyBytes_FromStringAndSize((const char *)key, (Py_ssize_t)size) : Py_None) ||
+           lists_add(lists, 2, PyLong_FromUnsignedLongLong(is_ready ? word : 0));
 }
 
 static PyObject *table_scan(PyObject *self, PyObject *args) {
@@ -249,11 +285,25 @@ static PyObject *table_scan(PyObject *self, PyObject *args) {
     Py_ssize_t first, count;
     if (!PyArg_ParseTuple(args, "nn", &first, &count))
         return NULL;
-    PyObject *found = PyList_New(0);
-    for (Py_ssize_t row = first; found && row < table->capacity && row - first < count; row++)
-        if (append_record(table, found, row, 1))
-            Py_CLEAR(found);
-    return found;
+    Lists lists;
+    int failed = lists_open(&lists, 3);
+    for (Py_ssize_t row = first; !failed && row < table->capacity && row - first < count; row++)
+        failed = add_record(table, &lists, row, 1);
+    return lists_close(&lists, failed);
+}
+
+static PyObject *table_news(PyObject *self, PyObject *args) {
+    Table *table = table_of(self);
+    int fd;
+    long long size;
+    unsigned long long epoch, seen;
+    if (!PyArg_ParseTuple(args, "iLKK", &fd, &size, &epoch, &seen))
+        return NULL;
+    struct stat status;
+    if (fstat(fd, &status) || status.st_size < size) /* touching what the file has not any more would end the process */
+        Py_RETURN_NONE;
+    return PyBool_FromLong(atomic_load_explicit(&table->header->epoch, memory_order_relaxed) != epoch ||
+                           atomic_load_explicit(&table->header->changes, memory_order_relaxed) != seen);
 }
 
 static PyObject *table_changes_since(PyObject *self, PyObject *args) {
@@ -267,21 +317,19 @@ static PyObject *table_changes_since(PyObject *self, PyObject *args) {
     if (changes - seen > RING) /* lapped; or the count is behind, which no owner does */
         Py_RETURN_NONE;
     uint64_t end = changes - seen > (uint64_t)limit ? seen + (uint64_t)limit : changes;
-    PyObject *found = PyList_New(0);
-    for (uint64_t at = seen; found && at < end; at++) {
+    Lists lists;
+    int failed = lists_open(&lists, 3);
+    for (uint64_t at = seen; !failed && at < end; at++) {
         Py_ssize_t row = atomic_load_explicit(&header->ring[at % RING], memory_order_relaxed);
-        if (row < table->capacity && append_record(table, found, row, 0))
-            Py_CLEAR(found);
+        failed = add_record(table, &lists, row % table->capacity, 0); /* any row may be read once more */
     }
-    if (found == NULL)
-        return NULL;
+    PyObject *found = lists_close(&lists, failed);
     atomic_thread_fence(memory_order_acquire);
-    if (atomic_load_explicit(&header->changes, memory_order_relaxed) - seen > RING) { /* some were overwritten */
-        Py_DECREF(found);
-        Py_RETURN_NONE;
-    }
-    PyObject *result = Py_BuildValue("NK", found, (unsigned long long)end);
-    return result;
+    int lapped = atomic_load_explicit(&header->changes, memory_order_relaxed) - seen > RING;
+    if (found == NULL || !lapped)
+        return found;
+    Py_DECREF(found); /* some were overwritten while they were read */
+    Py_RETURN_NONE;
 }
 
 static PyObject *table_stale(PyObject *self, PyObject *args) {
@@ -312,8 +360,9 @@ static PyObject *table_stale(PyObject *self, PyObject *args) {
 static PyObject *table_restore(PyObject *self, PyObject *unused) {
     Table *table = table_of(self);
     uint64_t newest = 0;
-    PyObject *found = PyList_New(0);
-    for (Py_ssize_t row = 0; found && row < table->capacity; row++) {
+    Lists lists;
+    int failed = lists_open(&lists, 4);
+    for (Py_ssize_t row = 0; !failed && row < table->capacity; row++) {
         Record *record = &table->records[row];
         unsigned char key[KEY_BYTES];
         size_t size;
@@ -331,15 +380,14 @@ static PyObject *table_restore(PyObject *self, PyObject *unused) {
             atomic_load_explicit(&table->records[parent].word, memory_order_relaxed) !=
                 (record->parent_serial << 1 | 1))
             parent = -1;
-        PyObject *item = Py_BuildValue("ny#nL", row, (const char *)key, (Py_ssize_t)size, parent,
-                                       (long long)table->used_at[row]);
-        if (item == NULL || PyList_Append(found, item))
-            Py_CLEAR(found);
-        Py_XDECREF(item);
+        failed = lists_add(&lists, 0, PyLong_FromSsize_t(row)) ||
+                 lists_add(&lists, 1, PyBytes_FromStringAndSize((const char *)key, (Py_ssize_t)size)) ||
+                 lists_add(&lists, 2, PyLong_FromSsize_t(parent)) ||
+                 lists_add(&lists, 3, PyLong_FromLongLong(table->used_at[row]));
     }
     if (atomic_load_explicit(&table->header->serial, memory_order_relaxed) <= newest)
         atomic_store_explicit(&table->header->serial, newest + 1, memory_order_relaxed);
-    return found;
+    return lists_close(&lists, failed);
 }
 
 static PyObject *table_epoch(PyObject *self, void *unused) {
@@ -370,16 +418,19 @@ static PyMethodDef table_methods[] = {
     {"note_uses", table_note_uses, METH_VARARGS,
      "note_uses(used_at, first, count)\n\nCopy so many items of an array of int64 by row, from row first on."},
     {"scan", table_scan, METH_VARARGS,
-     "scan(first, count) -> [(row, key, word)]\n\nThe ready ones of so many records. word: for stale()."},
+     "scan(first, count) -> (rows, keys, words)\n\nThe ready ones of so many records, as lists. words: for stale()."},
+    {"news", table_news, METH_VARARGS,
+     "news(fd, size, epoch, seen) -> bool or None\n\nWhether the epoch or the count of changes is another one. None if "
+     "the file is smaller than this, or gone:\nno memory of it may be touched then."},
     {"changes_since", table_changes_since, METH_VARARGS,
-     "changes_since(seen, limit) -> ([(row, key or None, word)], seen) or None\n\nThe present state of the rows that "
-     "changed after the first `seen` changes, at most `limit` of them,\nand the count to go on from. None if there "
-     "were more than a table remembers."},
+     "changes_since(seen, limit) -> (rows, keys, words) or None\n\nThe present state of the rows that changed after the "
+     "first `seen` changes, at most `limit` of them, oldest first.\nA key of None: the row is not ready. None if there "
+     "were more changes than a table remembers."},
     {"stale", table_stale, METH_VARARGS,
      "stale(rows, words, epoch) -> [int]\n\nThe positions of those rows whose word, or the table's epoch, is another "
      "by now."},
     {"restore", table_restore, METH_NOARGS,
-     "restore() -> [(row, key, parent, used_at)]\n\nFor a new owner: the ready blocks, the row of the block that each "
+     "restore() -> (rows, keys, parents, used_at)\n\nFor a new owner: the ready blocks, the row of the block that each "
      "one continues (or -1), and its last\nuse in us of CLOCK_MONOTONIC. All other rows are empty from now on."},
     {NULL, NULL, 0, NULL},
 };
