@@ -252,9 +252,15 @@ class BlockStore:
         # Runs even if nobody calls close().
         self._log = FaultLog(logger)
         self._release = weakref.finalize(self, _release, self.engine, self.arena, writer, self._log)
+        self._pool = arena.pool
+        self._peers: Peers | None = None
+        restored = 0
         try:
             self.index = BlockIndex(self.arena.rows.count, policy)
-        except Exception as error:  # whatever the policy's constructor raises
+            self.index.usable = arena.ready
+            if self._pool is not None:
+                restored = self._join_pool(self._pool)
+        except Exception as error:  # whatever the policy's methods raise
             self._release()
             if isinstance(error, MemoryError):
                 raise
@@ -262,12 +268,6 @@ class BlockStore:
                 f"eviction_policy must be one that can be made ({type(error).__name__}: {brief(str(error))}), not "
                 f"{brief(config.eviction_policy)}"
             ) from error
-        self.index.usable = arena.ready
-        self._pool = arena.pool
-        self._peers: Peers | None = None
-        restored = 0
-        if self._pool is not None:
-            restored = self._join_pool(self._pool)
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         # Rows of the jobs in each, so that `statistics` takes no longer for a longer queue.
@@ -750,7 +750,7 @@ class BlockStore:
 
     def _broken_by(self) -> str | None:
         """Why nothing can be copied any more; None if it can."""
-        if self._pool is not None and not self._pool.is_intact:
+        if self._pool is not None and not self._closed and not self._pool.is_intact:
             self.index.lose_table()  # touching memory that the file has not any more would end the process
             return f"{self._pool.path} was truncated"
         return self.engine.broken

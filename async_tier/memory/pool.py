@@ -52,7 +52,8 @@ _HUGE_PAGE = 2 << 20
 # Memory is allocated so many bytes at a time, each of which takes some 20 ms.
 _ALLOCATION_BYTES = 64 << 20
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
-_IN_MEMORY = ("tmpfs", "hugetlbfs")
+HUGE = "hugetlbfs"
+_IN_MEMORY = ("tmpfs", HUGE)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,22 @@ def check_folder(folder: Path, on_disk: bool) -> None:
         )
 
 
+def room_in(folder: Path) -> int:
+    """The bytes that new files can have on a folder's file system."""
+    status = os.statvfs(folder)
+    if status.f_blocks or file_system(os.stat(folder).st_dev) != HUGE:
+        return status.f_bavail * status.f_frsize
+    # Mounted without a size, it takes what the system has set aside.
+    pages = machine.ROOT / f"sys/kernel/mm/hugepages/hugepages-{status.f_bsize >> 10}kB/free_hugepages"
+    return int(pages.read_text()) * status.f_bsize
+
+
+def _refuse_if_unavailable(folder: Path, size: int) -> None:
+    """Raise MemoryError if the machine has no such memory left. Huge pages of hugetlbfs are set aside already."""
+    if file_system(os.stat(folder).st_dev) != HUGE:
+        refuse_if_unavailable(size)
+
+
 def file_system(device: int) -> str:
     """The kind of the file system with this number (st_dev), as in "tmpfs"."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -162,8 +179,8 @@ def file_system(device: int) -> str:
 class PoolArena:
     """Memory for `count` rows of `row_bytes` bytes in a file of `folder`: one that was left behind, or a new one.
 
-    table: of its rows. restored: the blocks in it, as `_native.Table.restore` gives them. `ready` rows have memory; with
-    `allocate` a thread sees to the rest, and where the file system has no more room, fewer stay.
+    table: of its rows. restored: the blocks in it, as `_native.Table.restore` gives them. `ready` rows have memory;
+    with `allocate` a thread sees to the rest, and where the file system has no more room, fewer stay.
 
     Raises ValueError for a folder that cannot be used, MemoryError if it or the machine has no room.
     """
@@ -202,7 +219,11 @@ class PoolArena:
         self._ready = self.restored[0][-1] + 1 if self.restored[0] else 0
         self._rows_offset = rows_offset
         if allocate:
-            self._allocate_next()  # so that the first blocks can be stored at once
+            try:
+                self._allocate_next()  # so that the first blocks can be stored at once
+            except OSError as error:
+                self._release()
+                raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
             threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True).start()
 
     @property
@@ -282,7 +303,7 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 continue
             used = wanted.rows_offset + wanted.capacity * wanted.row_bytes
             if (missing := used - os.fstat(fd).st_blocks * 512) > 0:
-                refuse_if_unavailable(missing)
+                _refuse_if_unavailable(folder, missing)
             ends.pop_all()
             return path, fd, False
     return None
@@ -290,9 +311,8 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
 
 def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, bool]:
     """(path, descriptor with the lock, True) of a new file. It has a name only when it is whole."""
-    refuse_if_unavailable(wanted.size)
-    status = os.statvfs(folder)
-    room = status.f_bavail * status.f_frsize
+    _refuse_if_unavailable(folder, wanted.size)
+    room = room_in(folder)
     if wanted.size > room:
         raise MemoryError(
             f"the tier asks for {format_size(wanted.size)} ({wanted.size} bytes), but pool {folder} has "
