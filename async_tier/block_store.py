@@ -294,7 +294,7 @@ class BlockStore:
         """Use this order of the sequence's blocks until `finish_sequence`."""
         self.orders[sequence] = order
         if self._peers is not None:
-            self._peers.refresh()
+            self._peers.look()
 
     def has(self, key: bytes) -> bool:
         """Whether `key` can be loaded now. Unlike `lookup`, this counts neither as a hit nor as a use."""
@@ -738,7 +738,7 @@ class BlockStore:
     def _peer_has(self, key: bytes, pin: bool) -> bool:
         assert self._peers is not None
         if not pin and key not in self._peers.keys:  # there may be no steps
-            self._peers.refresh()
+            self._peers.look()
         return key in self._peers.keys
 
     def _without_peers(self, peers: Peers, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
@@ -750,7 +750,7 @@ class BlockStore:
 
     def _broken_by(self) -> str | None:
         """Why nothing can be copied any more; None if it can."""
-        if self._pool is not None and not self._closed and not self._pool.is_intact:
+        if self._pool is not None and not self._closed and not self._pool.table.is_intact():
             self.index.lose_table()  # touching memory that the file has not any more would end the process
             return f"{self._pool.path} was truncated"
         return self.engine.broken

@@ -209,7 +209,7 @@ class PoolArena:
         self.size = size
         self.inode = os.fstat(self._fd).st_ino
         self.rows = Rows(address=address + rows_offset, count=count, row_bytes=row_bytes, stride=row_bytes)
-        self.table = _native.Table(address, count)
+        self.table = _native.Table(address, count, self._fd, size)
         if self.table.epoch & 1:
             self.table.end_reset()
         self.restored = self.table.restore()
@@ -235,11 +235,6 @@ class PoolArena:
     def ready(self) -> int:
         """See RowMemory."""
         return self._ready
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether the file still has its size. Touching memory that it has not any more would end the process."""
-        return self.table.news(self._fd, self.size, 0, 0) is not None
 
     def close(self) -> None:
         """Unmap the memory, and give up the file. All copies that touch it must have ended. Idempotent."""
@@ -395,7 +390,7 @@ def _examine(path: Path) -> FoundPool:
     except (OSError, ValueError) as error:
         return FoundPool(path, allocated, getattr(error, "strerror", None) or str(error), is_held=is_held)
     try:
-        table = _native.Table(address, description.capacity)
+        table = _native.Table(address, description.capacity, -1, 0)
         process, namespace, since = _OWNER.unpack(ctypes.string_at(address + _OWNER_OFFSET, _OWNER.size))
         is_reset = bool(table.epoch & 1)
         blocks = 0 if is_reset else len(table.scan(0, description.capacity)[0])
