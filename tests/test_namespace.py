@@ -27,6 +27,7 @@ from vllm.config import (
     SpeculativeConfig,
     VllmConfig,
 )
+from vllm.model_executor.models import registry
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core import kv_cache_utils
@@ -82,11 +83,21 @@ def write_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def know_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM would ask the model's class in another process, which needs a GPU's libraries, and takes seconds."""
+    names = [field.name for field in dataclasses.fields(registry._ModelInfo)]
+    known = {"architecture": "LlamaForCausalLM", "is_text_generation_model": True, "attn_type": "decoder"}
+    known |= {"default_seq_pooling_type": "LAST", "default_tok_pooling_type": "ALL", "score_type": "bi-encoder"}
+    known |= {"supports_pp": True, "supports_lora": True, "supported_video_pruning_methods": ()}
+    info = registry._ModelInfo(**{name: known.get(name, False) for name in names})
+    monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", lambda self: info)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A model's. vLLM asks another process for what a model can do, which finds no emulated CUDA."""
+    """A model's."""
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda function: function())
+    know_llama(monkeypatch)
     return write_model(tmp_path / "model")
 
 
@@ -266,10 +277,17 @@ def test_rows_in_another_order_are_another_pool(folder, field):
 )
 def test_other_software_or_hardware_is_another_pool(folder, monkeypatch, target, value):
     config = make_config(folder)
-    if "amx" not in target:
-        monkeypatch.setattr("async_tier.vllm.compat.vllm.platforms.current_platform.is_cpu", lambda: False)
+    is_cpu = "amx" in target
+    monkeypatch.setattr("async_tier.vllm.compat.vllm.platforms.current_platform.is_cpu", lambda: is_cpu)
     before = name_of(config)
     monkeypatch.setattr(target, value)
+    assert name_of(config) != before
+
+
+def test_another_model_runner_is_another_pool(folder, monkeypatch):
+    config = make_config(folder)
+    before = name_of(config)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda self: True))
     assert name_of(config) != before
 
 
@@ -328,6 +346,8 @@ def test_links_are_followed(tmp_path):
 
 def test_files_that_cannot_be_seen_are_refused(folder):
     config = make_config(folder)
+    with pytest.raises(FileNotFoundError):
+        namespace.fingerprint(str(folder / "nowhere"))
     (folder / "lost.safetensors").symlink_to(folder / "nowhere")
     with pytest.raises(ValueError, match=r"^the files of the model '.*' must be readable for a pool: .*lost"):
         facts_of(config)
@@ -468,15 +488,15 @@ def test_the_digest_is_of_what_json_has(folder):
 
 
 @pytest.mark.starts_process
-def test_another_process_finds_the_same(folder):
+def test_another_process_finds_the_same(folder, monkeypatch):
     script = (
-        "import sys, pathlib; from tests import test_namespace as t; "
+        "import sys, pathlib, pytest; from tests import conftest, test_namespace as t; "
+        "t.know_llama(pytest.MonkeyPatch()); "
         "print('digest', t.name_of(t.make_config(pathlib.Path(sys.argv[1]))).hex())"
     )
     arguments = [sys.executable, "-c", script, str(folder)]
-    environment = {**os.environ, "PYTHONHASHSEED": "5"}
-    output = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True).stdout
-    os.environ["PYTHONHASHSEED"] = "5"  # the fixture takes it away again
+    monkeypatch.setenv("PYTHONHASHSEED", "5")
+    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     assert f"digest {name_of(make_config(folder)).hex()}" in output
 
 
@@ -524,6 +544,13 @@ def test_scales_that_differ_from_run_to_run_are_refused(folder):
     config = make_config(folder)
     config.cache_config.calculate_kv_scales = True
     with pytest.raises(ValueError, match=r"^calculate_kv_scales must be false with a pool, not True"):
+        facts_of(config)
+
+
+def test_weights_that_are_sent_to_the_engine_are_refused(folder):
+    config = make_config(folder)
+    config.weight_transfer_config = object()
+    with pytest.raises(ValueError, match=r"^weight_transfer_config must not be set with a pool"):
         facts_of(config)
 
 

@@ -109,6 +109,10 @@ def facts(offloading_spec: Any, row_bytes: int) -> dict[str, Any]:
     config, caches = configurations
     if getattr(config.cache_config, "calculate_kv_scales", False):
         raise ValueError("calculate_kv_scales must be false with a pool, not True: such scales differ from run to run")
+    if getattr(config, "weight_transfer_config", None) is not None:
+        raise ValueError(
+            "weight_transfer_config must not be set with a pool, as blocks of other weights would be in it"
+        )
     kind = type(offloading_spec)
     speculative = getattr(config, "speculative_config", None)
     return found | {
@@ -203,14 +207,14 @@ def _draft(speculative: Any, load: Any) -> dict[str, Any]:
 def _weights(model: Any, cache: str) -> dict[str, str | None]:
     """Which weights: a fingerprint of local files, or the commit of a hub. cache: where the hub's files are kept."""
     name = model.model
-    # In an object store, with only the config in `name`; or in a hub whose revisions are not known here.
-    is_elsewhere = bool(getattr(model, "model_weights", "")) or vllm.envs.VLLM_USE_MODELSCOPE
+    # With weights in an object store, the folder has only the config, and vLLM writes it again at every start.
     if os.path.exists(name) and not getattr(model, "model_weights", ""):
         try:
             return {"files": fingerprint(name)}
         except OSError as error:
             raise ValueError(f"the files of the model {brief(name)} must be readable for a pool: {error}") from error
-    commit = None if is_elsewhere else _commit(model, cache)
+    # ModelScope's commits are not known here, and the hub may have a model of the same name.
+    commit = None if vllm.envs.VLLM_USE_MODELSCOPE else _commit(model, cache)
     if commit is None and model.revision is None:
         raise ValueError(
             f"revision must be given to vLLM with a pool, because that of the model {brief(name)} cannot be known, and "
