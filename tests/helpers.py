@@ -34,6 +34,8 @@ def engine_options() -> dict[str, Any]:
     """The options of the test's engine. Each tier in a pool has a namespace of its own, so that none is a peer."""
     own = {"namespace": str(next(_namespaces))} if "namespace" in ENGINE_OPTIONS else {}
     return {**ENGINE_OPTIONS, **own}
+
+
 # Made by the test under way.
 _stores: list[BlockStore] = []
 _primaries: list[np.ndarray] = []
