@@ -314,7 +314,7 @@ class BlockIndex:
         if self._free:
             rows = self._free[-count:] if count else []
             del self._free[len(self._free) - len(rows) :]
-        fresh = range(self._fresh, self._fresh + min(count - len(rows), self.usable - self._fresh))
+        fresh = range(self._fresh, self._fresh + max(0, min(count - len(rows), self.usable - self._fresh)))
         self._fresh = fresh.stop
         if len(fresh) == count:
             return fresh

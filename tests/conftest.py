@@ -42,9 +42,9 @@ ENGINES = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of the contract, and others of every engine, run once per engine."""
     marks = metafunc.definition
-    is_for_all = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
-    if is_for_all and not marks.get_closest_marker("host_only"):
-        names = [name for name in ENGINES if CUDA or name.startswith("host")]
+    asked = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
+    if asked and not marks.get_closest_marker("host_only"):
+        names = [name for name in asked.args or ENGINES if CUDA or name.startswith("host")]
         metafunc.parametrize("engine", names, indirect=True, scope="function")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import hashlib
 import inspect
+import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence

@@ -44,7 +44,8 @@ class Peer:
         self.number = number
         self.table = _native.Table(address, count, fd, size)
         self.rows = Rows(address=address + offset, count=count, row_bytes=row_bytes, stride=row_bytes)
-        weakref.finalize(self, _release, address, size, fd, os.getpid())
+        # Not at the interpreter's exit, which ends the engine that may be copying only afterwards.
+        weakref.finalize(self, _release, address, size, fd, os.getpid()).atexit = False
         # What was read of its table: of which epoch, how many of its changes, and the records up to `scanned`.
         self.epoch = self.seen = self.scanned = 0
         # By row, the key of its block and the word of its record; None and 0 without a block.
@@ -82,6 +83,7 @@ class Peers:
         self._engine: HostEngine | None = None
         if stream is None:
             self._engine = HostEngine(default_threads())
+            weakref.finalize(self, self._engine.close)
             stream = self._engine.load_stream
         self.stream: CopyStream = stream
         self._folder, self._prefix, self._digest = str(folder), identity.prefix, identity.digest

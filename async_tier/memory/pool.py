@@ -45,12 +45,15 @@ _MAGIC = b"async-tier pool\n"
 _FIELDS = struct.Struct("<16sI32sQQQQ36sI")
 _SUM = struct.Struct("<I")  # a CRC of all of the above, and of the text
 _TEXT_BYTES = 1024
-_OWNER = struct.Struct("<QQd")  # process, its PID namespace, when it became the owner (time.time)
+# The owner's process, or 0 if it has closed the file in good order; its PID namespace; when it came (time.time).
+_OWNER = struct.Struct("<QQd")
 _OWNER_OFFSET = 1536
 _DESCRIPTION_BYTES = 2048
 _HUGE_PAGE = 2 << 20
 # Memory is allocated so many bytes at a time, each of which takes some 20 ms.
 _ALLOCATION_BYTES = 64 << 20
+# How long a file is left to a process that is ending. A large one takes seconds.
+ENDING_S = 30.0
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
 HUGE = "hugetlbfs"
 _IN_MEMORY = ("tmpfs", HUGE)
@@ -213,7 +216,7 @@ class PoolArena:
         if self.table.epoch & 1:
             self.table.end_reset()
         self.restored = self.table.restore()
-        owner = _OWNER.pack(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, time.time())
+        owner = _OWNER.pack(os.getpid(), _pid_namespace(), time.time())
         ctypes.memmove(address + _OWNER_OFFSET, owner, len(owner))
         # Rows up to the last one with a block have memory already. Others may.
         self._ready = self.restored[0][-1] + 1 if self.restored[0] else 0
@@ -291,6 +294,9 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 logger.warning("%s is removed, and its blocks are lost: %s", path, error)
                 path.unlink(missing_ok=True)
                 continue
+            if not _has_ended(fd):
+                logger.warning("%s is passed over: its owner has not ended in %d s", path, ENDING_S)
+                continue
             # The digest and the geometry; what is shown to people may differ.
             if (found.digest, found.capacity, found.rows_offset, found.size) != (
                 *(wanted.digest, wanted.capacity, wanted.rows_offset, wanted.size),
@@ -343,6 +349,36 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
         return folder / name, fd, True
 
 
+def _has_ended(fd: int) -> bool:
+    """Wait until the process that owned a file has ended, at most for ENDING_S. Whether it has.
+
+    A dying process first gives up its memory, and the lock with it, and only then its GPU, which may still be copying
+    into a row. In another container it cannot be seen.
+    """
+    process, namespace, since = _OWNER.unpack(os.pread(fd, _OWNER.size, _OWNER_OFFSET))
+    deadline = time.monotonic() + ENDING_S
+    while process and namespace == _pid_namespace() and _is_running(process, since):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_running(process: int, since: float) -> bool:
+    """Whether a process that was running at that time has not ended. A zombie has, once its last thread has."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        has_threads = len(os.listdir(f"/proc/{process}/task")) > 1
+    except OSError:
+        return False
+    started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[18]) / os.sysconf("SC_CLK_TCK")
+    return started < since + 1 and (state != "Z" or has_threads)
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
 def _boot() -> str:
     """A number of its own for each start of the machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -350,8 +386,11 @@ def _boot() -> str:
 
 def _release(address: int, size: int, claimed: int | None, fd: int, stop: threading.Event, owner: int) -> None:
     stop.set()
+    is_intact = os.fstat(fd).st_size >= size
     os.close(fd)
     if os.getpid() == owner:  # a forked child may have other memory there
+        if is_intact:
+            ctypes.memset(address + _OWNER_OFFSET, 0, 8)
         unmap_memory(address, size)
         if claimed is not None:
             os.close(claimed)
@@ -396,8 +435,7 @@ def _examine(path: Path) -> FoundPool:
         blocks = 0 if is_reset else len(table.scan(0, description.capacity)[0])
     finally:
         unmap_memory(address, description.rows_offset)
-    is_near = namespace == os.stat("/proc/self/ns/pid").st_ino
-    owner = process if is_held and is_near else None
+    owner = process if is_held and namespace == _pid_namespace() else None
     return FoundPool(path, allocated, None, description, owner, is_held, since, blocks, is_reset)
 
 
