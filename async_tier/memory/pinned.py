@@ -24,7 +24,8 @@ class PinnedArena:
     """Host memory that a background thread pins range by range (`registration`). `ready` rows are pinned so far.
 
     The memory is `arena`'s and not torch's pinned memory, because freeing that can abort the process if the CUDA
-    context is lost. Raises as `Registration.register_next` does if the first ranges are refused, and closes `arena`.
+    context is lost. Raises as `Registration.register_next` does if the first ranges are refused, OSError if there
+    is no room for them, and closes `arena`.
     """
 
     def __init__(self, engine: CudaEngine, arena: Arena | PoolArena) -> None:
@@ -37,7 +38,7 @@ class PinnedArena:
         self._pinner = threading.Thread(target=self._pin, name="async-tier-pin", daemon=True)
         try:
             while not self.ready:  # a row may be larger than a range
-                self.registration.register_next()
+                self._pin_next()
             self._pinner.start()
         except BaseException:
             if not self.registration.unpin_or_abandon():
@@ -70,13 +71,18 @@ class PinnedArena:
         self.registration.abandon_memory()
         self._arena.abandon_memory()
 
+    def _pin_next(self) -> None:
+        if self.pool is not None:  # whose memory the file system may refuse
+            self.pool.allocate(self.registration.next_range[1] - self.rows.address)
+        self.registration.register_next()
+
     def _pin(self) -> None:
         try:
             while not self.registration.is_complete and not self._stop.wait(self.registration.range_seconds):
-                self.registration.register_next()
-        except RuntimeError as error:
+                self._pin_next()
+        except (RuntimeError, OSError) as error:
             logger.warning(
-                "The tier holds %d blocks and not %d, because CUDA refused to pin more of its memory: %s",
+                "The tier holds %d blocks and not %d, because no more of its memory could be pinned: %s",
                 self.ready,
                 self.rows.count,
                 error,

@@ -248,6 +248,11 @@ class PoolArena:
         self._stop.set()
         self._release.detach()
 
+    def allocate(self, size: int) -> None:
+        """Give the first `size` bytes of the rows memory. Raises OSError if the file system has no more room."""
+        while self._ready * self.rows.row_bytes < size:
+            self._allocate_next()
+
     def _allocate(self) -> None:
         try:
             while self._ready < self.rows.count and not self._stop.is_set():
