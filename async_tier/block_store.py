@@ -486,6 +486,7 @@ class BlockStore:
 
     def clear(self) -> None:
         """Forget every block. Copies in flight continue, and their jobs are reported."""
+        self._check_engine()
         self._counts.resets += 1
         self._step_hits.clear()
         self.index.clear()
@@ -523,6 +524,7 @@ class BlockStore:
         self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
     ) -> None:
         """Report as failed a "store" or "load" that has no copies under way. A load's keys are forgotten."""
+        self._check_engine()
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
             self.index.drop(key for key in names if isinstance(key, bytes))
@@ -532,6 +534,7 @@ class BlockStore:
         """End the engine and free the memory. Unfinished jobs fail, and `poll` still reports them. Idempotent."""
         if self._closed:
             return
+        self._check_engine()
         self._closed = True
         self.engine.close()
         if self.peers is not None:
