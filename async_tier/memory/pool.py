@@ -315,7 +315,7 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 continue
             used = wanted.rows_offset + wanted.capacity * wanted.row_bytes
             if (missing := used - os.fstat(fd).st_blocks * 512) > 0:
-                refuse_if_unavailable(missing)
+                _refuse_without_memory(folder, missing)
             ends.pop_all()
             return path, fd, False
     return None
@@ -323,10 +323,9 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
 
 def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, bool]:
     """(path, descriptor with the lock, True) of a new file. It has a name only when it is whole."""
-    refuse_if_unavailable(wanted.size)
-    status = os.statvfs(folder)
-    room = status.f_bavail * status.f_frsize
-    if wanted.size > room:
+    _refuse_without_memory(folder, wanted.size)
+    room = find_room(folder)
+    if room is not None and wanted.size > room:
         raise MemoryError(
             f"the tier asks for {format_size(wanted.size)} ({wanted.size} bytes), but pool {folder} has "
             f"{format_size(room)} ({room} bytes) left; set bytes_to_use to less, mount it with more, or see what "
@@ -359,6 +358,12 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
             os.close(there)
         ends.pop_all()
         return folder / name, fd, True
+
+
+def _refuse_without_memory(folder: Path, size: int) -> None:
+    """Raise MemoryError if the machine has not so much. Pages of hugetlbfs were set apart: none is available memory."""
+    if find_mount(os.stat(folder).st_dev)[0] != HUGETLBFS:
+        refuse_if_unavailable(size)
 
 
 def _boot() -> str:
