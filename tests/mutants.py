@@ -53,6 +53,7 @@ METRICS = ("test_metrics.py",)
 DOCTOR = ("test_doctor.py",)
 SIZE = ("test_size.py",)
 CLI = ("test_cli.py",)
+POOLS = ("test_pool_command.py",)
 # What takes seconds to import, and is not ours.
 IMPORTED = ("pytest", "numpy", "torch", "vllm.v1.kv_offload.tiering.spec", "vllm.v1.kv_offload.cpu.gpu_worker")
 
@@ -675,6 +676,45 @@ MUTANTS = [
     Mutant("size: one copy for all workers", "vllm/kv_sizes.py", "return not on_cpu and (", "return False and (", SIZE),
     Mutant("size: stages of different sizes", "vllm/kv_sizes.py", "for each in configs}) > 1:", "for each in configs}) > 99:", SIZE),
     Mutant("size: states are refused", "vllm/kv_sizes.py", "        if not isinstance(spec, AttentionSpec):\n", "        if False:\n", SIZE),
+    Mutant("pools: only ours", "memory/pool.py", " if _NAME.fullmatch(name)]", "]", POOLS),
+    Mutant("pools: of another start of the machine", "memory/pool.py", "if (started := boot.decode(errors=\"replace\")) != _boot():", "if not (started := boot.decode(errors=\"replace\")):", POOLS),
+    Mutant("pools: files that are gone", "memory/pool.py", "        except FileNotFoundError:\n            return None\n        except", "        except", POOLS),
+    Mutant("pools: other users' files", "memory/pool.py", "            if status.st_uid != os.geteuid():\n                raise ValueError(f", "            if False:\n                raise ValueError(f", POOLS),
+    Mutant("pools: read to the end", "memory/pool.py", "        if not count:\n", "        if False:\n", POOLS),
+    Mutant("pools: who owns it", "memory/pool.py", "            if is_locked(fd, 0, 1):\n", "            if False:\n", POOLS),
+    Mutant("pools: numbers of other containers", "memory/pool.py", "if process and namespace != os.stat", "if False and namespace != os.stat", POOLS),
+    Mutant("pools: owners that begin", "memory/pool.py", "    except OSError:\n        return \"an engine that is starting\"", "    except ZeroDivisionError:\n        return \"an engine that is starting\"", POOLS),
+    Mutant("pools: emptied by a reset", "memory/pool.py", "[] if is_reset else table.restore()", "table.restore()", POOLS),
+    Mutant("pools: a table is looked at in a copy", "memory/pool.py", "            memory = _read(fd, _native.Table.bytes(description.capacity))\n", "            import mmap\n            memory = np.frombuffer(mmap.mmap(fd, description.rows_offset, prot=mmap.PROT_READ), np.uint8)\n", POOLS),
+    Mutant("pools: an owned file is not removed", "memory/pool.py", "        lock(fd, 0)\n        if os.fstat", "        if os.fstat", POOLS),
+    Mutant("pools: a name that is another file's by now", "memory/pool.py", "        if os.fstat(fd).st_nlink:  # else", "        if True:  # else", POOLS),
+    Mutant("pools: what is gone is removed", "memory/pool.py", "    except FileNotFoundError:\n        return True", "    except ZeroDivisionError:\n        return True", POOLS),
+    Mutant("pools: mounts without a limit", "memory/pool.py", "    if status.f_blocks:  # otherwise", "    if True:  # otherwise", POOLS),
+    Mutant("pools: free pages of hugetlbfs", "memory/pool.py", "limits.append((free - promised) * status.f_frsize)", "pass", POOLS),
+    Mutant("pools: promised pages of hugetlbfs", "memory/pool.py", "(free - promised) *", "free *", POOLS),
+    Mutant("pools: hugetlbfs takes no available memory", "memory/pool.py", "    if find_mount(os.stat(folder).st_dev)[0] != HUGETLBFS:\n        refuse", "    if True:\n        refuse", POOLS),
+    Mutant("pools: what is left is said", "operate/pools.py", "file = replace(file, owner=\"an engine that has just taken it\")", "pass", POOLS),
+    Mutant("pools: what cannot be removed is left", "operate/pools.py", "        except (OSError, ValueError) as error:\n            yield", "        except ZeroDivisionError as error:\n            yield", POOLS),
+    Mutant("pools: a file that cannot be used is an exit code", "cli.py", "problems = sum(file.problem is not None for file in files)", "problems = 0", POOLS),
+    Mutant("pools: one that cannot be removed is, too", "cli.py", "problems = sum(why is not None and file.owner is None for file, why in cleared)", "problems = 0", POOLS),
+    Mutant("pools: what is no folder", "cli.py", "        parser.error(f\"pool {options.folder}: {error.strerror}\")", "        raise", POOLS),
+    Mutant("doctor: folders are checked", "operate/settings.py", "        check_folder(config.pool_folder, config.pool_on_disk, make=False)\n", "        pass\n", DOCTOR),
+    Mutant("doctor: no folder is made", "operate/settings.py", "config.pool_on_disk, make=False)", "config.pool_on_disk)", DOCTOR),
+    Mutant("doctor: a folder where nothing can be made", "memory/pool.py", "            if not os.access(folder.parent, os.W_OK | os.X_OK):", "            if False:", DOCTOR),
+    Mutant("doctor: a folder on a disk that is not there yet", "memory/pool.py", "            _check_file_system(name, device, on_disk)\n", "", DOCTOR),
+    Mutant("doctor: room for the pool", "operate/pools.py", "    if room is not None and needed > room:", "    if False:", DOCTOR),
+    Mutant("doctor: the primary beside the pool", "operate/pools.py", "            needed += primary\n", "", DOCTOR),
+    Mutant("doctor: the room that is taken over", "operate/pools.py", "    needed = _missing(size, file)\n", "    needed = size\n", DOCTOR),
+    Mutant("doctor: the memory that is taken over", "operate/pools.py", "    return _missing(size, _left_behind(folder, config.namespace, size))\n", "    return size\n", DOCTOR),
+    Mutant("doctor: files of other namespaces", "operate/pools.py", " or found.about.get(\"namespace\") != namespace:", ":", DOCTOR),
+    Mutant("doctor: files of another size", "operate/pools.py", "if found.capacity == size // found.row_bytes:", "if True:", DOCTOR),
+    Mutant("doctor: files that engines own", "operate/pools.py", "or file.owner is not None or", "or", DOCTOR),
+    Mutant("doctor: pages that were set apart", "operate/pools.py", "        return 0  # its pages", "        pass  # its pages", DOCTOR),
+    Mutant("doctor: advice does not reach what is allocated", "operate/pools.py", "if huge in (\"always\", \"within_size\"):", "if huge != \"never\":", DOCTOR),
+    Mutant("doctor: the kernel's choice for all mounts", "operate/pools.py", "{\"deny\": \"never\", \"force\": \"always\"}.get", "{}.get", DOCTOR),
+    Mutant("size: a pool is checked", "cli.py", "        TierConfig.parse(pool)\n", "", CLI),
+    Mutant("size: a pool is printed", "operate/size.py", "plan.tier_bytes, **pool}]", "plan.tier_bytes}]", CLI),
+    Mutant("size: what is printed can be pasted", "cli.py", "{shlex.quote(json.dumps(config))}", "'{json.dumps(config)}'", CLI),
 ]  # fmt: skip
 
 
