@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--namespace", metavar="NAME", help="what the blocks in that folder belong to")
     pool = commands.add_parser("pool", help="what is in the folder of a pool; or remove what no engine owns")
     pool.set_defaults(run=run_pool)
-    pool.add_argument("action", choices=("list", "clear"))
-    pool.add_argument("folder", metavar="FOLDER")
+    pool.add_argument("action", choices=("list", "clear"), help="show the files, or remove those that no engine owns")
+    pool.add_argument("folder", metavar="FOLDER", help="what the key pool names in the configuration")
     pool.add_argument("--json", action="store_true", help="for programs: one JSON object")
     commands.add_parser("timeline", help="draw a trace, and say how much of the copies was hidden under compute")
     for each in (look, fit):
