@@ -31,6 +31,7 @@ from async_tier.memory.pool import Identity, PoolArena
 from async_tier.observe.faults import FaultLog, one_line
 from async_tier.observe.trace import Submitted, TierTrace, TraceWriter
 from async_tier.order import SequenceOrder
+from async_tier.streams._native import TABLE_KEY_BYTES
 from async_tier.streams.base import CopyEngine, CopyEvent
 from async_tier.streams.rows import Rows
 from async_tier.text import brief, format_size
@@ -223,8 +224,10 @@ class BlockStore:
 
     `engine` and `arena`, both or neither, are for tests and for other engines; by default the configuration decides
     (`engines.open_engine`). With a pool that is a folder, the store begins with the blocks that are in it, and also
-    finds those of other processes: `identity` tells for what their keys mean the same; by default that is the
-    configuration's namespace and the size of a row, and all else is left to the caller. Raises ValueError for a bad configuration, MemoryError if the memory is not available.
+    finds those of other processes. `identity` then says what the blocks belong to. By default that is the
+    configuration's namespace and the size of a row; all else that their bytes depend on is left to the caller.
+
+    Raises ValueError for a bad configuration, MemoryError if the memory is not available.
     """
 
     def __init__(
@@ -252,9 +255,16 @@ class BlockStore:
         # Runs even if nobody calls close().
         self._log = FaultLog(logger)
         self._release = weakref.finalize(self, _release, self.engine, self.arena, writer, self._log)
+        self._pool = arena.pool
+        # The other files of the pool. Others may read it.
+        self.peers: Peers | None = None
+        restored = 0
         try:
             self.index = BlockIndex(self.arena.rows.count, policy)
-        except Exception as error:  # whatever the policy's constructor raises
+            self.index.usable = arena.ready
+            if self._pool is not None:
+                restored = self._join_pool(self._pool)
+        except Exception as error:  # whatever the policy's methods raise
             self._release()
             if isinstance(error, MemoryError):
                 raise
@@ -262,12 +272,6 @@ class BlockStore:
                 f"eviction_policy must be one that can be made ({type(error).__name__}: {brief(str(error))}), not "
                 f"{brief(config.eviction_policy)}"
             ) from error
-        self.index.usable = arena.ready
-        self._pool = arena.pool
-        self._peers: Peers | None = None
-        restored = 0
-        if self._pool is not None:
-            restored = self._join_pool(self._pool)
         self._loads: deque[_Job] = deque()
         self._stores: deque[_Job] = deque()
         # Rows of the jobs in each, so that `statistics` takes no longer for a longer queue.
@@ -293,12 +297,12 @@ class BlockStore:
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
         """Use this order of the sequence's blocks until `finish_sequence`."""
         self.orders[sequence] = order
-        if self._peers is not None:
-            self._peers.refresh()
+        if self.peers is not None:
+            self.peers.look()
 
     def has(self, key: bytes) -> bool:
         """Whether `key` can be loaded now. Unlike `lookup`, this counts neither as a hit nor as a use."""
-        return self.index.state(key) == READY or (self._peers is not None and key in self._peers.keys)
+        return self.index.state(key) == READY or (self.peers is not None and key in self.peers.keys)
 
     def lookup(self, key: bytes, sequence: str | None = None, pin: bool = False) -> bool:
         """Whether `key` can be loaded now. A hit counts as a use by `sequence` (a request's name); a load does not.
@@ -307,7 +311,7 @@ class BlockStore:
         until the next `end_step`, which the caller then has to call; unless a peer holds it, which may evict it.
         """
         if not self.index.pin_hit(key):
-            if self._peers is None or not self._peer_has(key, pin):
+            if self.peers is None or not self._peer_has(key, pin):
                 self._misses += 1
                 return False
             self._hits += 1
@@ -339,8 +343,8 @@ class BlockStore:
         if self._step_hits:
             self._note_hits()
         self.index.end_step()
-        if self._peers is not None:
-            self._peers.refresh()
+        if self.peers is not None:
+            self.peers.refresh()
         if self._log.has_held_back:
             self._log.flush()
 
@@ -370,6 +374,8 @@ class BlockStore:
         job = _Job(job_id, "store", sequence, keys)
         try:
             sources = self._checked(keys, rows)
+            if self._pool is not None and not all(0 < len(key) <= TABLE_KEY_BYTES for key in keys):
+                raise _RefusedError(f"a key in a pool is 1 to {TABLE_KEY_BYTES} bytes")
         except _RefusedError as refusal:
             self._refuse(job, refusal)
             return
@@ -380,8 +386,8 @@ class BlockStore:
             places = order.permutation(keys)
             keys = [keys[at] for at in places]
             sources = [sources[at] for at in places]
-        if self._peers is not None and not self._peers.keys.isdisjoint(keys):
-            keys, sources = self._without_peers(self._peers, keys, sources)
+        if self.peers is not None and not self.peers.keys.isdisjoint(keys):
+            keys, sources = self._without_peers(self.peers, keys, sources)
         new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new, sequence)
@@ -425,7 +431,7 @@ class BlockStore:
         if -1 in arena_rows:
             absent = [at for at, row in enumerate(arena_rows) if row < 0]
             self.index.drop([keys[at] for at in absent])
-            if self._peers is not None:
+            if self.peers is not None:
                 job.borrowed = self._borrow([keys[at] for at in absent], [targets[at] for at in absent])
             found = [at for at, row in enumerate(arena_rows) if row >= 0]
             keys = [keys[at] for at in found]
@@ -483,8 +489,13 @@ class BlockStore:
         self._counts.resets += 1
         self._step_hits.clear()
         self.index.clear()
-        if self._peers is not None:  # theirs were stored before, too, or with what this engine has no more
-            self._peers.clear()
+        if self.peers is not None:  # theirs are from before, too, or of weights that this engine has no more
+            self.peers.clear()
+            if not self._counts.resets - 1:
+                logger.info(
+                    "The tier was reset, after which weights may be others: from now on it keeps its blocks to itself, "
+                    "and they end with this process. Set keep_on_reset where a reset does not mean that"
+                )
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
         """Count `keys`, in this order, as used by the sequence; those not here are ignored."""
@@ -523,8 +534,8 @@ class BlockStore:
             return
         self._closed = True
         self.engine.close()
-        if self._peers is not None:
-            self._peers.close()
+        if self.peers is not None:
+            self.peers.close()
         self.drain()
         if self._pool is not None and not self._broken:
             self.index.leave_table()
@@ -564,8 +575,8 @@ class BlockStore:
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
         self.engine.signal(fd)
-        if self._peers is not None:
-            self._peers.signal(fd)
+        if self.peers is not None:
+            self.peers.signal(fd)
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
@@ -577,8 +588,8 @@ class BlockStore:
             rows_used=self.index.rows_used,
             rows_pinned=storing + loading + self.index.step_pins,
             blocks=len(self.index),
-            peers=0 if self._peers is None else self._peers.count,
-            peer_blocks=0 if self._peers is None else len(self._peers),
+            peers=0 if self.peers is None else self.peers.count,
+            peer_blocks=0 if self.peers is None else len(self.peers),
             stores_in_flight=len(self._stores),
             loads_in_flight=len(self._loads),
             store_bytes_in_flight=storing * row_bytes,
@@ -646,25 +657,25 @@ class BlockStore:
 
     def _borrow(self, keys: list[bytes], targets: list[int]) -> list[Borrowed]:
         """Queue copies of those blocks that peers hold."""
-        assert self._peers is not None
+        assert self.peers is not None
         borrowed = []
-        for part in self._peers.borrow(keys, targets):
+        for part in self.peers.borrow(keys, targets):
             try:
-                part.event = self._peers.stream.copy_rows(self.primary, part.targets, part.peer.rows, part.rows)
+                part.event = self.peers.stream.copy_rows(self.primary, part.targets, part.peer.rows, part.rows)
                 borrowed.append(part)
             except Exception as error:
-                self._peers.drop(part.keys)
+                self.peers.drop(part.keys)
                 self.report_fault("copy a peer's blocks", error)
         return borrowed
 
     def _end_borrowing(self, job: _Job) -> None:
         """Take out of a load those of its keys whose peer had changed, or lost, them before their copies ended."""
-        assert self._peers is not None
+        assert self.peers is not None
         for part in job.borrowed:
             lost = part.keys if part.event is not None and part.event.failed else part.lost()
             self._counts.blocks_borrowed += len(part.keys) - len(lost)
             if lost:
-                self._peers.drop(lost)
+                self.peers.drop(lost)
                 gone = set(lost)
                 job.keys = [key for key in job.keys if key not in gone]
                 job.missing += len(lost)
@@ -736,10 +747,10 @@ class BlockStore:
             self.index.usable = self.arena.ready
 
     def _peer_has(self, key: bytes, pin: bool) -> bool:
-        assert self._peers is not None
-        if not pin and key not in self._peers.keys:  # there may be no steps
-            self._peers.refresh()
-        return key in self._peers.keys
+        assert self.peers is not None
+        if not pin and key not in self.peers.keys:  # there may be no steps
+            self.peers.look()
+        return key in self.peers.keys
 
     def _without_peers(self, peers: Peers, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
         """Those keys that no peer holds, and their rows of the primary. The others are not stored again."""
@@ -750,7 +761,7 @@ class BlockStore:
 
     def _broken_by(self) -> str | None:
         """Why nothing can be copied any more; None if it can."""
-        if self._pool is not None and not self._pool.is_intact:
+        if self._pool is not None and not self._closed and not self._pool.table.is_intact():
             self.index.lose_table()  # touching memory that the file has not any more would end the process
             return f"{self._pool.path} was truncated"
         return self.engine.broken
@@ -760,7 +771,7 @@ class BlockStore:
         restored, pool.restored = pool.restored, ([], [], [], [])
         self.index.keep_in(pool.table, *restored)
         own_stream = self.engine.load_stream if self.engine.name == "host" else None
-        self._peers = Peers(pool.path.parent, pool.identity, self.primary.row_bytes, pool.inode, own_stream)
+        self.peers = Peers(pool.path.parent, pool.identity, self.primary.row_bytes, pool.inode, own_stream)
         return len(restored[0])
 
     def _note_hits(self) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_tier.config import TierConfig
-from async_tier.memory.pool import find_pools, find_room
+from async_tier.memory.pool import find_pools, room_in
 from async_tier.observe import timeline
 from async_tier.operate import doctor, pools, settings, size
 from async_tier.text import format_size, parse_size
@@ -173,7 +173,7 @@ def run_pool(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     try:
         files = find_pools(folder)
         cleared = list(pools.clear(files)) if options.action == "clear" else [(file, None) for file in files]
-        room = find_room(folder)
+        room = room_in(folder)
     except OSError as error:
         parser.error(f"pool {options.folder}: {error.strerror}")
     if options.action == "clear":

@@ -23,8 +23,8 @@ from async_tier.order import SequenceOrder
 from async_tier.streams import _native
 
 FREE, FILLING, READY, ORPHAN = range(4)
-# How many rows' last uses are copied to the table in a step. All are within some hundred steps.
-_USES_PER_STEP = 4096
+# The last uses of so many rows are copied to the table in every so many steps: it takes 1 us.
+_USES, _USES_STEPS = 4096, 16
 
 
 class Change(NamedTuple):
@@ -59,7 +59,7 @@ class BlockIndex:
         # See `keep_in`. Rows from `_asleep` up to `_restored` were in the table, and are not usable yet.
         self._table: _native.Table | None = None
         self._asleep = self._restored = 0
-        self._next_use = 0
+        self._steps = 0
 
     def __len__(self) -> int:
         """The number of READY blocks."""
@@ -168,10 +168,10 @@ class BlockIndex:
         if self._step_pins:
             pinned, self._step_pins = self._step_pins, []
             self.unpin(pinned)
-        if self._table is not None and self._policy.used_at is not None:
-            count = min(_USES_PER_STEP, self.capacity - self._next_use)
-            self._table.note_uses(self._policy.used_at, self._next_use, count)
-            self._next_use = (self._next_use + count) % self.capacity
+        self._steps += 1
+        if self._table is not None and self._steps % _USES_STEPS == 0 and self._policy.used_at is not None:
+            first = self._steps // _USES_STEPS * _USES % (-(-self.capacity // _USES) * _USES)
+            self._table.note_uses(self._policy.used_at, first, min(_USES, self.capacity - first))
 
     def reserve(
         self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None, distinct: bool = False
@@ -314,7 +314,7 @@ class BlockIndex:
         if self._free:
             rows = self._free[-count:] if count else []
             del self._free[len(self._free) - len(rows) :]
-        fresh = range(self._fresh, self._fresh + min(count - len(rows), self.usable - self._fresh))
+        fresh = range(self._fresh, self._fresh + max(0, min(count - len(rows), self.usable - self._fresh)))
         self._fresh = fresh.stop
         if len(fresh) == count:
             return fresh

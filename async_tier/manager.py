@@ -11,9 +11,10 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadi
 
 from async_tier.block_store import BlockStore, Statistics
 from async_tier.config import TierConfig
+from async_tier.memory.pool import Identity
 from async_tier.streams.rows import Rows
 from async_tier.text import brief, format_size
-from async_tier.vllm import compat
+from async_tier.vllm import compat, namespace
 from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.metrics import TierMetrics, definitions
 from async_tier.vllm.promises import KEEP, REFUSE, WAIT, Promises
@@ -73,7 +74,9 @@ class AsyncSecondaryTierManager(compat.TierBase):
         self.locality = compat.locality(self.config.locality)
         self.custom_param = custom_param
         self.config = _resolve_engine(self.config, offloading_spec)
-        self.block_store = BlockStore(Rows.of_view(primary_kv_view), self.config)
+        primary = Rows.of_view(primary_kv_view)
+        identity = None if self.config.pool_folder is None else _identity(self.config, offloading_spec, primary)
+        self.block_store = BlockStore(primary, self.config, identity=identity)
         self._promises = Promises(self.block_store.primary.count, self.block_store.has, compat.group_of)
         self._label = compat.tier_label(offloading_spec, tier_type)
         self._metrics = TierMetrics(self._label, self.block_store, self._promises)
@@ -316,6 +319,15 @@ class AsyncSecondaryTierManager(compat.TierBase):
             primary,
             f", {int(primary / sum(1 / tokens for tokens in tokens_per_block))} tokens" if tokens_per_block else "",
         )
+        if (pool := self.block_store.arena.pool) is not None:
+            logger.info(
+                "Tier '%s' begins with %d blocks that were in its file %s; %d others of this namespace have %d",
+                self.tier_type,
+                statistics.restored,
+                pool.path,
+                statistics.peers,
+                statistics.peer_blocks,
+            )
         step_blocks = sum(-(-(tokens_per_step or 0) // tokens) for tokens in tokens_per_block)
         if step_blocks > primary:
             logger.warning(
@@ -354,6 +366,14 @@ def _check_nodes(offloading_spec: Any, tier_type: str) -> None:
             f"the workers of this engine are spread over {nodes} nodes, but a tier in the scheduler's memory sees only "
             "its own node's part of each block; use one node per engine, or a tier on shared storage"
         )
+
+
+def _identity(config: TierConfig, offloading_spec: Any, primary: Rows) -> Identity:
+    """What the blocks of a pool belong to. Raises ValueError if that cannot be known, or is another in each run."""
+    namespace.check_seed(offloading_spec)
+    facts = namespace.facts(offloading_spec, primary.row_bytes)
+    name, model = str(config.namespace), (facts.get("model") or {}).get("model", "")
+    return Identity(namespace.digest(facts, name), {"namespace": name, "model": model, "vllm": facts["vllm"]})
 
 
 def _resolve_engine(config: TierConfig, offloading_spec: Any) -> TierConfig:

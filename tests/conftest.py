@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -28,19 +29,23 @@ collect_ignore_glob = [] if CUDA else ["test_cuda_*.py", "cuda_emulator/*"]
 if CUDA == "real":
     collect_ignore_glob = ["cuda_emulator/*"]
 
+POOL = f"/dev/shm/async-tier-tests-{os.getpid()}"
 ENGINES = {
     "host": {"engine": "host"},
+    "host, pool in a folder": {"engine": "host", "pool": POOL, "namespace": ""},
     "cuda, pool host": {"engine": "cuda", "staging_bytes": "64KiB"},
     "cuda, pool cuda:0": {"engine": "cuda", "pool": "cuda:0"},
+    "cuda, pool in a folder": {"engine": "cuda", "staging_bytes": "64KiB", "pool": POOL, "namespace": ""},
 }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of the contract, and others of every engine, run once per engine."""
     marks = metafunc.definition
-    is_for_all = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
-    if CUDA and is_for_all and not marks.get_closest_marker("host_only"):
-        metafunc.parametrize("engine", list(ENGINES), indirect=True, scope="function")
+    asked = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
+    if asked and not marks.get_closest_marker("host_only"):
+        names = [name for name in asked.args or ENGINES if CUDA or name.startswith("host")]
+        metafunc.parametrize("engine", names, indirect=True, scope="function")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,9 +106,10 @@ def _assert_no_violations() -> None:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _leaves_nothing: None) -> str:
     """The name of the engine that `helpers.make_tier` and `helpers.World` build on."""
     name: str = getattr(request, "param", "host")
-    if CUDA:
+    if hasattr(request, "param"):
         monkeypatch.setattr("tests.helpers.ENGINE_OPTIONS", ENGINES[name])
-    return name
+    yield name
+    shutil.rmtree(POOL, ignore_errors=True)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -26,6 +27,15 @@ PATIENCE_S = 30
 
 # Set by the fixture `engine`: what the tier's configuration says of the engine.
 ENGINE_OPTIONS: dict[str, Any] = {}
+_namespaces = itertools.count()
+
+
+def engine_options() -> dict[str, Any]:
+    """The options of the test's engine. Each tier in a pool has a namespace of its own, so that none is a peer."""
+    own = {"namespace": str(next(_namespaces))} if "namespace" in ENGINE_OPTIONS else {}
+    return {**ENGINE_OPTIONS, **own}
+
+
 # Made by the test under way.
 _stores: list[BlockStore] = []
 _primaries: list[np.ndarray] = []
@@ -60,7 +70,7 @@ def make_tier(primary: np.ndarray, blocks: int | None = None, **options: Any) ->
     """A tier that holds `blocks` blocks, over `primary`, on the test's engine."""
     if blocks is not None:
         options["bytes_to_use"] = blocks * primary.shape[1]
-    tier = AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **{**ENGINE_OPTIONS, **options})
+    tier = AsyncSecondaryTierManager(MagicMock(), memoryview(primary), "async", **{**engine_options(), **options})
     remember(tier.block_store, primary)
     return tier
 
@@ -206,7 +216,7 @@ class World:
             primary_kv_view=primary_tier.get_kv_memoryview(),
             tier_type="async",
             bytes_to_use=tier_blocks * row_bytes,
-            **{**ENGINE_OPTIONS, **options},
+            **{**engine_options(), **options},
         )
         remember(self.tier.block_store, self.primary)
         peers = [peer(primary_tier.get_kv_memoryview())] if peer is not None else []

@@ -9,6 +9,7 @@ block are made from its key, so that any byte of another block, or of none, is s
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -21,11 +22,14 @@ import numpy as np
 
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
+from async_tier.order import SequenceOrder
 from async_tier.streams.rows import Rows
 
 ROW_BYTES, ROWS, KEYS = 4096, 48, 128
-# A child lives at most so long, in seconds; the sooner it is killed, the more of its start is under test.
-LIFE_S = 0.015
+# An owner is killed after at most so many operations; one of ten within its first milliseconds, while it starts.
+OPERATIONS = 60
+START_S = 0.006
+PATIENCE_S = 30.0
 
 
 def key_of(number: int) -> bytes:
@@ -46,12 +50,13 @@ def open_store(folder: Path, primary: np.ndarray, rows: int = ROWS) -> BlockStor
     return BlockStore(Rows.of_view(memoryview(primary)), TierConfig.parse({**options, "copy_threads": 1}))
 
 
-def own(folder: Path, seed: int) -> None:
-    """Be an owner until somebody ends us."""
+def own(folder: Path, seed: int, done: mmap.mmap) -> None:
+    """Be an owner until somebody ends us. done: its first byte is set to how many operations were made."""
     dice = random.Random(seed)
     store = open_store(folder, CONTENTS)
     job = 0
     while True:
+        done[0] = min(job, 255)
         job += 1
         first, count = dice.randrange(KEYS), dice.randrange(1, 24)
         numbers = [(first + at) % KEYS for at in range(count)]
@@ -85,7 +90,8 @@ class Reader:
 
     def read(self) -> int:
         """Load what there seems to be, and compare it. Returns how many blocks arrived."""
-        self.store.end_step()
+        self.store.finish_sequence("a request")
+        self.store.begin_sequence("a request", SequenceOrder({}))  # as a server does, which then looks for peers
         numbers = [number for number in range(KEYS) if self.store.has(key_of(number))]
         if not numbers:
             return 0
@@ -105,17 +111,21 @@ def run(folder: Path, kills: int, seed: int) -> Reader:
     """Kill so many owners; the reader that saw it all, which the caller closes. Raises if an owner ends by itself."""
     reader = Reader(folder)
     dice = random.Random(seed)
+    done = mmap.mmap(-1, mmap.PAGESIZE)
     for number in range(kills):
+        done[0] = 0
         child = os.fork()
         if child == 0:
             try:
-                own(folder, seed + number)
+                own(folder, seed + number, done)
             finally:  # it came here by an exception, which pytest must not see
                 os._exit(1)
-        end = time.monotonic() + dice.random() * LIFE_S
-        while time.monotonic() < end:
+        is_early = dice.random() < 0.1
+        enough = 255 if is_early else dice.randrange(OPERATIONS)
+        end = time.monotonic() + (dice.random() * START_S if is_early else PATIENCE_S)
+        while done[0] < enough and time.monotonic() < end:
             reader.read()
-            os.sched_yield()
+        assert is_early or done[0] >= enough, f"the owner has not done anything for {PATIENCE_S} s"
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL, f"the owner ended by itself (kill {number} of seed {seed})"

@@ -55,7 +55,7 @@ def patience(monkeypatch):
 
 
 def config(size: int) -> TierConfig:
-    return TierConfig.parse({**helpers.ENGINE_OPTIONS, "bytes_to_use": size})
+    return TierConfig.parse({**helpers.engine_options(), "bytes_to_use": size})
 
 
 def open_store(primary: np.ndarray, blocks: int = 64) -> AsyncBlockStore:

@@ -436,7 +436,7 @@ def mount(root: Path, folder: Path, kind: str, options: str = "rw") -> None:
 
 
 def has_room(monkeypatch, room: int | None) -> None:
-    monkeypatch.setattr(pools, "find_room", lambda folder: room)
+    monkeypatch.setattr(pools, "room_in", lambda folder: room)
 
 
 def judge_pool(folder: Path, primary: int = 4 * GIB, **options: Any) -> list[Finding]:

@@ -538,7 +538,7 @@ class TestEvents:
         )
 
     def make(self, primary: np.ndarray, spec: Any, blocks: int, **options: Any) -> AsyncSecondaryTierManager:
-        options = {**helpers.ENGINE_OPTIONS, "enable_kv_events": True, **options}
+        options = {**helpers.engine_options(), "enable_kv_events": True, **options}
         size = blocks * primary.shape[1]
         tier = AsyncSecondaryTierManager(spec, memoryview(primary), "async", bytes_to_use=size, **options)
         remember(tier.block_store, primary)

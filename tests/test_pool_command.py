@@ -19,8 +19,9 @@ from async_tier import cli, machine
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.memory import pool
-from async_tier.memory.pool import Description, find_pools, find_room, remove_pool
+from async_tier.memory.pool import Description, find_pools, remove_pool, room_in
 from async_tier.operate import pools
+from async_tier.order import SequenceOrder
 from async_tier.streams.rows import Rows
 from tests.rows import zero_rows
 
@@ -290,7 +291,7 @@ def test_an_engine_that_reads_a_removed_file_lets_go_of_it(capsys, folder, opene
     assert reader.lookup(NAMES[0])
     assert reader.statistics().peers == 1
     said(capsys, "clear", folder)
-    reader.end_step()
+    reader.begin_sequence("the next request", SequenceOrder({}))
     assert not any(reader.lookup(name) for name in NAMES)
     assert (reader.statistics().peers, reader.statistics().peer_blocks) == (0, 0)
     assert gone.name not in Path("/proc/self/maps").read_text(), "its memory is free"
@@ -346,7 +347,7 @@ def blocks(monkeypatch, **changes: int) -> None:
 
 def test_a_mount_without_a_limit_takes_a_pool(folder, opened, monkeypatch, capsys):
     blocks(monkeypatch)
-    assert find_room(folder) is None
+    assert room_in(folder) is None
     make_store(folder, opened)
     assert said(capsys, "list", folder)[-1] == f"1 files; the mount of {folder} has no limit but memory's"
 
@@ -359,15 +360,15 @@ def test_hugetlbfs_has_as_much_room_as_there_are_pages(folder, opened, monkeypat
     (pages / "free_hugepages").write_text("8\n")
     (pages / "resv_hugepages").write_text("3\n")
     blocks(monkeypatch, f_frsize=2 << 20)
-    assert find_room(folder) == 5 * (2 << 20)
+    assert room_in(folder) == 5 * (2 << 20)
     blocks(monkeypatch, f_frsize=2 << 20, f_blocks=4, f_bavail=1)
-    assert find_room(folder) == 2 << 20, "a mount's own limit counts, too"
+    assert room_in(folder) == 2 << 20, "a mount's own limit counts, too"
 
 
 def test_pages_of_hugetlbfs_are_not_asked_of_available_memory(folder, opened, monkeypatch, tmp_path):
     monkeypatch.setattr(pool, "refuse_if_unavailable", lambda size: pytest.fail("they were set apart"))
-    monkeypatch.setattr(pool, "find_room", lambda folder: None)
-    monkeypatch.setattr(pool, "find_mount", lambda device: ("hugetlbfs", "rw"))
+    monkeypatch.setattr(pool, "room_in", lambda folder: None)
+    monkeypatch.setattr(pool, "file_system", lambda device: "hugetlbfs")
     make_store(folder, opened)
 
 

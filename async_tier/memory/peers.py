@@ -42,11 +42,10 @@ class Peer:
         count, row_bytes = description.capacity, description.row_bytes
         address = map_memory(size, fd, mmap.PROT_READ)
         self.number = number
-        self.fd = fd
-        self.size = size
-        self.table = _native.Table(address, count)
+        self.table = _native.Table(address, count, fd, size)
         self.rows = Rows(address=address + offset, count=count, row_bytes=row_bytes, stride=row_bytes)
-        weakref.finalize(self, _release, address, size, fd, os.getpid())
+        # Not at the interpreter's exit, which ends the engine that may be copying only afterwards.
+        weakref.finalize(self, _release, address, size, fd, os.getpid()).atexit = False
         # What was read of its table: of which epoch, how many of its changes, and the records up to `scanned`.
         self.epoch = self.seen = self.scanned = 0
         # By row, the key of its block and the word of its record; None and 0 without a block.
@@ -84,6 +83,7 @@ class Peers:
         self._engine: HostEngine | None = None
         if stream is None:
             self._engine = HostEngine(default_threads())
+            weakref.finalize(self, self._engine.close)
             stream = self._engine.load_stream
         self.stream: CopyStream = stream
         self._folder, self._prefix, self._digest = str(folder), identity.prefix, identity.digest
@@ -96,6 +96,7 @@ class Peers:
         self._by_number: dict[int, Peer] = {}
         # By key, the number of its peer << 32 | its row. Of several peers that hold it, one.
         self._places: dict[bytes, int] = {}
+        self.look()
         self.refresh(limit=1 << 60)
 
     def __len__(self) -> int:
@@ -112,8 +113,8 @@ class Peers:
         """The keys of the blocks. Asking costs what asking a dict costs."""
         return self._places.keys()
 
-    def refresh(self, limit: int = REFRESH_RECORDS) -> None:
-        """Read what has changed, at most `limit` records of it. Never blocks, and raises nothing."""
+    def look(self) -> None:
+        """Find the files that came, and those that went, and `refresh`. Raises nothing."""
         if self._is_over:
             return
         with contextlib.suppress(OSError):  # the folder was removed: what is mapped stays
@@ -122,8 +123,12 @@ class Peers:
             if changed != self._looked_at or abs(time.time_ns() - changed) < COARSE_NS:
                 self._looked_at = changed
                 self._look()
+        self.refresh()
+
+    def refresh(self, limit: int = REFRESH_RECORDS) -> None:
+        """Read what has changed in the known files, at most `limit` records. Never blocks, and raises nothing."""
         for peer in self._peers.values():
-            has_news = peer.table.news(peer.fd, peer.size, peer.epoch, peer.seen)
+            has_news = peer.table.news(peer.epoch, peer.seen)
             if has_news is None:
                 logger.warning("The blocks of a file in %s are not used any more: it was truncated", self._folder)
                 self._gone.append(peer)

@@ -48,15 +48,18 @@ _MAGIC = b"async-tier pool\n"
 _FIELDS = struct.Struct("<16sI32sQQQQ36sI")
 _SUM = struct.Struct("<I")  # a CRC of all of the above, and of the text
 _TEXT_BYTES = 1024
-_OWNER = struct.Struct("<QQd")  # process, its PID namespace, when it became the owner (time.time)
+# The owner's process, or 0 if it has closed the file in good order; its PID namespace; when it came (time.time).
+_OWNER = struct.Struct("<QQd")
 _OWNER_OFFSET = 1536
 _DESCRIPTION_BYTES = 2048
 _HUGE_PAGE = 2 << 20
 # Memory is allocated so many bytes at a time, each of which takes some 20 ms.
 _ALLOCATION_BYTES = 64 << 20
-HUGETLBFS = "hugetlbfs"
+# How long a file is left to a process that is ending. A large one takes seconds.
+ENDING_S = 30.0
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
-_IN_MEMORY = ("tmpfs", HUGETLBFS)
+HUGE = "hugetlbfs"
+_IN_MEMORY = ("tmpfs", HUGE)
 # What Identity.prefix and a number make, of any version.
 _NAME = re.compile(rf"[0-9a-f]{{16}}-\d+-\d+{re.escape(SUFFIX)}")
 
@@ -163,12 +166,18 @@ def check_folder(folder: Path, on_disk: bool, *, make: bool = True) -> None:
 
 
 def _check_file_system(name: str, device: int, on_disk: bool) -> None:
-    kind, _ = find_mount(device)
+    kind = file_system(device)
     if kind not in _IN_MEMORY and not on_disk:
         raise ValueError(
             f"{name} must be on {' or '.join(_IN_MEMORY)}, such as /dev/shm, but is on {kind}; for a file system on a "
             "disk, whose writes would slow copies down, set pool_on_disk to true"
         )
+
+
+def _refuse_if_unavailable(folder: Path, size: int) -> None:
+    """Raise MemoryError if the machine has no such memory left. Huge pages of hugetlbfs are set aside already."""
+    if file_system(os.stat(folder).st_dev) != HUGE:
+        refuse_if_unavailable(size)
 
 
 def find_mount(device: int) -> tuple[str, str]:
@@ -182,12 +191,17 @@ def find_mount(device: int) -> tuple[str, str]:
     return "an unknown file system", ""
 
 
-def find_room(folder: Path) -> int | None:
+def file_system(device: int) -> str:
+    """The kind of the file system with this number (st_dev), as in "tmpfs"."""
+    return find_mount(device)[0]
+
+
+def room_in(folder: Path) -> int | None:
     """The bytes that the folder's mount has left; None if it has no limit but memory's. Raises OSError."""
     status, limits = os.statvfs(folder), []
     if status.f_blocks:  # otherwise it has no limit of its own, and says 0 for all
         limits.append(status.f_bavail * status.f_frsize)
-    if find_mount(os.stat(folder).st_dev)[0] == HUGETLBFS:
+    if file_system(os.stat(folder).st_dev) == HUGE:
         pages = machine.ROOT / f"sys/kernel/mm/hugepages/hugepages-{status.f_frsize // 1024}kB"
         free, promised = (int((pages / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
         limits.append((free - promised) * status.f_frsize)
@@ -197,8 +211,8 @@ def find_room(folder: Path) -> int | None:
 class PoolArena:
     """Memory for `count` rows of `row_bytes` bytes in a file of `folder`: one that was left behind, or a new one.
 
-    table: of its rows. restored: the blocks in it, as `_native.Table.restore` gives them. `ready` rows have memory; with
-    `allocate` a thread sees to the rest, and where the file system has no more room, fewer stay.
+    table: of its rows. restored: the blocks in it, as `_native.Table.restore` gives them. `ready` rows have memory;
+    with `allocate` a thread sees to the rest, and where the file system has no more room, fewer stay.
 
     Raises ValueError for a folder that cannot be used, MemoryError if it or the machine has no room.
     """
@@ -227,17 +241,21 @@ class PoolArena:
         self.size = size
         self.inode = os.fstat(self._fd).st_ino
         self.rows = Rows(address=address + rows_offset, count=count, row_bytes=row_bytes, stride=row_bytes)
-        self.table = _native.Table(address, count)
+        self.table = _native.Table(address, count, self._fd, size)
         if self.table.epoch & 1:
             self.table.end_reset()
         self.restored = self.table.restore()
-        owner = _OWNER.pack(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, time.time())
+        owner = _OWNER.pack(os.getpid(), _pid_namespace(), time.time())
         ctypes.memmove(address + _OWNER_OFFSET, owner, len(owner))
         # Rows up to the last one with a block have memory already. Others may.
         self._ready = self.restored[0][-1] + 1 if self.restored[0] else 0
         self._rows_offset = rows_offset
         if allocate:
-            self._allocate_next()  # so that the first blocks can be stored at once
+            try:
+                self._allocate_next()  # so that the first blocks can be stored at once
+            except OSError as error:
+                self._release()
+                raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
             threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True).start()
 
     @property
@@ -249,11 +267,6 @@ class PoolArena:
     def ready(self) -> int:
         """See RowMemory."""
         return self._ready
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether the file still has its size. Touching memory that it has not any more would end the process."""
-        return self.table.news(self._fd, self.size, 0, 0) is not None
 
     def close(self) -> None:
         """Unmap the memory, and give up the file. All copies that touch it must have ended. Idempotent."""
@@ -308,6 +321,9 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 logger.warning("%s is removed, and its blocks are lost: %s", path, error)
                 path.unlink(missing_ok=True)
                 continue
+            if not _has_ended(fd):
+                logger.warning("%s is passed over: its owner has not ended in %d s", path, ENDING_S)
+                continue
             # The digest and the geometry; what is shown to people may differ.
             if (found.digest, found.capacity, found.rows_offset, found.size) != (
                 *(wanted.digest, wanted.capacity, wanted.rows_offset, wanted.size),
@@ -315,7 +331,7 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 continue
             used = wanted.rows_offset + wanted.capacity * wanted.row_bytes
             if (missing := used - os.fstat(fd).st_blocks * 512) > 0:
-                _refuse_without_memory(folder, missing)
+                _refuse_if_unavailable(folder, missing)
             ends.pop_all()
             return path, fd, False
     return None
@@ -323,8 +339,8 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
 
 def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, bool]:
     """(path, descriptor with the lock, True) of a new file. It has a name only when it is whole."""
-    _refuse_without_memory(folder, wanted.size)
-    room = find_room(folder)
+    _refuse_if_unavailable(folder, wanted.size)
+    room = room_in(folder)
     if room is not None and wanted.size > room:
         raise MemoryError(
             f"the tier asks for {format_size(wanted.size)} ({wanted.size} bytes), but pool {folder} has "
@@ -360,10 +376,34 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
         return folder / name, fd, True
 
 
-def _refuse_without_memory(folder: Path, size: int) -> None:
-    """Raise MemoryError if the machine has not so much. Pages of hugetlbfs were set apart: none is available memory."""
-    if find_mount(os.stat(folder).st_dev)[0] != HUGETLBFS:
-        refuse_if_unavailable(size)
+def _has_ended(fd: int) -> bool:
+    """Wait until the process that owned a file has ended, at most for ENDING_S. Whether it has.
+
+    A dying process first gives up its memory, and the lock with it, and only then its GPU, which may still be copying
+    into a row. In another container it cannot be seen.
+    """
+    process, namespace, since = _OWNER.unpack(os.pread(fd, _OWNER.size, _OWNER_OFFSET))
+    deadline = time.monotonic() + ENDING_S
+    while process and namespace == _pid_namespace() and _is_running(process, since):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_running(process: int, since: float) -> bool:
+    """Whether a process that was running at that time has not ended. A zombie has, once its last thread has."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        has_threads = len(os.listdir(f"/proc/{process}/task")) > 1
+    except OSError:
+        return False
+    started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[18]) / os.sysconf("SC_CLK_TCK")
+    return started < since + 1 and (state != "Z" or has_threads)
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def _boot() -> str:
@@ -373,8 +413,11 @@ def _boot() -> str:
 
 def _release(address: int, size: int, claimed: int | None, fd: int, stop: threading.Event, owner: int) -> None:
     stop.set()
+    is_intact = os.fstat(fd).st_size >= size
     os.close(fd)
     if os.getpid() == owner:  # a forked child may have other memory there
+        if is_intact:
+            ctypes.memset(address + _OWNER_OFFSET, 0, 8)
         unmap_memory(address, size)
         if claimed is not None:
             os.close(claimed)
@@ -429,7 +472,7 @@ def _examine(path: Path) -> FoundPool | None:
         except (OSError, ValueError) as error:
             return replace(found, problem=getattr(error, "strerror", None) or str(error))
     process, namespace, since = _OWNER.unpack_from(memory.data, _OWNER_OFFSET)
-    table = _native.Table(memory.ctypes.data, description.capacity)
+    table = _native.Table(memory.ctypes.data, description.capacity, -1, 0)
     is_reset = bool(table.epoch & 1)
     used_at = [] if is_reset else table.restore()[3]  # of what was read: the file stays as it is
     return replace(
@@ -456,7 +499,7 @@ def _read(fd: int, size: int) -> np.ndarray:
 
 def _owner(process: int, namespace: int) -> str:
     """Who holds a file. process, namespace: what is written in it, by its last owner until a new one has started."""
-    if process and namespace != os.stat("/proc/self/ns/pid").st_ino:
+    if process and namespace != _pid_namespace():
         return "an engine in another container"
     try:
         name = (machine.ROOT / f"proc/{process}/comm").read_text(errors="replace").strip()
@@ -466,7 +509,8 @@ def _owner(process: int, namespace: int) -> str:
 
 
 def remove_pool(path: Path) -> bool:
-    """Remove a file, unless an engine owns it. Whether it is gone; engines that read it forget its blocks.
+    """Remove a file, unless an engine owns it. Whether it is gone; an engine that reads it forgets its blocks when
+    its next request comes.
 
     Raises OSError if it cannot be removed, ValueError if it is no file, or another user's.
     """

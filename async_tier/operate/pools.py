@@ -12,7 +12,7 @@ from typing import Any
 
 from async_tier import machine
 from async_tier.config import TierConfig
-from async_tier.memory.pool import HUGETLBFS, FoundPool, find_mount, find_pools, find_room, remove_pool
+from async_tier.memory.pool import HUGE, FoundPool, file_system, find_mount, find_pools, remove_pool, room_in
 from async_tier.operate.doctor import NOTE, OK, PROBLEM, Finding
 from async_tier.text import brief, format_size, format_time
 
@@ -64,14 +64,14 @@ def new_memory(config: TierConfig, size: int) -> int:
     folder = config.pool_folder
     if folder is None:
         return size
-    if find_mount(_mounted(folder).stat().st_dev)[0] == HUGETLBFS:
+    if file_system(_mounted(folder).stat().st_dev) == HUGE:
         return 0  # its pages were set apart before
     return _missing(size, _left_behind(folder, config.namespace, size))
 
 
 def look_at_pool(folder: Path, namespace: str | None, size: int, primary: int) -> Iterator[Finding]:
     """Whether a tier's file of so many bytes has room, beside a primary of so many. The folder is one for pools."""
-    device, room = _mounted(folder).stat().st_dev, find_room(_mounted(folder))
+    device, room = _mounted(folder).stat().st_dev, room_in(_mounted(folder))
     kind, options = find_mount(device)
     file = _left_behind(folder, namespace, size)
     needed = _missing(size, file)
@@ -96,7 +96,7 @@ def look_at_pool(folder: Path, namespace: str | None, size: int, primary: int) -
         else:
             says = f"the memory of {folder} comes in small pages (huge={huge}), which take longer"
             yield Finding(NOTE, "pool's pages", says, "mount it with huge=within_size, or use hugetlbfs")
-    elif kind == HUGETLBFS:
+    elif kind == HUGE:
         yield Finding(OK, "pool's pages", f"the memory of {folder} comes in huge pages ({options})")
 
 

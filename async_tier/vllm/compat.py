@@ -13,6 +13,8 @@ It tests for features, not for version numbers, and gives the rest of the packag
     positions of keys                 -      -      -      -      -      yes .......
     events with an owner              -      -      -      -      yes (0.29) .......
     config_info                       -      -      -      -      -      -      yes
+    a fixed seed of block hashes      -      -      -      -      yes (0.29) .......
+    the KV layout in the configuration -     -      -      -      yes ..............
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from async_tier.block_store import Finished
 from async_tier.order import SequenceOrder
@@ -39,8 +42,11 @@ try:
     import vllm.platforms
     import vllm.v1.kv_offload.base as vllm_base
     import vllm.v1.kv_offload.tiering.base as vllm_tiering
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheTensor
     from vllm.v1.kv_offload.base import ReqContext
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 except ImportError as error:
@@ -273,6 +279,79 @@ def partial_chunk_problem(offloading_spec: Any) -> str | None:
         f"blocks_per_chunk must be 1, not {factor} (block_size: the KV cache's own), with this model's KV groups "
         f"({', '.join(sorted(kinds))}): vLLM stores a chunk of which it has freed blocks, and loads it as a whole"
     )
+
+
+def configurations(offloading_spec: Any) -> tuple[VllmConfig, KVCacheConfig] | None:
+    """vLLM's configurations of this spec; None for a mock.
+
+    Raises ValueError if they cannot be found for a spec of vLLM's.
+    """
+    config = _find_config(VllmConfig, "vllm_config", offloading_spec)
+    caches = _find_config(KVCacheConfig, "kv_cache_config", offloading_spec)
+    if config is not None and caches is not None:
+        return config, caches
+    # The type itself: a mock may claim to be an instance.
+    if issubclass(type(offloading_spec), vllm_base.OffloadingSpec):
+        missing = "VllmConfig" if config is None else "KVCacheConfig"
+        raise ValueError(f"vLLM's {missing} cannot be found, so nobody knows what the blocks of a pool would mean")
+    return None
+
+
+# What the spec, or its `config`, knows of a block. The first three: up to 0.26.
+_BLOCK_FIELDS = (
+    *("gpu_block_size", "hash_block_size", "block_size_factor"),
+    *("tokens_per_block", "tokens_per_hash", "blocks_per_chunk", "canonical_layout", "replicated_layout"),
+)
+
+
+def block_fields(offloading_spec: Any) -> dict[str, Any]:
+    """What this version's spec says of a block: its tokens, by KV group, and how the workers' parts lie in it."""
+    found = {}
+    for holder in (offloading_spec, getattr(offloading_spec, "config", None)):  # the second one has the last word
+        for name in _BLOCK_FIELDS:
+            value = getattr(holder, name, None)
+            if isinstance(value, (int, tuple)):  # vLLM's unit tests pass mocks
+                found[name] = value
+    return found
+
+
+def layers_of_tensors(caches: KVCacheConfig) -> list[list[str]]:
+    """By tensor of the KV cache, the layers in it: in this order their pages lie in a row."""
+    name = "layers" if "layers" in KVCacheTensor.__dataclass_fields__ else "shared_by"  # the first from 0.30 on
+    return [getattr(tensor, name) for tensor in caches.kv_cache_tensors]
+
+
+def kv_layout(config: VllmConfig) -> str | None:
+    """In which order the numbers of a layer's KV lie, as far as vLLM has decided; None if it has not."""
+    if hasattr(config.cache_config, "kv_cache_layout"):
+        return config.cache_config.kv_cache_layout
+    with set_current_vllm_config(config):  # what the connectors ask for; backends may ask for something else
+        return get_kv_connector_cache_layout()
+
+
+def device() -> dict[str, Any]:
+    """What computes. The name of a GPU decides which attention backend vLLM chooses, the CPU's tiles the layout."""
+    platform = vllm.platforms.current_platform
+    if platform.is_cpu():
+        return {"type": "cpu", "machine": os.uname().machine, "amx": torch.cpu._is_amx_tile_supported()}
+    try:
+        name = platform.get_device_name()
+    except Exception:  # whatever the driver's library raises where this process sees no GPU, as under Ray
+        name = None
+    return {"type": platform.device_type, "name": name}
+
+
+def hash_seed(algorithm: str) -> str | None:
+    """The seed of vLLM's block hashes, for this prefix_caching_hash_algo; None if every process draws its own.
+
+    vLLM takes PYTHONHASHSEED as a text, so "random" and "" are seeds, too. Its `get_none_hash_seed` is of no use: vLLM
+    sets the seed after tiers are constructed.
+    """
+    resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
+    if resolve is None:  # up to 0.28
+        return os.environ.get("PYTHONHASHSEED")
+    first, second = (resolve(get_hash_fn_by_name(algorithm)) for _ in range(2))
+    return first if first == second else None
 
 
 def _find_config(kind: type[Config], name: str, offloading_spec: Any) -> Config | None:

@@ -55,20 +55,26 @@ typedef struct {
     int64_t *used_at; /* by row, in us of CLOCK_MONOTONIC; may be somewhat older than the owner's own */
     Record *records;
     Py_ssize_t capacity;
+    int fd; /* of the file; the caller's */
+    long long size;
 } Table;
 
 static Table *table_of(PyObject *self) { return (Table *)self; }
 
 static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"address", "capacity", NULL};
+    static char *names[] = {"address", "capacity", "fd", "size", NULL};
     unsigned long long address;
     Py_ssize_t capacity;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Kn", names, &address, &capacity))
+    int fd;
+    long long size;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KniL", names, &address, &capacity, &fd, &size))
         return NULL;
     Table *self = (Table *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (self == NULL)
         return NULL;
     self->capacity = capacity;
+    self->fd = fd;
+    self->size = size;
     self->header = (Header *)(uintptr_t)address;
     self->used_at = (int64_t *)(self->header + 1);
     self->records = (Record *)(self->used_at + capacity + (capacity & 7 ? 8 - (capacity & 7) : 0));
@@ -292,15 +298,20 @@ static PyObject *table_scan(PyObject *self, PyObject *args) {
     return lists_close(&lists, failed);
 }
 
+/* Touching memory that the file has not any more would end the process. */
+static int is_intact(const Table *table) {
+    struct stat status;
+    return fstat(table->fd, &status) == 0 && status.st_size >= table->size;
+}
+
+static PyObject *table_is_intact(PyObject *self, PyObject *unused) { return PyBool_FromLong(is_intact(table_of(self))); }
+
 static PyObject *table_news(PyObject *self, PyObject *args) {
     Table *table = table_of(self);
-    int fd;
-    long long size;
     unsigned long long epoch, seen;
-    if (!PyArg_ParseTuple(args, "iLKK", &fd, &size, &epoch, &seen))
+    if (!PyArg_ParseTuple(args, "KK", &epoch, &seen))
         return NULL;
-    struct stat status;
-    if (fstat(fd, &status) || status.st_size < size) /* touching what the file has not any more would end the process */
+    if (!is_intact(table))
         Py_RETURN_NONE;
     return PyBool_FromLong(atomic_load_explicit(&table->header->epoch, memory_order_relaxed) != epoch ||
                            atomic_load_explicit(&table->header->changes, memory_order_relaxed) != seen);
@@ -420,8 +431,10 @@ static PyMethodDef table_methods[] = {
     {"scan", table_scan, METH_VARARGS,
      "scan(first, count) -> (rows, keys, words)\n\nThe ready ones of so many records, as lists. words: for stale()."},
     {"news", table_news, METH_VARARGS,
-     "news(fd, size, epoch, seen) -> bool or None\n\nWhether the epoch or the count of changes is another one. None if "
-     "the file is smaller than this, or gone:\nno memory of it may be touched then."},
+     "news(epoch, seen) -> bool or None\n\nWhether the epoch or the count of changes is another one. None if not "
+     "is_intact()."},
+    {"is_intact", table_is_intact, METH_NOARGS,
+     "is_intact() -> bool\n\nWhether the file still has its size. If not, no memory of it may be touched."},
     {"changes_since", table_changes_since, METH_VARARGS,
      "changes_since(seen, limit) -> (rows, keys, words) or None\n\nThe present state of the rows that changed after the "
      "first `seen` changes, at most `limit` of them, oldest first.\nA key of None: the row is not ready. None if there "
@@ -437,7 +450,8 @@ static PyMethodDef table_methods[] = {
 static PyType_Slot table_slots[] = {
     {Py_tp_new, table_new},         {Py_tp_dealloc, table_dealloc},
     {Py_tp_getset, table_getset},   {Py_tp_methods, table_methods},
-    {Py_tp_doc, "Table(address, capacity)\n\nThe table of a pool in memory that its user keeps mapped; see table.c."},
+    {Py_tp_doc, "Table(address, capacity, fd, size)\n\nThe table of a pool: of so many rows, in a file of this size, which "
+                "its user keeps open and mapped at the\naddress. See table.c."},
     {0, NULL},
 };
 static PyType_Spec table_spec = {"async_tier.streams._native.Table", sizeof(Table), 0, Py_TPFLAGS_DEFAULT, table_slots};
