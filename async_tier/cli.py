@@ -1,7 +1,8 @@
-"""The command `async-tier`: says what is wrong here, which sizes fit, and what a trace shows.
+"""The command `async-tier`: says what is wrong here, which sizes fit, what is in a pool, and what a trace shows.
 
     async-tier doctor [--config FILE-or-JSON [--model MODEL]] [--clean] [--json]
-    async-tier size --model MODEL --memory 512GiB [--cpu] [--json]
+    async-tier size --model MODEL --memory 512GiB [--cpu] [--pool FOLDER --namespace NAME] [--json]
+    async-tier pool list|clear FOLDER [--json]
     async-tier timeline TRACE.json [-o PICTURE]
 
 Exit codes: 0 if all is well, 1 if there is a problem, 2 if the command is not understood.
@@ -13,12 +14,16 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from async_tier.config import TierConfig
+from async_tier.memory.pool import find_pools, room_in
 from async_tier.observe import timeline
-from async_tier.operate import doctor, settings, size
+from async_tier.operate import doctor, pools, settings, size
 from async_tier.text import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -65,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--memory", required=True, help="host memory for primary and tier together, as 512GiB")
     fit.add_argument("--blocks-per-chunk", type=_count, default=1, help="as in kv_connector_extra_config (%(default)s)")
     fit.add_argument("--cpu", action="store_true", help="for vLLM's CPU build, not for a GPU")
+    fit.add_argument("--pool", metavar="FOLDER", help="for a tier whose blocks survive: its folder, with --namespace")
+    fit.add_argument("--namespace", metavar="NAME", help="what the blocks in that folder belong to")
+    pool = commands.add_parser("pool", help="what is in the folder of a pool; or remove what no engine owns")
+    pool.set_defaults(run=run_pool)
+    pool.add_argument("action", choices=("list", "clear"), help="show the files, or remove those that no engine owns")
+    pool.add_argument("folder", metavar="FOLDER", help="what the key pool names in the configuration")
+    pool.add_argument("--json", action="store_true", help="for programs: one JSON object")
     commands.add_parser("timeline", help="draw a trace, and say how much of the copies was hidden under compute")
     for each in (look, fit):
         each.add_argument("--json", action="store_true", help="for programs: one JSON object")
@@ -124,8 +136,10 @@ def run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 def run_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     chunks = {} if options.blocks_per_chunk == 1 else {"blocks_per_chunk": options.blocks_per_chunk}
+    pool = {key: getattr(options, key) for key in ("pool", "namespace") if getattr(options, key) is not None}
     try:
         memory = parse_size("memory", options.memory)
+        TierConfig.parse(pool)
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -136,7 +150,7 @@ def run_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     except ValueError as error:
         print(json.dumps({"error": str(error)}) if options.json else f"async-tier size: {error}")
         return 1
-    config = size.transfer_config(plan, options.cpu, chunks)
+    config = size.transfer_config(plan, options.cpu, chunks, pool)
     if options.json:
         tokens = {"token_bytes": sizes.token_bytes, "tier_tokens": sizes.tokens(plan.tier_bytes)}
         print(
@@ -150,8 +164,34 @@ def run_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         print(f"{name:8} {format_size(of):>10}  {of // sizes.block_bytes} blocks, {sizes.tokens(of)} tokens")
     print(f"The primary holds {size.STEPS} steps of {sizes.max_num_batched_tokens} tokens, and a prompt of ", end="")
     print(f"{plan.prompt_tokens}; max_model_len is {sizes.max_model_len}.")
-    print(f"\n--kv-transfer-config '{json.dumps(config)}'")
+    print(f"\n--kv-transfer-config {shlex.quote(json.dumps(config))}")
     return 0
+
+
+def run_pool(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    folder = Path(options.folder)
+    try:
+        files = find_pools(folder)
+        cleared = list(pools.clear(files)) if options.action == "clear" else [(file, None) for file in files]
+        room = room_in(folder)
+    except OSError as error:
+        parser.error(f"pool {options.folder}: {error.strerror}")
+    if options.action == "clear":
+        problems = sum(why is not None and file.owner is None for file, why in cleared)
+    else:
+        problems = sum(file.problem is not None for file in files)
+    if options.json:
+        found = [pools.as_json(file) | ({"left": why} if options.action == "clear" else {}) for file, why in cleared]
+        print(json.dumps({"folder": options.folder, "room": room, "files": found}, indent=2))
+        return 1 if problems else 0
+    for file, why in cleared:
+        if options.action == "list":
+            print(pools.describe(file))
+        else:
+            print(f"removed {pools.describe(file)}" if why is None else f"left {file.path.name}: {why}")
+    left = "no limit but memory's" if room is None else f"{format_size(room)} left"
+    print(f"{len(files)} files; the mount of {options.folder} has {left}")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ def format_size(size: int) -> str:
     return f"{size} bytes"
 
 
+def format_time(seconds: float) -> str:
+    """`seconds` as people read it, such as "1.5 h"."""
+    for unit, scale in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= scale:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def nearest_key(key: object, known: Sequence[str]) -> str | None:
     """The known key of which `key` is probably a misspelling; None if there is none."""
     if not isinstance(key, str):

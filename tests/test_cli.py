@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -69,6 +70,10 @@ def test_it_is_a_module_too():
         ),
         (["doctor", "--model", "m"], "--model needs --config"),
         (["doctor", "--config", "/no/such/file"], "--config /no/such/file: No such file or directory"),
+        (["size", "--model", "m", "--memory", "1GiB", "--pool", "/p"], "namespace must be a name of 1 to 256"),
+        (["size", "--model", "m", "--memory", "1GiB", "--namespace", "n"], "namespace must be null unless pool is"),
+        (["pool", "list"], "required: FOLDER"),
+        (["pool", "empty", "/dev/shm"], "invalid choice: 'empty'"),
         (["timeline"], "usage: async-tier timeline"),
     ],
 )
@@ -150,6 +155,15 @@ def test_size_for_programs(capsys, asked):
     assert extra["secondary_tiers"] == [{"type": "async", "bytes_to_use": found["tier_bytes"]}]
     assert extra["blocks_per_chunk"] == 4
     assert (found["token_bytes"], found["tier_tokens"]) == (128 << 10, found["tier_bytes"] // (128 << 10))
+
+
+def test_size_with_a_pool(capsys, asked):
+    pool = ["--pool", "/dev/shm/kv", "--namespace", "a user's"]
+    assert cli.main(["size", "--model", "m", "--memory", "64GiB", *pool]) == 0
+    name, text = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert name == "--kv-transfer-config"
+    (tier,) = json.loads(text)["kv_connector_extra_config"]["secondary_tiers"]
+    assert (tier["pool"], tier["namespace"]) == ("/dev/shm/kv", "a user's")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])

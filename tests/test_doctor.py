@@ -8,19 +8,26 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from async_tier import machine
-from async_tier.operate import doctor, settings
+from async_tier.block_store import BlockStore
+from async_tier.config import TierConfig
+from async_tier.file_locks import lock
+from async_tier.operate import doctor, pools, settings
 from async_tier.operate.doctor import NOTE, OK, PROBLEM, WARNING, Finding
+from async_tier.streams.rows import Rows
 from async_tier.vllm import primary_file
 from async_tier.vllm.kv_sizes import KVSizes
+from tests.helpers import until
+from tests.rows import zero_rows
 
 MIB, GIB = 1 << 20, 1 << 30
 PATIENCE_S = 30.0
@@ -409,6 +416,151 @@ def test_keys_that_nobody_knows():
     assert complaints(judge(transfer(tier(), zebra=1))) == [
         "configuration: the key 'zebra' is not known and has no effect"
     ]
+
+
+# ------------------------------------------------------------------------------------------------ a pool in a folder
+
+
+@pytest.fixture
+def folder(here) -> Iterator[Path]:
+    """A folder on the real /dev/shm, which is not the mount of the primary here."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="async-tier-pool-") as name:
+        mount(here, Path(name), "tmpfs", "rw,huge=within_size")
+        yield Path(name)
+
+
+def mount(root: Path, folder: Path, kind: str, options: str = "rw") -> None:
+    device = folder.stat().st_dev
+    line = f"30 25 {os.major(device)}:{os.minor(device)} / / rw - {kind} none {options}"
+    write(root / "proc/self/mountinfo", line)
+
+
+def has_room(monkeypatch, room: int | None) -> None:
+    monkeypatch.setattr(pools, "room_in", lambda folder: room)
+
+
+def judge_pool(folder: Path, primary: int = 4 * GIB, **options: Any) -> list[Finding]:
+    options = {"pool": str(folder), "namespace": "a test", **options}
+    return judge(transfer(tier(**options), cpu_bytes_to_use=primary))
+
+
+def leave_behind(folder: Path, rows: int, namespace: str = "a test") -> Path:
+    """The file of an engine that has ended."""
+    primary = zero_rows(1, 1 * MIB)
+    options = {"bytes_to_use": rows * MIB, "pool": str(folder), "namespace": namespace, "engine": "host"}
+    store = BlockStore(Rows.of_view(memoryview(primary)), TierConfig.parse({**options, "copy_threads": 1}))
+    until(lambda: store.arena.ready == rows, "it has its memory")
+    store.close()
+    return store.arena.pool.path
+
+
+def test_a_good_pool(folder, monkeypatch):
+    has_room(monkeypatch, 33 * GIB)
+    found = judge_pool(folder)
+    assert complaints(found) == []
+    room, pages = [each.says for each in found if each.name.startswith("pool")]
+    assert room == f"{folder} is on tmpfs, which has 33.0 GiB left; the tier's file takes 32.0 GiB more"
+    assert pages == f"the memory of {folder} comes in huge pages (huge=within_size)"
+
+
+def test_a_pool_that_is_not_there_yet_is_not_made(folder):
+    assert complaints(judge_pool(folder / "new", bytes_to_use="9GiB")) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("no/such", {}, "must be a folder, or one that can be made (No such file or directory)"),
+        ("file", {}, "must be a folder"),
+        ("open", {}, "must be a folder that nobody else may write to, but its mode is 777"),
+        ("new", {"namespace": None}, "namespace must be a name of 1 to 256 printable characters"),
+    ],
+)
+def test_a_pool_that_would_be_refused(folder, name, options, says):
+    (folder / "file").write_text("")
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o777)
+    (said,) = complaints(judge_pool(folder / name, **options))
+    assert said.startswith("configuration: ")
+    assert says in said
+
+
+def test_a_pool_where_nothing_can_be_made(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (said,) = complaints(judge_pool(folder / "new"))
+    assert said.endswith("must be a folder, or one that can be made (Permission denied)")
+
+
+@pytest.mark.parametrize("name", ["", "new"])
+def test_a_pool_on_a_disk(here, folder, name):
+    mount(here, folder, "ext4")
+    (said,) = complaints(judge_pool(folder / name, bytes_to_use="9GiB"))
+    assert "must be on tmpfs or hugetlbfs, such as /dev/shm, but is on ext4" in said
+    assert complaints(judge_pool(folder / name, bytes_to_use="9GiB", pool_on_disk=True)) == []
+
+
+def test_a_pool_without_room(folder, monkeypatch):
+    has_room(monkeypatch, 31 * GIB)
+    (said,) = complaints(judge_pool(folder))
+    assert said == f"pool: {folder} is on tmpfs, which has 31.0 GiB left; the tier's file takes 32.0 GiB more"
+    has_room(monkeypatch, None)
+    assert complaints(judge_pool(folder)) == []
+
+
+def test_a_pool_beside_the_primary(here, folder, monkeypatch):
+    (here / "dev/shm").rmdir()
+    (here / "dev/shm").symlink_to(folder)
+    has_room(monkeypatch, 35 * GIB)
+    (said,) = complaints(judge_pool(folder))
+    assert said.endswith("takes 32.0 GiB more, and the primary, which is there, too, 4.0 GiB")
+
+
+def test_a_file_that_would_be_taken_over_needs_no_new_room(here, folder, monkeypatch):
+    path = leave_behind(folder, rows=8)
+    has_room(monkeypatch, 0)
+    write(here / "proc/meminfo", f"MemAvailable: {4 << 10} kB")
+    sizes = {"primary": 4 * MIB, "bytes_to_use": 8 * MIB}
+    found = judge_pool(folder, **sizes)
+    assert complaints(found) == []
+    assert any(each.says.endswith(f"takes 0 bytes more if it is {path.name}, which nobody owns") for each in found)
+    for other in ({"bytes_to_use": 9 * MIB}, {"namespace": "another"}):
+        assert any("do not fit" in said for said in complaints(judge_pool(folder, **{**sizes, **other})))
+
+
+def test_a_file_that_an_engine_owns_is_not_taken_over(here, folder, monkeypatch):
+    path = leave_behind(folder, rows=8)
+    has_room(monkeypatch, 0)
+    with path.open("r+b") as file:
+        lock(file.fileno(), 0)
+        said = complaints(judge_pool(folder, 4 * MIB, bytes_to_use=8 * MIB))
+    assert said == [f"pool: {folder} is on tmpfs, which has 0 bytes left; the tier's file takes 8.0 MiB more"]
+
+
+@pytest.mark.parametrize(
+    ("options", "of_all", "level", "says"),
+    [
+        ("rw", None, NOTE, "comes in small pages (huge=never), which take longer"),
+        ("rw,huge=advise", None, NOTE, "comes in small pages (huge=advise), which take longer"),
+        ("rw,huge=always", None, OK, "comes in huge pages (huge=always)"),
+        ("rw,huge=always", "deny", NOTE, "comes in small pages (huge=never), which take longer"),
+        ("rw", "force", OK, "comes in huge pages (huge=always)"),
+    ],
+)
+def test_pages_of_a_pool(here, folder, options, of_all, level, says):
+    mount(here, folder, "tmpfs", options)
+    if of_all:
+        write(here / "sys/kernel/mm/transparent_hugepage/shmem_enabled", f"always [{of_all}]")
+    (found,) = [each for each in judge_pool(folder) if each.name == "pool's pages"]
+    assert (found.level, found.says) == (level, f"the memory of {folder} {says}")
+
+
+def test_a_pool_on_hugetlbfs_takes_no_available_memory(here, folder, monkeypatch):
+    mount(here, folder, "hugetlbfs", "rw,pagesize=2M")
+    has_room(monkeypatch, 99 * GIB)
+    found = judge_pool(folder, bytes_to_use="80GiB")
+    assert complaints(found) == []
+    assert f"the memory of {folder} comes in huge pages (rw,pagesize=2M)" in [each.says for each in found]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "nothing"])

@@ -331,7 +331,7 @@ def test_what_it_prints_is_what_doctor_accepts(monkeypatch, on_cpu):
     monkeypatch.setattr(settings.doctor, "vllm_version", lambda: None)
     monkeypatch.setattr(settings, "find_limits", lambda: [])
     monkeypatch.setattr(settings.machine, "shared_memory", lambda: (GIB << 10, GIB << 10))
-    config = size.transfer_config(size.divide(SIZES, 64 * GIB), on_cpu, {"blocks_per_chunk": 2})
+    config = size.transfer_config(size.divide(SIZES, 64 * GIB), on_cpu, {"blocks_per_chunk": 2}, {})
     found = list(settings.look_at_settings(config, SIZES, []))
     assert {each.level for each in found} == {"ok"}
     assert settings.offloading(config)["blocks_per_chunk"] == 2

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import json
 import logging
-import mmap
 import os
+import re
 import stat
 import struct
 import threading
 import time
 import weakref
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from async_tier import machine
 from async_tier.file_locks import is_locked, lock
@@ -57,6 +60,8 @@ ENDING_S = 30.0
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
 HUGE = "hugetlbfs"
 _IN_MEMORY = ("tmpfs", HUGE)
+# What Identity.prefix and a number make, of any version.
+_NAME = re.compile(rf"[0-9a-f]{{16}}-\d+-\d+{re.escape(SUFFIX)}")
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,13 @@ class Description:
             raise ValueError("its description is damaged")
         if (real := os.fstat(fd).st_size) != size:
             raise ValueError(f"it has {real} bytes and not {size}")
+        if (started := boot.decode(errors="replace")) != _boot():
+            raise ValueError("it is from before the machine was started, and may lack what was not written")
         try:
             about = json.loads(data[_FIELDS.size : end])
         except ValueError:  # longer than there is room for
             about = {}
-        return cls(digest, capacity, row_bytes, rows_offset, size, boot.decode(errors="replace"), about)
+        return cls(digest, capacity, row_bytes, rows_offset, size, started, about)
 
 
 def open_file(path: Path, flags: int) -> int:
@@ -127,12 +134,22 @@ def open_file(path: Path, flags: int) -> int:
     raise ValueError("it is no file, or belongs to another user")
 
 
-def check_folder(folder: Path, on_disk: bool) -> None:
-    """Make the folder if only its last part is missing. Raises ValueError if it cannot be a pool's."""
+def check_folder(folder: Path, on_disk: bool, *, make: bool = True) -> None:
+    """Make the folder if only its last part is missing. Raises ValueError if it cannot be a pool's.
+
+    make: False changes nothing, and only says what would be refused.
+    """
     name = f"pool {brief(str(folder))}"
     try:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(0o700)
+        if make:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(0o700)
+        elif not folder.exists():
+            device = folder.parent.stat().st_dev
+            if not os.access(folder.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            _check_file_system(name, device, on_disk)
+            return
         status = folder.stat()
     except OSError as error:
         raise ValueError(f"{name} must be a folder, or one that can be made ({error.strerror})") from error
@@ -145,22 +162,16 @@ def check_folder(folder: Path, on_disk: bool) -> None:
             f"{name} must be a folder that nobody else may write to, but its mode is {stat.S_IMODE(status.st_mode):o}; "
             "chmod it to 700, or name a folder in it, which is then made"
         )
-    kind = file_system(status.st_dev)
+    _check_file_system(name, status.st_dev, on_disk)
+
+
+def _check_file_system(name: str, device: int, on_disk: bool) -> None:
+    kind = file_system(device)
     if kind not in _IN_MEMORY and not on_disk:
         raise ValueError(
             f"{name} must be on {' or '.join(_IN_MEMORY)}, such as /dev/shm, but is on {kind}; for a file system on a "
             "disk, whose writes would slow copies down, set pool_on_disk to true"
         )
-
-
-def room_in(folder: Path) -> int:
-    """The bytes that new files can have on a folder's file system."""
-    status = os.statvfs(folder)
-    if status.f_blocks or file_system(os.stat(folder).st_dev) != HUGE:
-        return status.f_bavail * status.f_frsize
-    # Mounted without a size, it takes what the system has set aside.
-    pages = machine.ROOT / f"sys/kernel/mm/hugepages/hugepages-{status.f_bsize >> 10}kB/free_hugepages"
-    return int(pages.read_text()) * status.f_bsize
 
 
 def _refuse_if_unavailable(folder: Path, size: int) -> None:
@@ -169,14 +180,32 @@ def _refuse_if_unavailable(folder: Path, size: int) -> None:
         refuse_if_unavailable(size)
 
 
-def file_system(device: int) -> str:
-    """The kind of the file system with this number (st_dev), as in "tmpfs"."""
+def find_mount(device: int) -> tuple[str, str]:
+    """(kind, options) of the file system with this number (st_dev), as ("tmpfs", "rw,size=4194304k")."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError):
         for line in (machine.ROOT / "proc/self/mountinfo").read_text(errors="replace").splitlines():
             if line.split()[2] == wanted:
-                return line.rpartition(" - ")[2].split()[0]
-    return "an unknown file system"
+                kind, _, options = line.rpartition(" - ")[2].split(" ", 2)
+                return kind, options
+    return "an unknown file system", ""
+
+
+def file_system(device: int) -> str:
+    """The kind of the file system with this number (st_dev), as in "tmpfs"."""
+    return find_mount(device)[0]
+
+
+def room_in(folder: Path) -> int | None:
+    """The bytes that the folder's mount has left; None if it has no limit but memory's. Raises OSError."""
+    status, limits = os.statvfs(folder), []
+    if status.f_blocks:  # otherwise it has no limit of its own, and says 0 for all
+        limits.append(status.f_bavail * status.f_frsize)
+    if file_system(os.stat(folder).st_dev) == HUGE:
+        pages = machine.ROOT / f"sys/kernel/mm/hugepages/hugepages-{status.f_frsize // 1024}kB"
+        free, promised = (int((pages / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
+        limits.append((free - promised) * status.f_frsize)
+    return min(limits, default=None)
 
 
 class PoolArena:
@@ -293,8 +322,6 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 continue  # it was just removed
             try:
                 found = Description.read(fd)
-                if found.boot != wanted.boot:
-                    raise ValueError("it is from before the machine was started, and may lack what was not written")
             except (OSError, ValueError) as error:
                 logger.warning("%s is removed, and its blocks are lost: %s", path, error)
                 path.unlink(missing_ok=True)
@@ -319,7 +346,7 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
     """(path, descriptor with the lock, True) of a new file. It has a name only when it is whole."""
     _refuse_if_unavailable(folder, wanted.size)
     room = room_in(folder)
-    if wanted.size > room:
+    if room is not None and wanted.size > room:
         raise MemoryError(
             f"the tier asks for {format_size(wanted.size)} ({wanted.size} bytes), but pool {folder} has "
             f"{format_size(room)} ({room} bytes) left; set bytes_to_use to less, mount it with more, or see what "
@@ -403,56 +430,105 @@ def _release(address: int, size: int, claimed: int | None, fd: int, stop: thread
 
 @dataclass(frozen=True)
 class FoundPool:
-    """A file in a folder. problem: why it cannot be used, and None if it can. owner: its process while it is held."""
+    """A file in a folder.
+
+    allocated: the bytes of the mount that it takes. problem: why it cannot be used; None if it can. owner: which engine
+    owns it; None if none does. since: when its last owner took it (time.time). blocks: how many can be loaded, none
+    after a reset that the owner has not got over. idle_s: the time since the last use of one, in seconds.
+    """
 
     path: Path
-    allocated: int
-    problem: str | None
+    allocated: int = 0
+    problem: str | None = None
+    owner: str | None = None
     description: Description | None = None
-    owner: int | None = None
-    is_held: bool = False
     since: float = 0.0
     blocks: int = 0
+    idle_s: float | None = None
     is_reset: bool = False
 
 
 def find_pools(folder: Path) -> list[FoundPool]:
-    """The pools' files in a folder. Takes no lock. Raises OSError if it cannot be read."""
-    return [_examine(folder / name) for name in sorted(os.listdir(folder)) if name.endswith(SUFFIX)]
+    """The pools' files in a folder, by their names. Changes and locks nothing. Raises OSError if it cannot be read."""
+    found = [_examine(folder / name) for name in sorted(os.listdir(folder)) if _NAME.fullmatch(name)]
+    return [file for file in found if file is not None]
 
 
-def _examine(path: Path) -> FoundPool:
-    allocated, is_held = 0, False
-    try:
-        fd = open_file(path, os.O_RDONLY)
+def _examine(path: Path) -> FoundPool | None:
+    """What there is to say of a file; None if it is gone by now.
+
+    Its table is read, not mapped: to touch mapped memory of a file that is being truncated would end the process.
+    """
+    found = FoundPool(path)
+    with contextlib.ExitStack() as ends:
         try:
-            allocated, is_held = os.fstat(fd).st_blocks * 512, is_locked(fd, 0, 1)
+            status = path.lstat()
+            found = replace(found, allocated=status.st_blocks * 512)
+            if status.st_uid != os.geteuid():
+                raise ValueError(f"it belongs to another user (number {status.st_uid})")
+            fd = open_file(path, os.O_RDONLY)
+            ends.callback(os.close, fd)
+            if is_locked(fd, 0, 1):
+                found = replace(found, owner="an engine")
             description = Description.read(fd)
-            address = map_memory(description.rows_offset, fd, mmap.PROT_READ)
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        return FoundPool(path, allocated, getattr(error, "strerror", None) or str(error), is_held=is_held)
+            memory = _read(fd, _native.Table.bytes(description.capacity))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return replace(found, problem=getattr(error, "strerror", None) or str(error))
+    process, namespace, since = _OWNER.unpack_from(memory.data, _OWNER_OFFSET)
+    table = _native.Table(memory.ctypes.data, description.capacity, -1, 0)
+    is_reset = bool(table.epoch & 1)
+    used_at = [] if is_reset else table.restore()[3]  # of what was read: the file stays as it is
+    return replace(
+        found,
+        owner=found.owner and _owner(process, namespace),
+        description=description,
+        since=since,
+        blocks=len(used_at),
+        idle_s=time.monotonic() - max(used_at) * 1e-6 if used_at else None,
+        is_reset=is_reset,
+    )
+
+
+def _read(fd: int, size: int) -> np.ndarray:
+    """The first bytes of a file: uint8, shape (size,). Raises ValueError if it has not so many, OSError."""
+    data, done = np.empty(size, dtype=np.uint8), 0
+    while done < size:
+        count = os.preadv(fd, [data.data[done:]], done)
+        if not count:
+            raise ValueError(f"it has {done} bytes, less than its table")
+        done += count
+    return data
+
+
+def _owner(process: int, namespace: int) -> str:
+    """Who holds a file. process, namespace: what is written in it, by its last owner until a new one has started."""
+    if process and namespace != _pid_namespace():
+        return "an engine in another container"
     try:
-        table = _native.Table(address, description.capacity, -1, 0)
-        process, namespace, since = _OWNER.unpack(ctypes.string_at(address + _OWNER_OFFSET, _OWNER.size))
-        is_reset = bool(table.epoch & 1)
-        blocks = 0 if is_reset else len(table.scan(0, description.capacity)[0])
-    finally:
-        unmap_memory(address, description.rows_offset)
-    owner = process if is_held and namespace == _pid_namespace() else None
-    return FoundPool(path, allocated, None, description, owner, is_held, since, blocks, is_reset)
+        name = (machine.ROOT / f"proc/{process}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return "an engine that is starting"
+    return f"process {process} ({name})"
 
 
 def remove_pool(path: Path) -> bool:
-    """Remove a file, unless an engine holds it. Whether it is removed; engines that read it forget its blocks."""
-    fd = open_file(path, os.O_RDWR)
+    """Remove a file, unless an engine owns it. Whether it is gone; an engine that reads it forgets its blocks when
+    its next request comes.
+
+    Raises OSError if it cannot be removed, ValueError if it is no file, or another user's.
+    """
     try:
-        try:
-            lock(fd, 0)
-        except OSError:
-            return False
-        path.unlink(missing_ok=True)
+        fd = open_file(path, os.O_RDWR)
+    except FileNotFoundError:
         return True
+    try:
+        lock(fd, 0)
+        if os.fstat(fd).st_nlink:  # else it was just removed, and its name may be that of another one
+            path.unlink()
+        return True
+    except BlockingIOError:
+        return False
     finally:
         os.close(fd)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from async_tier import machine
 from async_tier.config import TierConfig, check_keys, device_number, load_policy, parse_threads
 from async_tier.memory.claims import find_limits
-from async_tier.operate import doctor
+from async_tier.memory.pool import check_folder
+from async_tier.operate import doctor, pools
 from async_tier.operate.doctor import CPU_BACKEND, GPU, NOTE, OK, PROBLEM, WARNING, Finding
 from async_tier.text import brief, format_size, parse_size
 
@@ -83,9 +84,12 @@ def look_at_settings(config: Mapping[str, Any], sizes: KVSizes | None, gpus: Seq
     yield Finding(OK, "configuration", "its keys and values are accepted")
     if len(ours) > 1:
         yield Finding(NOTE, "tiers", "each block is held in every async tier: two hold no more than one")
-    in_host = [tier.bytes_to_use or 2 * primary for tier in ours if not tier.is_on_device]
-    yield from _look_at_room(primary, sum(in_host))
+    in_host = [tier for tier in ours if not tier.is_on_device]
+    yield from _look_at_room(primary, sum(pools.new_memory(tier, tier.bytes_to_use or 2 * primary) for tier in in_host))
     for tier in ours:
+        if tier.pool_folder is not None:
+            size = tier.bytes_to_use or 2 * primary
+            yield from pools.look_at_pool(tier.pool_folder, tier.namespace, size, primary)
         yield from _look_at_sizes(primary, tier.bytes_to_use or 2 * primary, sizes)
     if sizes is not None:
         yield from _look_at_tokens(primary, sizes)
@@ -142,6 +146,8 @@ def _tier(tier: dict[str, Any], gpus: Sequence[GPU]) -> TierConfig | None:
         raise ValueError(f"type {TIER_TYPE!r} is not known, because vLLM does not load the package's plugin")
     config = TierConfig.parse({key: value for key, value in tier.items() if key not in _NOT_OPTIONS})
     load_policy(config.eviction_policy)
+    if config.pool_folder is not None:
+        check_folder(config.pool_folder, config.pool_on_disk, make=False)
     device = config.pool if config.is_on_device else config.device
     if (device is not None or config.engine == "cuda") and not gpus:
         raise ValueError(f"engine {config.engine!r} with pool {config.pool!r} needs a GPU, and nvidia-smi finds none")

@@ -50,11 +50,11 @@ def divide(sizes: KVSizes, memory: int) -> Plan:
     return Plan(rows * sizes.block_bytes, tier * sizes.block_bytes, min(sizes.max_model_len, held))
 
 
-def transfer_config(plan: Plan, on_cpu: bool, chunks: dict[str, int]) -> dict[str, Any]:
-    """The value of `--kv-transfer-config`. chunks: `blocks_per_chunk`, if it is not 1."""
+def transfer_config(plan: Plan, on_cpu: bool, chunks: dict[str, int], pool: dict[str, str]) -> dict[str, Any]:
+    """The value of `--kv-transfer-config`. chunks: `blocks_per_chunk`, if it is not 1. pool: keys of the tier."""
     extra: dict[str, Any] = {"spec_name": CPU_SPEC if on_cpu else GPU_SPEC}
     if on_cpu:
         extra["spec_module_path"] = CPU_SPEC_MODULE
     extra |= {"cpu_bytes_to_use": plan.primary_bytes, **chunks}
-    extra["secondary_tiers"] = [{"type": TIER_TYPE, "bytes_to_use": plan.tier_bytes}]
+    extra["secondary_tiers"] = [{"type": TIER_TYPE, "bytes_to_use": plan.tier_bytes, **pool}]
     return {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra}
