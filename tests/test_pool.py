@@ -159,8 +159,8 @@ def _at_this_moment(folder: Path) -> list[bytes]:
 def _own(path: str | Path, process: int) -> None:
     """Write into a file that this process owns it; 0: that nobody does."""
     with open(path, "r+b") as file:
-        file.seek(pool._OWNER_OFFSET)
-        file.write(pool._OWNER.pack(process, pool._pid_namespace(), time.time()))
+        file.seek(pool.OWNER_OFFSET)
+        file.write(pool.OWNER.pack(process, pool.pid_namespace(), time.time()))
 
 
 def test_a_block_that_was_dropped_does_not_survive(open_store):
@@ -408,7 +408,7 @@ def test_a_table_of_random_bytes_ends_nothing(open_store, seed):
     end = _native.Table.bytes(32)
     with path.open("r+b") as file:
         for _ in range(dice.integers(1, 400)):
-            file.seek(int(dice.integers(pool._DESCRIPTION_BYTES, end)))
+            file.seek(int(dice.integers(pool.DESCRIPTION_BYTES, end)))
             file.write(dice.bytes(int(dice.integers(1, 9))))
     again = open_store(32)
     stored(again, *range(32, 64), sequence="another one")
@@ -558,7 +558,7 @@ def mounted(kind: str, options: str) -> Iterator[Path]:
 
 def test_a_mount_that_fills_up_leaves_fewer_rows(open_store, monkeypatch, caplog):
     """Others may write to it after we have looked how much room there is."""
-    monkeypatch.setattr(pool, "_ALLOCATION_BYTES", 64 * ROW_BYTES)
+    monkeypatch.setattr(pool, "ALLOCATION_BYTES", 64 * ROW_BYTES)
     with mounted("tmpfs", "size=8m") as place:
         (place / "others").write_bytes(bytes(3 << 20))
         monkeypatch.setattr(pool, "room_in", lambda _: 1 << 30)

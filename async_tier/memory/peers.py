@@ -46,7 +46,8 @@ class Peer:
         self.rows = Rows(address=address + offset, count=count, row_bytes=row_bytes, stride=row_bytes)
         # Not at the interpreter's exit, which ends the engine that may be copying only afterwards.
         weakref.finalize(self, _release, address, size, fd, os.getpid()).atexit = False
-        # What was read of its table: of which epoch, how many of its changes, and the records up to `scanned`.
+        # What was read of its table: of which epoch, how many of its changes, and the records up to `scanned`. Both go
+        # on side by side, as each only tells that a record is to be read.
         self.epoch = self.seen = self.scanned = 0
         # By row, the key of its block and the word of its record; None and 0 without a block.
         self.keys: list[bytes | None] = [None] * count
@@ -90,12 +91,14 @@ class Peers:
         self._row_bytes, self._own = row_bytes, own
         self._is_over = False
         self._gone: list[Peer] = []
+        self._refused: set[int] = set()  # inodes of files that cannot be used, each of which was logged
         self._looked_at = -1  # the folder's time of change, when its files were looked at
         self._peers: dict[int, Peer] = {}  # by inode
         self._numbers = itertools.count()
         self._by_number: dict[int, Peer] = {}
-        # By key, the number of its peer << 32 | its row. Of several peers that hold it, one.
+        # By key, the number of its peer << 32 | its row. Where several peers hold it, the others.
         self._places: dict[bytes, int] = {}
+        self._others: dict[bytes, list[int]] = {}
         self.look()
         self.refresh(limit=1 << 60)
 
@@ -121,19 +124,19 @@ class Peers:
             changed = os.stat(self._folder).st_mtime_ns
             # The clock of these times is coarse: soon after a change there may be another one with the same time.
             if changed != self._looked_at or abs(time.time_ns() - changed) < COARSE_NS:
-                self._looked_at = changed
                 self._look()
+                self._looked_at = changed
         self.refresh()
 
     def refresh(self, limit: int = REFRESH_RECORDS) -> None:
         """Read what has changed in the known files, at most `limit` records. Never blocks, and raises nothing."""
-        for peer in self._peers.values():
+        for left, peer in zip(range(len(self._peers), 0, -1), self._peers.values(), strict=True):
             has_news = peer.table.news(peer.epoch, peer.seen)
             if has_news is None:
                 logger.warning("The blocks of a file in %s are not used any more: it was truncated", self._folder)
                 self._gone.append(peer)
             elif has_news or peer.scanned < peer.rows.count:
-                limit = self._follow(peer, limit)
+                limit -= self._follow(peer, -(-limit // left))  # what it leaves is for the others
         while self._gone:
             self._remove(self._gone.pop())
 
@@ -161,9 +164,9 @@ class Peers:
     def drop(self, keys: Collection[bytes]) -> None:
         """Forget `keys`, until their peers store them again."""
         for key in keys:
-            place = self._places.pop(key, None)
+            place = self._places.get(key)
             if place is not None:
-                self._by_number[place >> 32].keys[place & _ROW] = None
+                self._note(self._by_number[place >> 32], [place & _ROW], [None], [0])
 
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal; for the threads of its own."""
@@ -181,6 +184,7 @@ class Peers:
         self._peers.clear()
         self._by_number.clear()
         self._places.clear()
+        self._others.clear()
         self._is_over = True
 
     def _drop_lost(self, part: Borrowed) -> None:
@@ -194,16 +198,17 @@ class Peers:
                 setattr(part, name, [values[at] for at in kept])
 
     def _look(self) -> None:
-        """Find the files that came, and those that went."""
+        """Find the files that came, and those that went. Raises OSError if the folder cannot be read."""
         found: set[int] = set()
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self._folder):
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
                 if not (entry.name.startswith(self._prefix) and entry.name.endswith(SUFFIX)):
                     continue
                 inode = entry.inode()
                 found.add(inode)
-                if inode != self._own and inode not in self._peers:
+                if inode != self._own and inode not in self._peers and inode not in self._refused:
                     self._attach(Path(entry.path), inode)
+        self._refused &= found
         for inode in self._peers.keys() - found:
             self._remove(self._peers[inode])
 
@@ -220,6 +225,7 @@ class Peers:
                 raise
             self._peers[inode] = self._by_number[peer.number] = peer
         except (OSError, ValueError) as error:
+            self._refused.add(inode)
             logger.warning("The blocks in %s are not used: %s", path, error)
 
     def _remove(self, peer: Peer) -> None:
@@ -229,40 +235,57 @@ class Peers:
         del self._by_number[peer.number]
 
     def _follow(self, peer: Peer, limit: int) -> int:
-        """Read what has changed in a peer's table. Returns how many records may still be read."""
+        """Read what has changed in a peer's table, and the next part of it. Returns how many records were read."""
         table = peer.table
         epoch = table.epoch
         if epoch != peer.epoch:
             self._forget(peer)
             peer.epoch = epoch
         if epoch & 1:
-            return limit
-        if peer.scanned < peer.rows.count:
-            if peer.scanned == 0:
-                peer.seen = table.changes
-            self._note(peer, *table.scan(peer.scanned, limit))
-            read = min(limit, peer.rows.count - peer.scanned)
-            peer.scanned += read
-            return limit - read
+            return 0
+        if peer.scanned == 0:
+            peer.seen = table.changes
         news = table.changes_since(peer.seen, limit)
-        if news is None:
-            self._forget(peer)
-            return limit
+        if news is None:  # lapped: read all of it again
+            peer.scanned = 0
+            return 0
         self._note(peer, *news)
-        peer.seen += len(news[0])
-        return limit - len(news[0])
+        read = len(news[0])
+        peer.seen += read
+        part = range(peer.scanned, min(peer.scanned + limit - read, peer.rows.count))
+        if part:
+            rows, keys, words = table.scan(part.start, len(part))
+            gone = {row for row in part if peer.keys[row] is not None}.difference(rows)
+            self._note(peer, list(gone), [None] * len(gone), [0] * len(gone))
+            self._note(peer, rows, keys, words)
+            peer.scanned = part.stop
+        return read + len(part)
 
     def _note(self, peer: Peer, rows: Sequence[int], keys: Sequence[bytes | None], words: Sequence[int]) -> None:
         """A peer's rows now hold these blocks, or none."""
         base, places, held, of_rows = peer.number << 32, self._places, peer.keys, peer.words
         for row, key, word in zip(rows, keys, words, strict=True):
             before = held[row]
-            if before is not None and places.get(before) == base + row:
-                del places[before]
+            if before is not None and before != key:
+                self._take_away(before, base + row)
             held[row] = key
             of_rows[row] = word
-            if key is not None:
-                places[key] = base + row
+            if key is not None and places.setdefault(key, base + row) != base + row:
+                others = self._others.setdefault(key, [])
+                if base + row not in others:
+                    others.append(base + row)
+
+    def _take_away(self, key: bytes, place: int) -> None:
+        """A key is not held at this place any more. Another peer may hold it, too."""
+        others = self._others.get(key, [])
+        if self._places[key] != place:
+            others.remove(place)
+        elif others:
+            self._places[key] = others.pop()
+        else:
+            del self._places[key]
+        if not others:
+            self._others.pop(key, None)
 
     def _forget(self, peer: Peer) -> None:
         """Forget a peer's blocks. Its table is read from the start again."""

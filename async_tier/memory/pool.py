@@ -47,14 +47,14 @@ _MAGIC = b"async-tier pool\n"
 # Magic, version, digest, rows, bytes of a row, start of the rows, size of the file, boot, length of the text after it.
 _FIELDS = struct.Struct("<16sI32sQQQQ36sI")
 _SUM = struct.Struct("<I")  # a CRC of all of the above, and of the text
-_TEXT_BYTES = 1024
+_TEXT_BYTES = 1408
 # The owner's process, or 0 if it has closed the file in good order; its PID namespace; when it came (time.time).
-_OWNER = struct.Struct("<QQd")
-_OWNER_OFFSET = 1536
-_DESCRIPTION_BYTES = 2048
+OWNER = struct.Struct("<QQd")
+OWNER_OFFSET = 1536
+DESCRIPTION_BYTES = 2048
 _HUGE_PAGE = 2 << 20
 # Memory is allocated so many bytes at a time, each of which takes some 20 ms.
-_ALLOCATION_BYTES = 64 << 20
+ALLOCATION_BYTES = 64 << 20
 # How long a file is left to a process that is ending. A large one takes seconds.
 ENDING_S = 30.0
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
@@ -90,7 +90,7 @@ class Description:
     about: dict[str, str]
 
     def pack(self) -> bytes:
-        text = json.dumps(self.about).encode()[:_TEXT_BYTES]
+        text = json.dumps(self.about, ensure_ascii=False).encode(errors="replace")[:_TEXT_BYTES]
         numbers = (self.capacity, self.row_bytes, self.rows_offset, self.size)
         fields = _FIELDS.pack(_MAGIC, VERSION, self.digest, *numbers, self.boot.encode(), len(text)) + text
         return fields + _SUM.pack(zlib.crc32(fields))
@@ -98,8 +98,8 @@ class Description:
     @classmethod
     def read(cls, fd: int) -> Description:
         """The description in an open file. Raises ValueError with what is wrong, OSError if it cannot be read."""
-        data = os.pread(fd, _DESCRIPTION_BYTES, 0)
-        if len(data) < _DESCRIPTION_BYTES:
+        data = os.pread(fd, DESCRIPTION_BYTES, 0)
+        if len(data) < DESCRIPTION_BYTES:
             raise ValueError("it is too short")
         magic, version, digest, *numbers, boot, length = _FIELDS.unpack_from(data)
         if magic != _MAGIC:
@@ -141,22 +141,23 @@ def check_folder(folder: Path, on_disk: bool, *, make: bool = True) -> None:
     """
     name = f"pool {brief(str(folder))}"
     try:
-        if make:
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(0o700)
-        elif not folder.exists():
-            device = folder.parent.stat().st_dev
+        if not folder.exists():
+            _check_file_system(name, folder.parent.stat().st_dev, on_disk)
             if not os.access(folder.parent, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            _check_file_system(name, device, on_disk)
-            return
+            if not make:
+                return
+            folder.mkdir(0o700, exist_ok=True)
         status = folder.stat()
     except OSError as error:
         raise ValueError(f"{name} must be a folder, or one that can be made ({error.strerror})") from error
     if not stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{name} must be a folder")
     if status.st_uid != os.geteuid():
-        raise ValueError(f"{name} must be a folder of this user (number {os.geteuid()}), not of number {status.st_uid}")
+        raise ValueError(
+            f"{name} must be a folder of this user (number {os.geteuid()}), not of number {status.st_uid}; name a "
+            "folder in it, which is then made"
+        )
     if status.st_mode & 0o022:
         raise ValueError(
             f"{name} must be a folder that nobody else may write to, but its mode is {stat.S_IMODE(status.st_mode):o}; "
@@ -226,17 +227,23 @@ class PoolArena:
         rows_offset = -(-table_bytes // page) * page
         size = rows_offset + -(-count * row_bytes // page) * page
         wanted = Description(identity.digest, count, row_bytes, rows_offset, size, _boot(), identity.about)
+        # A claim of memory that is not allocated yet, as one descriptor or none. Huge pages were set aside before.
+        self._claimed: list[int] = []
         with claim_lock():
             found = _take_over(folder, identity.prefix, wanted) or _create(folder, identity.prefix, wanted)
             self.path, fd, self.is_new = found
             try:
                 address = map_memory(size, fd)
-                self._fd = open_file(self.path, os.O_RDWR)  # without the lock
+                self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # without the lock
             finally:
                 os.close(fd)
-            claimed = claim(address + rows_offset, count * row_bytes)
+            if _missing(self._fd, wanted) > 0 and file_system(os.fstat(self._fd).st_dev) != HUGE:
+                claimed = claim(address + rows_offset, count * row_bytes)
+                self._claimed += [] if claimed is None else [claimed]
         self._stop = threading.Event()
-        self._release = weakref.finalize(self, _release, address, size, claimed, self._fd, self._stop, os.getpid())
+        self._release = weakref.finalize(
+            self, _release, address, size, self._claimed, self._fd, self._stop, os.getpid()
+        )
         self.identity = identity
         self.size = size
         self.inode = os.fstat(self._fd).st_ino
@@ -245,8 +252,8 @@ class PoolArena:
         if self.table.epoch & 1:
             self.table.end_reset()
         self.restored = self.table.restore()
-        owner = _OWNER.pack(os.getpid(), _pid_namespace(), time.time())
-        ctypes.memmove(address + _OWNER_OFFSET, owner, len(owner))
+        owner = OWNER.pack(os.getpid(), pid_namespace(), time.time())
+        ctypes.memmove(address + OWNER_OFFSET, owner, len(owner))
         # Rows up to the last one with a block have memory already. Others may.
         self._ready = self.restored[0][-1] + 1 if self.restored[0] else 0
         self._rows_offset = rows_offset
@@ -254,6 +261,8 @@ class PoolArena:
             try:
                 self._allocate_next()  # so that the first blocks can be stored at once
             except OSError as error:
+                if self.is_new:
+                    self.path.unlink(missing_ok=True)
                 self._release()
                 raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
             threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True).start()
@@ -298,10 +307,22 @@ class PoolArena:
 
     def _allocate_next(self) -> None:
         first = self._ready * self.rows.row_bytes
-        size = min(max(_ALLOCATION_BYTES, self.rows.row_bytes), self.rows.count * self.rows.row_bytes - first)
+        size = min(max(ALLOCATION_BYTES, self.rows.row_bytes), self.rows.count * self.rows.row_bytes - first)
         if size:
             os.posix_fallocate(self._fd, self._rows_offset + first, size)
             self._ready = (first + size) // self.rows.row_bytes
+        if self._ready == self.rows.count:
+            _end_claim(self._claimed)
+
+
+def _missing(fd: int, wanted: Description) -> int:
+    """The bytes of a file that have no memory yet."""
+    return wanted.rows_offset + wanted.capacity * wanted.row_bytes - os.fstat(fd).st_blocks * 512
+
+
+def _end_claim(claimed: list[int]) -> None:
+    while claimed:
+        os.close(claimed.pop())
 
 
 def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, bool] | None:
@@ -316,13 +337,18 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
             ends.callback(os.close, fd)
             try:
                 lock(fd, 0)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 continue  # its owner lives
+            except OSError as error:
+                raise ValueError(f"pool {folder} must be where files can be locked ({error.strerror})") from error
             if not os.fstat(fd).st_nlink:
                 continue  # it was just removed
             try:
                 found = Description.read(fd)
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                logger.warning("%s is passed over: %s", path, error.strerror)
+                continue
+            except ValueError as error:
                 logger.warning("%s is removed, and its blocks are lost: %s", path, error)
                 path.unlink(missing_ok=True)
                 continue
@@ -334,8 +360,7 @@ def _take_over(folder: Path, prefix: str, wanted: Description) -> tuple[Path, in
                 *(wanted.digest, wanted.capacity, wanted.rows_offset, wanted.size),
             ):
                 continue
-            used = wanted.rows_offset + wanted.capacity * wanted.row_bytes
-            if (missing := used - os.fstat(fd).st_blocks * 512) > 0:
+            if (missing := _missing(fd, wanted)) > 0:
                 _refuse_if_unavailable(folder, missing)
             ends.pop_all()
             return path, fd, False
@@ -358,8 +383,8 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
         raise ValueError(f"pool {folder} cannot hold files without a name ({error.strerror})") from error
     with contextlib.ExitStack() as ends:
         ends.callback(os.close, fd)
-        lock(fd, 0)
         try:
+            lock(fd, 0)
             os.ftruncate(fd, wanted.size)
             os.posix_fallocate(fd, 0, wanted.rows_offset)
             address = map_memory(wanted.rows_offset, fd)  # hugetlbfs has no write()
@@ -368,15 +393,17 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
         ctypes.memmove(address, data := wanted.pack(), len(data))
         unmap_memory(address, wanted.rows_offset)
         # With a folder's descriptor Python calls linkat, which follows this link.
-        there = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for number in itertools.count():
-                name = f"{prefix}{number}{SUFFIX}"
-                with contextlib.suppress(FileExistsError):
-                    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=there, follow_symlinks=True)
-                    break
-        finally:
-            os.close(there)
+            there = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with contextlib.ExitStack() as after:
+                after.callback(os.close, there)
+                for number in itertools.count():
+                    name = f"{prefix}{number}{SUFFIX}"
+                    with contextlib.suppress(FileExistsError):
+                        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=there, follow_symlinks=True)
+                        break
+        except OSError as error:
+            raise ValueError(f"pool {folder} cannot have new files ({error.strerror})") from error
         ends.pop_all()
         return folder / name, fd, True
 
@@ -387,9 +414,9 @@ def _has_ended(fd: int) -> bool:
     A dying process first gives up its memory, and the lock with it, and only then its GPU, which may still be copying
     into a row. In another container it cannot be seen.
     """
-    process, namespace, since = _OWNER.unpack(os.pread(fd, _OWNER.size, _OWNER_OFFSET))
+    process, namespace, since = OWNER.unpack(os.pread(fd, OWNER.size, OWNER_OFFSET))
     deadline = time.monotonic() + ENDING_S
-    while process and namespace == _pid_namespace() and _is_running(process, since):
+    while process and namespace == pid_namespace() and _is_running(process, since):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
@@ -407,7 +434,7 @@ def _is_running(process: int, since: float) -> bool:
     return started < since + 1 and (state != "Z" or has_threads)
 
 
-def _pid_namespace() -> int:
+def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
@@ -416,16 +443,15 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _release(address: int, size: int, claimed: int | None, fd: int, stop: threading.Event, owner: int) -> None:
+def _release(address: int, size: int, claimed: list[int], fd: int, stop: threading.Event, owner: int) -> None:
     stop.set()
     is_intact = os.fstat(fd).st_size >= size
     os.close(fd)
     if os.getpid() == owner:  # a forked child may have other memory there
         if is_intact:
-            ctypes.memset(address + _OWNER_OFFSET, 0, 8)
+            ctypes.memset(address + OWNER_OFFSET, 0, 8)
         unmap_memory(address, size)
-        if claimed is not None:
-            os.close(claimed)
+        _end_claim(claimed)
 
 
 @dataclass(frozen=True)
@@ -476,7 +502,7 @@ def _examine(path: Path) -> FoundPool | None:
             return None
         except (OSError, ValueError) as error:
             return replace(found, problem=getattr(error, "strerror", None) or str(error))
-    process, namespace, since = _OWNER.unpack_from(memory.data, _OWNER_OFFSET)
+    process, namespace, since = OWNER.unpack_from(memory.data, OWNER_OFFSET)
     table = _native.Table(memory.ctypes.data, description.capacity, -1, 0)
     is_reset = bool(table.epoch & 1)
     used_at = [] if is_reset else table.restore()[3]  # of what was read: the file stays as it is
@@ -504,7 +530,7 @@ def _read(fd: int, size: int) -> np.ndarray:
 
 def _owner(process: int, namespace: int) -> str:
     """Who holds a file. process, namespace: what is written in it, by its last owner until a new one has started."""
-    if process and namespace != _pid_namespace():
+    if process and namespace != pid_namespace():
         return "an engine in another container"
     try:
         name = (machine.ROOT / f"proc/{process}/comm").read_text(errors="replace").strip()
