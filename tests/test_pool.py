@@ -443,6 +443,29 @@ def test_a_file_of_another_user_is_passed_over(open_store, caplog):
     assert f"{path} is passed over: it is no file, or belongs to another user" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "\u4e2d" * 256, "\U0001f600" * 256])
+def test_a_file_names_what_it_is_for(open_store, folder, name):
+    open_store(namespace=name).close()
+    (found,) = pool.find_pools(folder)
+    assert found.description is not None
+    assert found.description.about["namespace"] == name
+
+
+def test_memory_is_claimed_only_until_it_is_allocated(open_store):
+    """Then the system counts it as used."""
+    store = open_store()
+    wait_until(lambda: store.poll() is not None and store.statistics().rows_ready == 8, "all rows have memory")
+    wait_until(lambda: not _claims(store), "the claim has ended")
+    store.close()
+    assert not _claims(open_store()), "nor is there one for a file that has all its memory"
+
+
+def _claims(store: BlockStore) -> list[int]:
+    start = store.arena.rows.address
+    claims = [line.split("/")[-2:] for line in Path("/proc/net/unix").read_text().splitlines() if "@async-tier" in line]
+    return [int(size) for address, size in claims if int(address) == start]
+
+
 def test_files_are_their_owners_alone(open_store):
     path = file_of(open_store())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
