@@ -100,6 +100,21 @@ def test_what_a_peer_evicts_while_it_is_read_fails_alone(open_store):
     assert ours.has(key(2))
 
 
+def test_what_is_evicted_is_no_hit_from_the_next_step_on(open_store):
+    ours, theirs = open_store(), open_store(2)
+    stored(theirs, 1, 2)
+    step(ours)
+    with helpers.store_gate(theirs):
+        theirs.submit_store(7, keys(3, 4), [3, 4])
+        step(ours)
+        assert here(ours) == []
+    theirs.drain()
+    theirs.poll()
+    theirs.index.drop(keys(3))
+    step(ours)
+    assert here(ours) == [4]
+
+
 def test_a_row_that_was_filled_again_is_not_read_under_its_old_name(open_store):
     """What we know of a peer is as old as our last step."""
     ours, theirs = open_store(primary=empty()), open_store(2)

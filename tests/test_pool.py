@@ -655,6 +655,34 @@ def test_restored_rows_are_ready_as_their_memory_is():
     )
 
 
+def test_parents_that_make_a_circle_are_none():
+    """No owner writes such a file, but blocks of a circle would never be evicted."""
+    memory = (ctypes.c_char * _native.Table.bytes(8))()
+    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    table.take([0], [b"a"], -1)
+    table.take([1], [b"b"], 0)
+    table.publish([0, 1])
+    _, _, words = table.scan(0, 8)
+    first = _native.Table.bytes(8) - 8 * 64  # a record: its word, its parent's serial, its parent
+    memory[first + 8 : first + 20] = (words[1] >> 1).to_bytes(8, "little") + (1).to_bytes(4, "little")
+    rows, _, parents, _ = table.restore()
+    assert (rows, parents) == ([0, 1], [-1, 0])
+
+
+def test_parents_that_are_gone_or_no_rows_are_none():
+    memory = (ctypes.c_char * _native.Table.bytes(8))()
+    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    table.take([3], [b"a"], -1)
+    table.take([4, 5], [b"b", b"c"], 3)
+    table.publish([3, 4, 5])
+    table.take([3], [b"d"], -1)
+    table.publish([3])
+    second = _native.Table.bytes(8) - (8 - 5) * 64
+    memory[second + 16 : second + 20] = (1 << 30).to_bytes(4, "little")
+    rows, _, parents, _ = table.restore()
+    assert (rows, parents) == ([3, 4, 5], [-1, -1, -1])
+
+
 def test_a_policy_that_cannot_be_restored_is_refused(open_store, monkeypatch):
     store = open_store()
     stored(store, 1)
