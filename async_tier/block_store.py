@@ -425,7 +425,7 @@ class BlockStore:
         try:
             targets = self._checked(keys, rows)
         except _RefusedError as refusal:
-            self.index.drop(keys)
+            self._forget(keys)
             self._refuse(job, refusal)
             return
         arena_rows = self.index.pin_ready(keys)
@@ -528,7 +528,7 @@ class BlockStore:
         self._check_engine()
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
-            self.index.drop(key for key in names if isinstance(key, bytes))
+            self._forget([key for key in names if isinstance(key, bytes)])
         self._fail_job(_Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
@@ -614,7 +614,7 @@ class BlockStore:
             try:
                 end(job)
             except Exception as error:  # `end` reports last, so the job is not reported yet
-                self.index.drop(job.keys)
+                self._forget(job.keys)
                 self._fail_job(job, error)
 
     def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
@@ -649,7 +649,7 @@ class BlockStore:
     def _end_load(self, job: _Job) -> None:
         self.index.unpin(job.rows)
         if job.event.failed:
-            self.index.drop(job.keys)
+            self._forget(job.keys)
             self._finish(job, self._why_failed(job))
             return
         if job.borrowed:
@@ -658,6 +658,12 @@ class BlockStore:
         loaded = tuple(job.keys) if job.missing else None
         size = len(job.keys) * self.primary.row_bytes
         self._finish(job, self._why_incomplete(job), loaded, size, job.event.seconds)
+
+    def _forget(self, keys: Collection[bytes]) -> None:
+        """A load of `keys` failed: they are not to be asked for again, here or at a peer."""
+        self.index.drop(keys)
+        if self.peers is not None:
+            self.peers.drop(keys)
 
     def _borrow(self, keys: list[bytes], targets: list[int]) -> list[Borrowed]:
         """Queue copies of those blocks that peers hold."""

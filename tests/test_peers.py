@@ -115,6 +115,22 @@ def test_what_is_evicted_is_no_hit_from_the_next_step_on(open_store):
     assert here(ours) == [4]
 
 
+def test_r4_a_load_that_failed_is_not_tried_again(open_store):
+    """Whole, because the copy of an own block failed, or because it was refused."""
+    ours, theirs = open_store(), open_store()
+    stored(ours, 50)
+    stored(theirs, 1, 2)
+    step(ours)
+    ours.submit_load(6, keys(2), [1000])
+    assert (ours.poll()[0].success, here(ours, range(10))) == (False, [1])
+    with helpers.load_gate(ours):
+        ours.submit_load(7, keys(1, 50), [0, 1])
+        ours.close()
+    (end,) = ours.poll()
+    assert (end.success, end.loaded_keys) == (False, None)
+    assert here(ours) == []
+
+
 def test_a_row_that_was_filled_again_is_not_read_under_its_old_name(open_store):
     """What we know of a peer is as old as our last step."""
     ours, theirs = open_store(primary=empty()), open_store(2)
