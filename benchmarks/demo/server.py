@@ -31,7 +31,7 @@ PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d
 # The folder of a pool, whose name ends with the process that made it.
 POOL = re.compile(r"async-tier-demo-(?P<process>\d+)")
 # What Python's multiprocessing has in shared memory, and removes when a process ends by itself.
-PYTHON_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\w+")
+PYTHON_MEMORY = ("psm_*", "sem.mp-*")
 
 
 def of_tier(metrics: Metrics, name: str) -> float:
@@ -96,7 +96,7 @@ class Server:
         What Python would have removed from shared memory is removed here. Raises TimeoutError if one of them lives on.
         """
         group = self.process.pid
-        left = {name for process in living(group) for name in shared_memory(process)}
+        left = shared_memory(living(group))
         os.killpg(group, signal.SIGKILL)
         self.process.wait()
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -104,8 +104,8 @@ class Server:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"processes that were killed live on: {found}")
             time.sleep(0.01)
-        for name in left:
-            Path(name).unlink(missing_ok=True)
+        for file in left:
+            file.unlink(missing_ok=True)
 
     def ask_to_stop(self) -> None:
         """Once: asked again, it would leave its work undone. Whoever made it waits for its end."""
@@ -182,12 +182,19 @@ def living(group: int) -> list[int]:
     return found
 
 
-def shared_memory(process: int) -> set[str]:
-    """The files of Python's multiprocessing in /dev/shm that a process has mapped."""
-    with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{process}/maps").read_text().splitlines()
-        return {name for line in lines if PYTHON_MEMORY.fullmatch(name := line.rpartition(" ")[2])}
-    return set()
+def shared_memory(processes: list[int], folder: Path = Path("/dev/shm")) -> list[Path]:
+    """The files of Python's multiprocessing that one of these processes has mapped."""
+    device = os.stat(folder).st_dev
+    mapped = set()
+    for process in processes:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+                # By number, because a semaphore gets its name after it is mapped.
+                _range, _mode, _offset, its_device, inode = line.split()[:5]
+                if its_device == f"{os.major(device):02x}:{os.minor(device):02x}":
+                    mapped.add(int(inode))
+    files = [file for pattern in PYTHON_MEMORY for file in folder.glob(pattern)]
+    return [file for file in files if file.exists() and file.stat().st_ino in mapped]
 
 
 @contextlib.contextmanager
