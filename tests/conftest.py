@@ -37,6 +37,8 @@ ENGINES = {
     "cuda, pool cuda:0": {"engine": "cuda", "pool": "cuda:0"},
     "cuda, pool in a folder": {"engine": "cuda", "staging_bytes": "64KiB", "pool": POOL, "namespace": ""},
 }
+# Those that there are.
+HERE = [name for name in ENGINES if CUDA or name.startswith("host")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = metafunc.definition
     asked = marks.get_closest_marker("contract") or marks.get_closest_marker("each_engine")
     if asked and not marks.get_closest_marker("host_only"):
-        names = [name for name in asked.args or ENGINES if CUDA or name.startswith("host")]
+        names = [name for name in asked.args or ENGINES if name in HERE]
         metafunc.parametrize("engine", names, indirect=True, scope="function")
 
 
@@ -106,7 +108,7 @@ def _assert_no_violations() -> None:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _leaves_nothing: None) -> str:
     """The name of the engine that `helpers.make_tier` and `helpers.World` build on."""
     name: str = getattr(request, "param", "host")
-    if hasattr(request, "param"):
+    if CUDA or hasattr(request, "param"):
         monkeypatch.setattr("tests.helpers.ENGINE_OPTIONS", ENGINES[name])
     yield name
     shutil.rmtree(POOL, ignore_errors=True)

@@ -123,9 +123,9 @@ def test_r4_a_load_that_failed_is_not_tried_again(open_store):
     step(ours)
     ours.submit_load(6, keys(2), [1000])
     assert (ours.poll()[0].success, here(ours, range(10))) == (False, [1])
-    with helpers.load_gate(ours):
-        ours.submit_load(7, keys(1, 50), [0, 1])
-        ours.close()
+    helpers.load_gate(ours).hold()
+    ours.submit_load(7, keys(1, 50), [0, 1])
+    ours.close()
     (end,) = ours.poll()
     assert (end.success, end.loaded_keys) == (False, None)
     assert here(ours) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CUDA, ENGINES
+from tests.conftest import CUDA, HERE
 
 pytestmark = pytest.mark.starts_process
 
@@ -108,12 +108,12 @@ def of(outcomes: dict[str, list[str]], test: str) -> list[list[str]]:
 
 
 def test_what_a_test_leaves_open_is_closed(outcomes):
-    assert of(outcomes, "test_leaves_it_open") == [["PASSED"]] * (len(ENGINES) if CUDA else 1)
+    assert of(outcomes, "test_leaves_it_open") == [["PASSED"]] * len(HERE)
     assert outcomes["test_all_are_closed"] == ["PASSED"]
 
 
 def test_a_store_that_cannot_be_closed_fails_its_test(outcomes):
-    assert of(outcomes, "test_leaves_one_that_cannot_be_closed") == [["ERROR", "PASSED"]] * (9 if CUDA else 3)
+    assert of(outcomes, "test_leaves_one_that_cannot_be_closed") == [["ERROR", "PASSED"]] * 3 * len(HERE)
 
 
 def test_a_teardown_that_skips_or_fails_fails_its_test(outcomes):

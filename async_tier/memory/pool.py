@@ -261,8 +261,6 @@ class PoolArena:
             try:
                 self._allocate_next()  # so that the first blocks can be stored at once
             except OSError as error:
-                if self.is_new:
-                    self.path.unlink(missing_ok=True)
                 self._release()
                 raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
             threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True).start()
@@ -309,7 +307,12 @@ class PoolArena:
         first = self._ready * self.rows.row_bytes
         size = min(max(ALLOCATION_BYTES, self.rows.row_bytes), self.rows.count * self.rows.row_bytes - first)
         if size:
-            os.posix_fallocate(self._fd, self._rows_offset + first, size)
+            try:
+                os.posix_fallocate(self._fd, self._rows_offset + first, size)
+            except OSError:
+                if self.is_new and not first:  # of no use to anybody
+                    self.path.unlink(missing_ok=True)
+                raise
             self._ready = (first + size) // self.rows.row_bytes
         if self._ready == self.rows.count:
             _end_claim(self._claimed)
