@@ -37,6 +37,7 @@ import torch
 
 from async_tier.block_store import Finished
 from async_tier.order import SequenceOrder
+from async_tier.sizes import KVSizes
 
 try:
     import vllm.platforms
@@ -247,10 +248,13 @@ def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
     return tuple(tokens * factor for tokens in groups)
 
 
-def tokens_per_step(offloading_spec: Any) -> int | None:
-    """vLLM's `max_num_batched_tokens`; None if that cannot be known."""
+def kv_sizes(offloading_spec: Any, row_bytes: int) -> KVSizes | None:
+    """What the KV in a row of `row_bytes` is for, and vLLM's limits on prompts and steps; None if unknown."""
     config = _find_config(VllmConfig, "vllm_config", offloading_spec)
-    return None if config is None else config.scheduler_config.max_num_batched_tokens
+    tokens = tokens_per_block(offloading_spec)
+    if config is None or not tokens:
+        return None
+    return KVSizes(row_bytes, tokens, config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
 
 
 def partial_chunk_problem(offloading_spec: Any) -> str | None:
