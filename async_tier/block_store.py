@@ -17,7 +17,7 @@ import operator
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -258,6 +258,7 @@ class BlockStore:
         self._pool = arena.pool
         # The other files of the pool. Others may read it.
         self.peers: Peers | None = None
+        self._elsewhere: Mapping[bytes, int] = {}  # by key, what peers hold
         restored = 0
         try:
             self.index = BlockIndex(self.arena.rows.count, policy)
@@ -302,7 +303,7 @@ class BlockStore:
 
     def has(self, key: bytes) -> bool:
         """Whether `key` can be loaded now. Unlike `lookup`, this counts neither as a hit nor as a use."""
-        return self.index.state(key) == READY or (self.peers is not None and key in self.peers.keys)
+        return self.index.state(key) == READY or key in self._elsewhere
 
     def lookup(self, key: bytes, sequence: str | None = None, pin: bool = False) -> bool:
         """Whether `key` can be loaded now. A hit counts as a use by `sequence` (a request's name); a load does not.
@@ -311,7 +312,7 @@ class BlockStore:
         until the next `end_step`, which the caller then has to call; unless a peer holds it, which may evict it.
         """
         if not self.index.pin_hit(key):
-            if self.peers is None or not self._peer_has(key, pin):
+            if key not in self._elsewhere and (pin or not self._look_for(key)):
                 self._misses += 1
                 return False
             self._hits += 1
@@ -337,13 +338,13 @@ class BlockStore:
 
     def end_step(self) -> None:
         """End a scheduler step: release the pins of its hits, and count them as uses."""
-        self._check_engine()
+        self._check_engine(with_file=False)
         if self._trace is not None:
             self._trace.scheduled()
         if self._step_hits:
             self._note_hits()
         self.index.end_step()
-        if self.peers is not None:
+        if self.peers is not None and self.peers.count:
             self.peers.refresh()
         if self._log.has_held_back:
             self._log.flush()
@@ -374,7 +375,7 @@ class BlockStore:
         job = _Job(job_id, "store", sequence, keys)
         try:
             sources = self._checked(keys, rows)
-            if self._pool is not None and not all(0 < len(key) <= TABLE_KEY_BYTES for key in keys):
+            if self._pool is not None and not self._pool.table.fits(keys):
                 raise _RefusedError(f"a key in a pool is 1 to {TABLE_KEY_BYTES} bytes")
         except _RefusedError as refusal:
             self._refuse(job, refusal)
@@ -386,7 +387,7 @@ class BlockStore:
             places = order.permutation(keys)
             keys = [keys[at] for at in places]
             sources = [sources[at] for at in places]
-        if self.peers is not None and not self.peers.keys.isdisjoint(keys):
+        if self.peers is not None and not self._elsewhere.keys().isdisjoint(keys):
             keys, sources = self._without_peers(self.peers, keys, sources)
         new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
@@ -424,7 +425,7 @@ class BlockStore:
         try:
             targets = self._checked(keys, rows)
         except _RefusedError as refusal:
-            self.index.drop(keys)
+            self._forget(keys)
             self._refuse(job, refusal)
             return
         arena_rows = self.index.pin_ready(keys)
@@ -527,7 +528,7 @@ class BlockStore:
         self._check_engine()
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
-            self.index.drop(key for key in names if isinstance(key, bytes))
+            self._forget([key for key in names if isinstance(key, bytes)])
         self._fail_job(_Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
@@ -613,7 +614,7 @@ class BlockStore:
             try:
                 end(job)
             except Exception as error:  # `end` reports last, so the job is not reported yet
-                self.index.drop(job.keys)
+                self._forget(job.keys)
                 self._fail_job(job, error)
 
     def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
@@ -648,7 +649,7 @@ class BlockStore:
     def _end_load(self, job: _Job) -> None:
         self.index.unpin(job.rows)
         if job.event.failed:
-            self.index.drop(job.keys)
+            self._forget(job.keys)
             self._finish(job, self._why_failed(job))
             return
         if job.borrowed:
@@ -657,6 +658,12 @@ class BlockStore:
         loaded = tuple(job.keys) if job.missing else None
         size = len(job.keys) * self.primary.row_bytes
         self._finish(job, self._why_incomplete(job), loaded, size, job.event.seconds)
+
+    def _forget(self, keys: Collection[bytes]) -> None:
+        """A load of `keys` failed: they are not to be asked for again, here or at a peer."""
+        self.index.drop(keys)
+        if self.peers is not None:
+            self.peers.drop(keys)
 
     def _borrow(self, keys: list[bytes], targets: list[int]) -> list[Borrowed]:
         """Queue copies of those blocks that peers hold."""
@@ -737,9 +744,10 @@ class BlockStore:
 
     # ------------------------------------------------------------------------------------------------------- details
 
-    def _check_engine(self) -> None:
+    def _check_engine(self, with_file: bool = True) -> None:
         """First in most calls: empty the tier if the engine broke, log a late copy, use rows that became ready."""
-        if not self._broken and (broken := self._broken_by()) is not None:
+        broken = self._broken_by() if with_file else self.engine.broken
+        if not self._broken and broken is not None:
             self._broken = True
             self.clear()
             self.report_fault("go on copying; it is empty and takes nothing more", broken)
@@ -749,11 +757,11 @@ class BlockStore:
         if self.index.usable < self.index.capacity:
             self.index.usable = self.arena.ready
 
-    def _peer_has(self, key: bytes, pin: bool) -> bool:
-        assert self.peers is not None
-        if not pin and key not in self.peers.keys:  # there may be no steps
+    def _look_for(self, key: bytes) -> bool:
+        """Whether a peer has `key` by now. For those who have no steps, in which that would be seen."""
+        if self.peers is not None:
             self.peers.look()
-        return key in self.peers.keys
+        return key in self._elsewhere
 
     def _without_peers(self, peers: Peers, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
         """Those keys that no peer holds, and their rows of the primary. The others are not stored again."""
@@ -775,6 +783,7 @@ class BlockStore:
         self.index.keep_in(pool.table, *restored)
         own_stream = self.engine.load_stream if self.engine.name == "host" else None
         self.peers = Peers(pool.path.parent, pool.identity, self.primary.row_bytes, pool.inode, own_stream)
+        self._elsewhere = self.peers.places
         return len(restored[0])
 
     def _note_hits(self) -> None:

@@ -169,9 +169,14 @@ class BlockIndex:
             pinned, self._step_pins = self._step_pins, []
             self.unpin(pinned)
         self._steps += 1
-        if self._table is not None and self._steps % _USES_STEPS == 0 and self._policy.used_at is not None:
+        if self._table is not None and self._steps % _USES_STEPS == 0:
+            self._note_uses(self._table)
+
+    def _note_uses(self, table: _native.Table) -> None:
+        """Copy some of the last uses to the table."""
+        if self._policy.used_at is not None and table.is_intact():
             first = self._steps // _USES_STEPS * _USES % (-(-self.capacity // _USES) * _USES)
-            self._table.note_uses(self._policy.used_at, first, min(_USES, self.capacity - first))
+            table.note_uses(self._policy.used_at, first, min(_USES, self.capacity - first))
 
     def reserve(
         self, keys: Sequence[bytes], sequence: str | None, order: SequenceOrder | None, distinct: bool = False

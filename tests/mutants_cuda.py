@@ -48,7 +48,8 @@ MUTANTS_CUDA = [
     Mutant("no more is asked for than can be told", _DRIVER, "        fits = _size(size).value == size", "        fits = True", ("test_cuda_engine.py",)),
     Mutant("the arena on the device is the engine's to free", "memory/device.py", "address = engine.allocate(size)", "address = engine.driver.allocate(size)", CUDA),
     Mutant("the primary is registered", "engines.py", "        registration.register_all()\n", "", CUDA),
-    Mutant("the arena is registered", "memory/pinned.py", "            self.registration.register_next()\n            self._pinner.start()", "            pass", CUDA),
+    Mutant("the arena is registered", "memory/pinned.py", "                self._pin_next()\n            self._pinner.start()", "                break", CUDA),
+    Mutant("pool: pinned memory is allocated", "memory/pinned.py", "            self.pool.allocate(self.registration.next_range[1] - self.rows.address)\n", "            pass\n", ("test_pool.py",)),
     Mutant("the primary is unregistered", "engines.py", "        engine.add_pinned(registration)\n", "", CUDA),
     Mutant("the arena is unregistered", "memory/pinned.py", "        engine.add_pinned(self)\n", "", CUDA),
     Mutant("only what is ours is unregistered", _REGISTRATION, "                used = [(start, end)] if (start, end) in _users else _overlapping(_users, start, end)", "                used = [(start, end)]", CUDA),
@@ -71,7 +72,7 @@ MUTANTS_CUDA = [
     Mutant("auto is host where replicas are many", "vllm/compat.py", "workers == replicas == 1", "workers == 1", CUDA),
     Mutant("an engine uses its own first GPU", "manager.py", "        if gpu is not None:\n", "        if False:\n", CUDA),
     Mutant("replicas before it have as many GPUs", "vllm/compat.py", "gpu = replica * workers", "gpu = replica", CUDA),
-    Mutant("a GPU that is named is used", "engines.py", "device = config.device if config.pool == \"host\" else config.pool", "device = None if config.pool == \"host\" else config.pool", CUDA),
+    Mutant("a GPU that is named is used", "engines.py", "device = config.pool if config.is_on_device else config.device", "device = config.pool if config.is_on_device else None", CUDA),
     Mutant("R5/R6 a load pins its rows", "index.py", "                pins[row] += 1\n            else:", "                pass\n            else:", CUDA),
     Mutant("R6 a store pins its rows", "index.py", "            pins[row] = 1\n", "            pins[row] = 0\n", CUDA),
     # native/cuda.c: the two legs, and the order that events make

@@ -100,6 +100,37 @@ def test_what_a_peer_evicts_while_it_is_read_fails_alone(open_store):
     assert ours.has(key(2))
 
 
+def test_what_is_evicted_is_no_hit_from_the_next_step_on(open_store):
+    ours, theirs = open_store(), open_store(2)
+    stored(theirs, 1, 2)
+    step(ours)
+    with helpers.store_gate(theirs):
+        theirs.submit_store(7, keys(3, 4), [3, 4])
+        step(ours)
+        assert here(ours) == []
+    theirs.drain()
+    theirs.poll()
+    theirs.index.drop(keys(3))
+    step(ours)
+    assert here(ours) == [4]
+
+
+def test_r4_a_load_that_failed_is_not_tried_again(open_store):
+    """Whole, because the copy of an own block failed, or because it was refused."""
+    ours, theirs = open_store(), open_store()
+    stored(ours, 50)
+    stored(theirs, 1, 2)
+    step(ours)
+    ours.submit_load(6, keys(2), [1000])
+    assert (ours.poll()[0].success, here(ours, range(10))) == (False, [1])
+    with helpers.load_gate(ours):
+        ours.submit_load(7, keys(1, 50), [0, 1])
+        ours.close()
+    (end,) = ours.poll()
+    assert (end.success, end.loaded_keys) == (False, None)
+    assert here(ours) == []
+
+
 def test_a_row_that_was_filled_again_is_not_read_under_its_old_name(open_store):
     """What we know of a peer is as old as our last step."""
     ours, theirs = open_store(primary=empty()), open_store(2)
@@ -352,3 +383,70 @@ def test_signals_also_come_from_copies_of_borrowed_blocks(open_store):
         ours.signal(-1)
     finally:
         os.close(eventfd)
+
+
+def test_a_folder_that_cannot_be_read_for_a_while_costs_nothing(open_store, monkeypatch):
+    ours, theirs = open_store(), open_store()
+    stored(theirs, 1)
+    step(ours)
+
+    def scandir(path: str) -> None:
+        raise OSError(24, "Too many open files")
+
+    stored(open_store(), 2)
+    monkeypatch.setattr(os, "scandir", scandir)
+    step(ours)
+    assert here(ours) == [1]
+    monkeypatch.undo()
+    monkeypatch.setattr(peers, "COARSE_NS", 0)
+    step(ours)
+    assert here(ours) == [1, 2]
+
+
+def test_a_bad_file_is_named_once(open_store, folder, caplog):
+    ours = open_store()
+    bad = folder / file_of(ours).name.replace("-0.pool", "-9.pool")
+    bad.write_bytes(bytes(4096))
+    for _ in range(10):
+        step(ours)
+    assert caplog.text.count(f"The blocks in {bad} are not used: it is no pool") == 1
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_two_peers_hold_stays_when_one_of_them_loses_it(open_store, gone):
+    both = [open_store(2), open_store(2)]
+    for theirs in both:  # neither knows of the other yet
+        stored(theirs, 1)
+    ours = open_store(primary=empty())
+    assert (here(ours), len(ours.peers)) == ([1], 1)
+    stored(both[gone], 2, 3)
+    step(ours)
+    assert loaded(ours, 1) == [1]
+    both[1 - gone].clear()
+    step(ours)
+    assert here(ours) == [2, 3]
+
+
+def test_what_changes_while_a_peer_is_read_for_the_first_time(open_store, monkeypatch):
+    monkeypatch.setattr(peers.Peers.refresh, "__defaults__", (4,))
+    ours = open_store()
+    theirs = open_store(32)
+    stored(theirs, *range(32))
+    ours.begin_sequence("a request", SequenceOrder({}))  # finds the file, and reads a part of it
+    assert 0 < len(here(ours)) < 32
+    theirs.index.drop(keys(0, 1))
+    stored(theirs, 40)
+    for _ in range(60):
+        ours.end_step()
+    assert here(ours) == here(theirs) == [*range(2, 32), 40]
+
+
+def test_no_peer_waits_for_what_others_have_to_tell(open_store, monkeypatch):
+    monkeypatch.setattr(peers.Peers.refresh, "__defaults__", (8,))
+    busy, quiet = open_store(32), open_store(32)
+    ours = open_store()
+    for number in range(0, 60, 6):
+        stored(busy, *range(number, number + 6))
+    stored(quiet, 63)
+    ours.end_step()
+    assert ours.has(key(63))

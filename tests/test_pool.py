@@ -443,6 +443,29 @@ def test_a_file_of_another_user_is_passed_over(open_store, caplog):
     assert f"{path} is passed over: it is no file, or belongs to another user" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "\u4e2d" * 256, "\U0001f600" * 256])
+def test_a_file_names_what_it_is_for(open_store, folder, name):
+    open_store(namespace=name).close()
+    (found,) = pool.find_pools(folder)
+    assert found.description is not None
+    assert found.description.about["namespace"] == name
+
+
+def test_memory_is_claimed_only_until_it_is_allocated(open_store):
+    """Then the system counts it as used."""
+    store = open_store()
+    wait_until(lambda: store.poll() is not None and store.statistics().rows_ready == 8, "all rows have memory")
+    wait_until(lambda: not _claims(store), "the claim has ended")
+    store.close()
+    assert not _claims(open_store()), "nor is there one for a file that has all its memory"
+
+
+def _claims(store: BlockStore) -> list[int]:
+    start = store.arena.rows.address
+    claims = [line.split("/")[-2:] for line in Path("/proc/net/unix").read_text().splitlines() if "@async-tier" in line]
+    return [int(size) for address, size in claims if int(address) == start]
+
+
 def test_files_are_their_owners_alone(open_store):
     path = file_of(open_store())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -630,6 +653,34 @@ def test_restored_rows_are_ready_as_their_memory_is():
     assert len(index.reserve([b"%d" % at for at in range(9)], None, None)[1]) == 7, (
         "all but the one that is being stored"
     )
+
+
+def test_parents_that_make_a_circle_are_none():
+    """No owner writes such a file, but blocks of a circle would never be evicted."""
+    memory = (ctypes.c_char * _native.Table.bytes(8))()
+    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    table.take([0], [b"a"], -1)
+    table.take([1], [b"b"], 0)
+    table.publish([0, 1])
+    _, _, words = table.scan(0, 8)
+    first = _native.Table.bytes(8) - 8 * 64  # a record: its word, its parent's serial, its parent
+    memory[first + 8 : first + 20] = (words[1] >> 1).to_bytes(8, "little") + (1).to_bytes(4, "little")
+    rows, _, parents, _ = table.restore()
+    assert (rows, parents) == ([0, 1], [-1, 0])
+
+
+def test_parents_that_are_gone_or_no_rows_are_none():
+    memory = (ctypes.c_char * _native.Table.bytes(8))()
+    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    table.take([3], [b"a"], -1)
+    table.take([4, 5], [b"b", b"c"], 3)
+    table.publish([3, 4, 5])
+    table.take([3], [b"d"], -1)
+    table.publish([3])
+    second = _native.Table.bytes(8) - (8 - 5) * 64
+    memory[second + 16 : second + 20] = (1 << 30).to_bytes(4, "little")
+    rows, _, parents, _ = table.restore()
+    assert (rows, parents) == ([3, 4, 5], [-1, -1, -1])
 
 
 def test_a_policy_that_cannot_be_restored_is_refused(open_store, monkeypatch):

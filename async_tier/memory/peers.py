@@ -14,7 +14,7 @@ import os
 import time
 import weakref
 from array import array
-from collections.abc import Collection, KeysView, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,25 +96,16 @@ class Peers:
         self._peers: dict[int, Peer] = {}  # by inode
         self._numbers = itertools.count()
         self._by_number: dict[int, Peer] = {}
-        # By key, the number of its peer << 32 | its row. Where several peers hold it, the others.
-        self._places: dict[bytes, int] = {}
+        self.count = 0  # of files
+        # By key, the number of its peer << 32 | its row. Others may read it. Where several peers hold it, the others.
+        self.places: dict[bytes, int] = {}
         self._others: dict[bytes, list[int]] = {}
         self.look()
         self.refresh(limit=1 << 60)
 
     def __len__(self) -> int:
         """The number of blocks."""
-        return len(self._places)
-
-    @property
-    def count(self) -> int:
-        """The number of files."""
-        return len(self._peers)
-
-    @property
-    def keys(self) -> KeysView[bytes]:
-        """The keys of the blocks. Asking costs what asking a dict costs."""
-        return self._places.keys()
+        return len(self.places)
 
     def look(self) -> None:
         """Find the files that came, and those that went, and `refresh`. Raises nothing."""
@@ -144,7 +135,7 @@ class Peers:
         """What to copy, by peer, for those of `keys` that are held. targets: a row of the primary for each key."""
         borrowed: dict[Peer, Borrowed] = {}
         for key, target in zip(keys, targets, strict=True):
-            place = self._places.get(key)
+            place = self.places.get(key)
             if place is None:
                 continue
             peer, row = self._by_number[place >> 32], place & _ROW
@@ -164,7 +155,7 @@ class Peers:
     def drop(self, keys: Collection[bytes]) -> None:
         """Forget `keys`, until their peers store them again."""
         for key in keys:
-            place = self._places.get(key)
+            place = self.places.get(key)
             if place is not None:
                 self._note(self._by_number[place >> 32], [place & _ROW], [None], [0])
 
@@ -183,8 +174,9 @@ class Peers:
         """Forget all peers, for good. What is being copied is still copied."""
         self._peers.clear()
         self._by_number.clear()
-        self._places.clear()
+        self.places.clear()
         self._others.clear()
+        self.count = 0
         self._is_over = True
 
     def _drop_lost(self, part: Borrowed) -> None:
@@ -224,6 +216,7 @@ class Peers:
                 os.close(fd)
                 raise
             self._peers[inode] = self._by_number[peer.number] = peer
+            self.count = len(self._peers)
         except (OSError, ValueError) as error:
             self._refused.add(inode)
             logger.warning("The blocks in %s are not used: %s", path, error)
@@ -233,6 +226,7 @@ class Peers:
         self._forget(peer)
         self._peers = {inode: each for inode, each in self._peers.items() if each is not peer}
         del self._by_number[peer.number]
+        self.count = len(self._peers)
 
     def _follow(self, peer: Peer, limit: int) -> int:
         """Read what has changed in a peer's table, and the next part of it. Returns how many records were read."""
@@ -263,7 +257,7 @@ class Peers:
 
     def _note(self, peer: Peer, rows: Sequence[int], keys: Sequence[bytes | None], words: Sequence[int]) -> None:
         """A peer's rows now hold these blocks, or none."""
-        base, places, held, of_rows = peer.number << 32, self._places, peer.keys, peer.words
+        base, places, held, of_rows = peer.number << 32, self.places, peer.keys, peer.words
         for row, key, word in zip(rows, keys, words, strict=True):
             before = held[row]
             if before is not None and before != key:
@@ -278,12 +272,12 @@ class Peers:
     def _take_away(self, key: bytes, place: int) -> None:
         """A key is not held at this place any more. Another peer may hold it, too."""
         others = self._others.get(key, [])
-        if self._places[key] != place:
+        if self.places[key] != place:
             others.remove(place)
         elif others:
-            self._places[key] = others.pop()
+            self.places[key] = others.pop()
         else:
-            del self._places[key]
+            del self.places[key]
         if not others:
             self._others.pop(key, None)
 

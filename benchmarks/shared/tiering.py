@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from vllm.v1.kv_offload.base import LookupResult, make_offload_key
@@ -53,24 +54,32 @@ class Replay:
     Blocks are numbered as they are first asked for: ids may be larger than what a row or a name has room for.
     """
 
-    def __init__(self, primary_blocks: int, tier_blocks: int, policy: str = "lru") -> None:
-        self._rows = np.zeros((primary_blocks, ROW_BYTES // 8), dtype=np.uint64)
-        primary = CPUPrimaryTierOffloadingManager(num_chunks=primary_blocks, mmap_region=Region(self._bytes))
+    def __init__(self, primary_blocks: int, tier_blocks: int, policy: str = "lru", **options: Any) -> None:
+        """options: of the tier."""
+        self._primary_blocks, self._tier_blocks = primary_blocks, tier_blocks
+        self._options = {"eviction_policy": policy, **options}
+        self._numbers: dict[int, int] = {}
+        self._requests = 0
+        self.hits = Hits()
+        self._open()
+
+    def _open(self) -> None:
+        self._rows = np.zeros((self._primary_blocks, ROW_BYTES // 8), dtype=np.uint64)
+        primary = CPUPrimaryTierOffloadingManager(num_chunks=self._primary_blocks, mmap_region=Region(self._bytes))
         self._tier: AsyncSecondaryTierManager | None = None
-        if tier_blocks:
+        if self._tier_blocks:
+            size = self._tier_blocks * ROW_BYTES
             self._tier = AsyncSecondaryTierManager(
-                SimpleNamespace(),
-                primary.get_kv_memoryview(),
-                "async",
-                bytes_to_use=tier_blocks * ROW_BYTES,
-                eviction_policy=policy,
+                SimpleNamespace(), primary.get_kv_memoryview(), "async", bytes_to_use=size, **self._options
             )
         self._manager = TieringOffloadingManager(
             primary_tier=primary, secondary_tiers=[self._tier] if self._tier is not None else []
         )
-        self._numbers: dict[int, int] = {}
-        self._requests = 0
-        self.hits = Hits()
+
+    def restart(self) -> None:
+        """End the engine, and begin a new one: what is not in a pool is lost."""
+        self._manager.shutdown()
+        self._open()
 
     @property
     def _bytes(self) -> np.ndarray:
@@ -99,6 +108,11 @@ class Replay:
 
     def close(self) -> None:
         self._manager.shutdown()
+
+    @property
+    def held(self) -> int:
+        """Blocks in the tier."""
+        return self._tier.get_num_blocks() if self._tier is not None else 0
 
     def _found(self, names: Sequence[bytes], context: object) -> tuple[int, int]:
         """(blocks of the prefix that are there, those of them that were in the primary); now all of them are."""

@@ -119,6 +119,20 @@ static void note_change(Header *header, Py_ssize_t row) {
     atomic_store_explicit(&header->changes, at + 1, memory_order_release);
 }
 
+/* Whether all items of a list are keys that a record has room for. */
+static int keys_fit(PyObject *keys) {
+    for (Py_ssize_t i = 0; i < PyList_Size(keys); i++) {
+        PyObject *key = PyList_GetItem(keys, i);
+        if (!PyBytes_Check(key) || PyBytes_Size(key) < 1 || PyBytes_Size(key) > KEY_BYTES)
+            return 0;
+    }
+    return 1;
+}
+
+static PyObject *table_fits(PyObject *self, PyObject *keys) {
+    return check_lists(keys, NULL) ? NULL : PyBool_FromLong(keys_fit(keys));
+}
+
 static PyObject *table_take(PyObject *self, PyObject *args) {
     Table *table = table_of(self);
     Header *header = table->header;
@@ -127,14 +141,12 @@ static PyObject *table_take(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OOn", &rows, &keys, &above) || check_lists(rows, keys))
         return NULL;
     Py_ssize_t count = PyList_Size(rows);
-    for (Py_ssize_t i = 0; i < count; i++) { /* all are checked before the first is changed */
-        PyObject *key = PyList_GetItem(keys, i);
+    for (Py_ssize_t i = 0; i < count; i++) /* all are checked before the first is changed */
         if (record_of(table, rows, i, &row) == NULL)
             return NULL;
-        if (!PyBytes_Check(key) || PyBytes_Size(key) < 1 || PyBytes_Size(key) > KEY_BYTES) {
-            PyErr_Format(PyExc_ValueError, "a key in a pool is 1 to %d bytes", KEY_BYTES);
-            return NULL;
-        }
+    if (!keys_fit(keys)) {
+        PyErr_Format(PyExc_ValueError, "a key in a pool is 1 to %d bytes", KEY_BYTES);
+        return NULL;
     }
     uint64_t serial = atomic_load_explicit(&header->serial, memory_order_relaxed);
     atomic_store_explicit(&header->serial, serial + (uint64_t)count, memory_order_relaxed);
@@ -157,7 +169,8 @@ static PyObject *table_take(PyObject *self, PyObject *args) {
         record->key_bytes = (uint16_t)size;
         int has_parent = above >= 0 && above < table->capacity;
         record->parent = has_parent ? (int32_t)above : -1;
-        record->parent_serial = has_parent ? atomic_load_explicit(&table->records[above].word, memory_order_relaxed) >> 1 : 0;
+        record->parent_serial =
+            has_parent ? atomic_load_explicit(&table->records[above].word, memory_order_relaxed) >> 1 : 0;
         table->used_at[row] = now - i;
         above = row;
     }
@@ -304,7 +317,9 @@ static int is_intact(const Table *table) {
     return fstat(table->fd, &status) == 0 && status.st_size >= table->size;
 }
 
-static PyObject *table_is_intact(PyObject *self, PyObject *unused) { return PyBool_FromLong(is_intact(table_of(self))); }
+static PyObject *table_is_intact(PyObject *self, PyObject *unused) {
+    return PyBool_FromLong(is_intact(table_of(self)));
+}
 
 static PyObject *table_news(PyObject *self, PyObject *args) {
     Table *table = table_of(self);
@@ -325,8 +340,6 @@ static PyObject *table_changes_since(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "Kn", &seen, &limit))
         return NULL;
     uint64_t changes = atomic_load_explicit(&header->changes, memory_order_acquire);
-    if (changes - seen > RING) /* lapped; or the count is behind, which no owner does */
-        Py_RETURN_NONE;
     uint64_t end = changes - seen > (uint64_t)limit ? seen + (uint64_t)limit : changes;
     Lists lists;
     int failed = lists_open(&lists, 3);
@@ -402,13 +415,11 @@ static PyObject *table_restore(PyObject *self, PyObject *unused) {
 }
 
 static PyObject *table_epoch(PyObject *self, void *unused) {
-    return PyLong_FromUnsignedLongLong(
-        atomic_load_explicit(&table_of(self)->header->epoch, memory_order_acquire));
+    return PyLong_FromUnsignedLongLong(atomic_load_explicit(&table_of(self)->header->epoch, memory_order_acquire));
 }
 
 static PyObject *table_changes(PyObject *self, void *unused) {
-    return PyLong_FromUnsignedLongLong(
-        atomic_load_explicit(&table_of(self)->header->changes, memory_order_acquire));
+    return PyLong_FromUnsignedLongLong(atomic_load_explicit(&table_of(self)->header->changes, memory_order_acquire));
 }
 
 static PyGetSetDef table_getset[] = {
@@ -418,6 +429,8 @@ static PyGetSetDef table_getset[] = {
 };
 static PyMethodDef table_methods[] = {
     {"bytes", table_bytes, METH_O | METH_STATIC, "bytes(capacity) -> int\n\nThe size of a table of so many rows."},
+    {"fits", table_fits, METH_O,
+     "fits(keys) -> bool\n\nWhether all keys of a list are bytes of a length that a record has room for."},
     {"take", table_take, METH_VARARGS,
      "take(rows, keys, above)\n\nBefore their bytes change: rows will hold keys, lists of one length, and are not "
      "ready. Each\nblock continues the one before it, the first the one in row above, unless that is -1. ValueError, "
@@ -436,7 +449,8 @@ static PyMethodDef table_methods[] = {
     {"is_intact", table_is_intact, METH_NOARGS,
      "is_intact() -> bool\n\nWhether the file still has its size. If not, no memory of it may be touched."},
     {"changes_since", table_changes_since, METH_VARARGS,
-     "changes_since(seen, limit) -> (rows, keys, words) or None\n\nThe present state of the rows that changed after the "
+     "changes_since(seen, limit) -> (rows, keys, words) or None\n\nThe present state of the rows that changed after "
+     "the "
      "first `seen` changes, at most `limit` of them, oldest first.\nA key of None: the row is not ready. None if there "
      "were more changes than a table remembers."},
     {"stale", table_stale, METH_VARARGS,
@@ -448,10 +462,13 @@ static PyMethodDef table_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot table_slots[] = {
-    {Py_tp_new, table_new},         {Py_tp_dealloc, table_dealloc},
-    {Py_tp_getset, table_getset},   {Py_tp_methods, table_methods},
-    {Py_tp_doc, "Table(address, capacity, fd, size)\n\nThe table of a pool: of so many rows, in a file of this size, which "
-                "its user keeps open and mapped at the\naddress. See table.c."},
+    {Py_tp_new, table_new},
+    {Py_tp_dealloc, table_dealloc},
+    {Py_tp_getset, table_getset},
+    {Py_tp_methods, table_methods},
+    {Py_tp_doc,
+     "Table(address, capacity, fd, size)\n\nThe table of a pool: of so many rows, in a file of this size, which "
+     "its user keeps open and mapped at the\naddress. See table.c."},
     {0, NULL},
 };
 static PyType_Spec table_spec = {"async_tier.streams._native.Table", sizeof(Table), 0, Py_TPFLAGS_DEFAULT, table_slots};
