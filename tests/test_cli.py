@@ -170,11 +170,11 @@ def test_size_for_people(capsys, asked):
     assert config["kv_connector_extra_config"]["spec_name"] == "TieringOffloadingSpec"
 
 
-@pytest.mark.parametrize("memory", ["2304.1MiB", "3GiB", "20GiB", "64GiB"])
+@pytest.mark.parametrize("memory", ["3073MiB", "4GiB", "20GiB", "64GiB"])
 def test_size_says_of_its_sizes_what_doctor_says(capsys, asked, monkeypatch, memory):
     sizes = dataclasses.replace(SIZES, max_model_len=131072)
     monkeypatch.setattr(kv_sizes, "measure", lambda model, **_: sizes)
-    assert cli.main(["size", "--model", "m", "--memory", memory, "--json"]) == 0
+    assert cli.main(["size", "--model", "m", "--memory", memory, "--cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     said = [each["says"] for each in found["findings"] if each["name"] in ("primary", "sizes", "tier")]
     judged = [each.says for each in settings.look_at_settings(found["config"], sizes, []) if each.says in said]

@@ -44,7 +44,6 @@ try:
     import vllm.v1.kv_offload.base as vllm_base
     import vllm.v1.kv_offload.tiering.base as vllm_tiering
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheTensor
@@ -329,6 +328,9 @@ def kv_layout(config: VllmConfig) -> str | None:
     """In which order the numbers of a layer's KV lie, as far as vLLM has decided; None if it has not."""
     if hasattr(config.cache_config, "kv_cache_layout"):
         return config.cache_config.kv_cache_layout
+    # Not at the top: the API server would import the models' layers with it.
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
+
     with set_current_vllm_config(config):  # what the connectors ask for; backends may ask for something else
         return get_kv_connector_cache_layout()
 
