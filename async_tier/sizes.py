@@ -109,14 +109,16 @@ def judge_primary(primary: int, sizes: KVSizes) -> Finding:
 def judge_tier(primary: int, tier: int, sizes: KVSizes | None) -> Iterator[Finding]:
     """The same for a tier of so many bytes; without `sizes`, only beside the primary."""
     says = f"the tier has {format_size(tier)}, the primary {format_size(primary)}"
-    advice = f"set bytes_to_use to at least {LEAST_RATIO} times cpu_bytes_to_use, and better to {GOOD_RATIO} times"
+    advice = f"set bytes_to_use to {GOOD_RATIO} times cpu_bytes_to_use, if memory allows"
+    if tier < LEAST_RATIO * primary:
+        advice = f"set bytes_to_use to at least {LEAST_RATIO} times cpu_bytes_to_use, and better to {GOOD_RATIO} times"
     if tier <= primary:
         says += "; vLLM keeps each block in both, so nearly all that the tier holds is in the primary, too"
         yield Finding(PROBLEM, "sizes", says, advice)
     elif tier < GOOD_RATIO * primary:
         says += f"; each block is in both at first, so a primary of {primary / tier:.0%} of the tier costs hits: "
         says += "a fifth at 50%, a twentieth at 12%"
-        yield Finding(WARNING if tier < LEAST_RATIO * primary else NOTE, "sizes", says, advice)
+        yield Finding(NOTE if tier >= LEAST_RATIO * primary else WARNING, "sizes", says, advice)
     else:
         yield Finding(OK, "sizes", says)
     if sizes is None:

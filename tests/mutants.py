@@ -663,7 +663,7 @@ MUTANTS = [
     Mutant("doctor: cgroups without a limit", "operate/doctor.py", "if whole is None or limit.available < whole:", "if True:", DOCTOR),
     Mutant("doctor: a narrow slot", "operate/doctor.py", "if gpu.width != gpu.widest:", "if False:", DOCTOR),
     Mutant("sizes: a tier no larger than the primary", "sizes.py", "if tier <= primary:", "if tier < primary:", DOCTOR),
-    Mutant("sizes: a primary of half the tier", "sizes.py", "if tier < LEAST_RATIO * primary", "if tier <= LEAST_RATIO * primary", DOCTOR),
+    Mutant("sizes: a primary of half the tier", "sizes.py", "NOTE if tier >= LEAST_RATIO * primary", "NOTE if tier > LEAST_RATIO * primary", DOCTOR),
     Mutant("sizes: a primary of an eighth", "sizes.py", "elif tier < GOOD_RATIO * primary:", "elif tier <= GOOD_RATIO * primary:", DOCTOR),
     Mutant("sizes: a tier of a prompt", "sizes.py", "if tier // sizes.block_bytes < sizes.blocks(sizes.max_model_len):", "if False:", DOCTOR),
     Mutant("doctor: the primary is memory, too", "operate/settings.py", "missing = primary + tiers - (", "missing = tiers - (", DOCTOR),
