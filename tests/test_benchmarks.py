@@ -23,13 +23,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from async_tier.observe.trace import TraceWriter
 from async_tier.streams.host import HostStream
 from async_tier.streams.row_stream import UNLIMITED
 from benchmarks.bench import conversations, copy_rate, head_of_line, overlap, serving, serving_report
 from benchmarks.bench import run as bench
 from benchmarks.bench.conversations import FS, NO_OFFLOAD, OURS, Contender
 from benchmarks.bench.head_of_line import Latencies
-from benchmarks.demo import model, server
+from benchmarks.demo import demo, model, server
 from benchmarks.demo.demo import BLOCK_TOKENS
 from benchmarks.demo.server import Answer
 from benchmarks.shared import common, tiers
@@ -409,8 +410,26 @@ def test_memory_that_killed_benchmarks_left_is_removed_and_no_other(tmp_path):
     ]
     for name in (*left, *others):
         (tmp_path / name).touch()
+    pools = [tmp_path / f"async-tier-demo-{process}" for process in (dead.pid, os.getpid())]
+    for pool in pools:
+        pool.mkdir()
+        (pool / "0.pool").touch()
     server.remove_what_the_dead_left(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == set(others)
+    assert {file.name for file in tmp_path.iterdir()} == {*others, pools[1].name}
+
+
+def test_the_folder_of_a_pool_is_removed_whatever_happens(tmp_path):
+    def use() -> None:
+        with server.pool_folder(tmp_path) as folder:
+            folder.mkdir()
+            (folder / "0.pool").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use()
+    assert not [*tmp_path.iterdir()]
+    with server.pool_folder(tmp_path):
+        pass  # nobody has made it
 
 
 def a_server(tmp_path: Path, source: str) -> server.Server:
@@ -449,6 +468,26 @@ signal.pause()
         assert found.process.wait(WAIT_S) == 0
 
 
+def test_a_server_is_killed_with_its_children_and_leaves_no_shared_memory(tmp_path):
+    source = """
+import os, signal, subprocess, sys
+from multiprocessing import get_context, shared_memory
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+lock, memory = get_context("spawn").Lock(), shared_memory.SharedMemory(create=True, size=1)
+os.write(1, b"ready\\n")
+signal.pause()
+"""
+    found = a_server(tmp_path, source)
+    with found.process:
+        processes = server.living(found.process.pid)
+        files = server.shared_memory(processes)
+        assert {file.name[:4] for file in files} == {"sem.", "psm_"}
+        assert len(processes) == 3  # one is Python's resource tracker
+        found.kill()
+        assert server.living(found.process.pid) == []
+        assert not [file for file in files if file.exists()]
+
+
 def test_a_server_that_does_not_come_up_is_told_of_with_its_log(tmp_path):
     found = a_server(tmp_path, "print('ready', flush=True)")
     with found.process:
@@ -471,6 +510,49 @@ def test_a_server_is_ended_also_when_what_follows_its_start_is_interrupted(tmp_p
     with pytest.raises(SystemExit), server.serve("model", tmp_path / "log", name="x", offloading=None, arguments=[]):
         pytest.fail("the signal came before the block")
     assert started[0].returncode is not None
+
+
+def a_report(**changes: Any) -> dict[str, Any]:
+    found = {"promoted_blocks": 1, "restored_blocks": 1, "promoted_blocks_after_restart": 1, "shared_blocks": 1}
+    found |= {"identical_outputs": True, "tracebacks": 0, "hidden_share": {"all": 0.5}}
+    return found | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, []),
+        ({"restored_blocks": 0}, ["no block was there after the restart"]),
+        ({"promoted_blocks_after_restart": 0}, ["no block was there after the restart"]),
+        ({"shared_blocks": 0}, ["the second server found no block of the first one"]),
+        ({"identical_outputs": False}, ["a text differs from the recomputed one"]),
+    ],
+)
+def test_the_demo_fails_if_nothing_survives_the_kill_or_is_shared(changes, wrong):
+    assert demo.failures(a_report(**changes)) == wrong
+
+
+@pytest.mark.parametrize("place", ["rounds", "again", "restarted", "second"])
+def test_the_demo_compares_the_texts_of_all_servers(place):
+    def an_answer(text: str) -> Answer:
+        return Answer(text, [0.1], 1, 1, 0)
+
+    recomputed = [[an_answer("first")], [an_answer("second")]]
+    found = demo.InPool(recomputed, recomputed[0], 1.0, {}, recomputed[0], 1, {}, recomputed[1], {})
+    assert found.is_as(recomputed)
+    other: Any = [an_answer("other")]
+    assert not dataclasses.replace(found, **{place: [recomputed[0], other] if place == "rounds" else other}).is_as(
+        recomputed
+    )
+
+
+def test_a_trace_is_complete_before_its_server_is_killed(tmp_path):
+    writer = TraceWriter(str(tmp_path / "trace.json"))
+    writer.step(1, 2)
+    demo.end_trace(writer.path)
+    assert "step" in [event["name"] for event in json.loads(writer.path.read_text())]
+    assert [*tmp_path.iterdir()] == [writer.path]
+    writer.close()
 
 
 def test_one_process_converts_the_model_and_others_wait(tmp_path, monkeypatch):

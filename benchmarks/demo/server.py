@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,10 @@ STOP_TIMEOUT_S = 60
 LEFT_RUNNING_TIMEOUT_S = 15
 # The memory of a primary tier, whose name ends with the process that asked for the server, and a number.
 PRIMARY_MEMORY = re.compile(r"vllm_offload_async-tier-(?:[a-z]+-)?(?P<process>\d+)-\d+(?:_dp\d+)?\.mmap")
+# The folder of a pool, whose name ends with the process that made it.
+POOL = re.compile(r"async-tier-demo-(?P<process>\d+)")
+# What Python's multiprocessing has in shared memory, and removes when a process ends by itself.
+PYTHON_MEMORY = ("psm_*", "sem.mp-*")
 
 
 def of_tier(metrics: Metrics, name: str) -> float:
@@ -84,6 +89,23 @@ class Server:
                 tail = "\n".join(self.log.read_text().splitlines()[-30:])
                 raise RuntimeError(f"the server did not come up; the end of {self.log}:\n{tail}")
             time.sleep(0.2)
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes at once, and wait for their end; nothing of them is left but files.
+
+        What Python would have removed from shared memory is removed here. Raises TimeoutError if one of them lives on.
+        """
+        group = self.process.pid
+        left = shared_memory(living(group))
+        os.killpg(group, signal.SIGKILL)
+        self.process.wait()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while found := living(group):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"processes that were killed live on: {found}")
+            time.sleep(0.01)
+        for file in left:
+            file.unlink(missing_ok=True)
 
     def ask_to_stop(self) -> None:
         """Once: asked again, it would leave its work undone. Whoever made it waits for its end."""
@@ -147,6 +169,43 @@ class Server:
             if "Traceback" in line and not (stopping and "AsyncLLM output_handler failed" in before):
                 found.append(line)
         return found
+
+
+def living(group: int) -> list[int]:
+    """The processes of a group that have not ended, without those that only wait for their parent to hear of it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _parent, its_group = (path / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and (state != "Z" or len(os.listdir(path / "task")) > 1):
+                found.append(int(path.name))
+    return found
+
+
+def shared_memory(processes: list[int], folder: Path = Path("/dev/shm")) -> list[Path]:
+    """The files of Python's multiprocessing that one of these processes has mapped."""
+    device = os.stat(folder).st_dev
+    mapped = set()
+    for process in processes:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+                # By number, because a semaphore gets its name after it is mapped.
+                _range, _mode, _offset, its_device, inode = line.split()[:5]
+                if its_device == f"{os.major(device):02x}:{os.minor(device):02x}":
+                    mapped.add(int(inode))
+    files = [file for pattern in PYTHON_MEMORY for file in folder.glob(pattern)]
+    return [file for file in files if file.exists() and file.stat().st_ino in mapped]
+
+
+@contextlib.contextmanager
+def pool_folder(parent: Path = Path("/dev/shm")) -> Iterator[Path]:
+    """The name of a folder for a pool, which whoever uses it makes; removed at the end with all that is in it."""
+    folder = parent / f"async-tier-demo-{os.getpid()}"
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def command(model: Path | str, port: int, name: str, offloading: dict[str, Any] | None) -> list[str]:
@@ -237,11 +296,12 @@ def signals_wait() -> Iterator[None]:
 
 
 def remove_what_the_dead_left(folder: Path = Path("/dev/shm")) -> None:
-    """Primary tiers of servers whose benchmark was killed: memory that nobody else gives back."""
-    for file in folder.glob("vllm_offload_async-tier-*"):
-        found = PRIMARY_MEMORY.fullmatch(file.name)
+    """Primary tiers and pools of servers whose benchmark was killed: memory that nobody else gives back."""
+    for file in folder.glob("*async-tier-*"):
+        found = PRIMARY_MEMORY.fullmatch(file.name) or POOL.fullmatch(file.name)
         if found and not Path("/proc", found["process"]).exists():
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _end(server: Server, name: str) -> None:
@@ -257,8 +317,7 @@ def _end(server: Server, name: str) -> None:
         deadline = time.monotonic() + LEFT_RUNNING_TIMEOUT_S
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)
-            while time.monotonic() < deadline:
-                os.killpg(group, 0)
+            while living(group) and time.monotonic() < deadline:
                 time.sleep(0.1)
     finally:  # also after a second Ctrl-C
         with contextlib.suppress(ProcessLookupError):

@@ -35,6 +35,8 @@ FLOAT32_BYTES = 4
 TIER_BLOCKS = 400
 # How long a failing test waits for a server to have done what it was asked to do.
 PATIENCE_S = 60.0
+# Variables of a server's environment, or it has no /reset_prefix_cache.
+CAN_BE_RESET = {"VLLM_SERVER_DEV_MODE": "1"}
 
 Prompt = list[int]
 _numbers = itertools.count()
@@ -131,6 +133,12 @@ def texts(server: Server, asked: Sequence[Prompt], **options: Any) -> list[str]:
     return [complete(server, prompt, **options)["choices"][0]["text"] for prompt in asked]
 
 
+def reset(server: Server) -> None:
+    """Have vLLM forget all blocks, also those of its tiers. The server was started with CAN_BE_RESET."""
+    path = "/reset_prefix_cache?reset_external=true"
+    wait_until(lambda: post(server, path)["success"], "vLLM does not reset its caches")
+
+
 def wait_until(holds: Callable[[], Any], what: str) -> None:
     """Ask until it holds, for PATIENCE_S at most. `what`: what did not happen."""
     deadline = time.monotonic() + PATIENCE_S
@@ -145,6 +153,11 @@ def wait_until(holds: Callable[[], Any], what: str) -> None:
 def blocks_read(metrics: Metrics, model: Path, tier: str = "1:async") -> float:
     """How many blocks vLLM has loaded from the tier with this label."""
     return metrics.get(("vllm:kv_offload_tiering_read_bytes_total", tier), 0.0) / block_bytes(model)
+
+
+def blocks_stored(metrics: Metrics, model: Path, tier: str = "1:async") -> float:
+    """How many blocks vLLM has stored in the tier with this label."""
+    return metrics.get(("vllm:kv_offload_tiering_write_bytes_total", tier), 0.0) / block_bytes(model)
 
 
 def of_ours(metrics: Metrics, name: str) -> float:

@@ -15,13 +15,14 @@ from benchmarks.demo.server import Server
 from tests.serving import servers
 from tests.serving.servers import (
     BLOCK_TOKENS,
+    CAN_BE_RESET,
     DOCUMENT_BLOCKS,
     Prompt,
     block_bytes,
     blocks_read,
     of_ours,
     ours,
-    post,
+    reset,
     running,
     settle,
     texts,
@@ -125,7 +126,7 @@ def server(tmp_path: Path, model: Path, router: Router) -> Iterator[Server]:
         *("--kv-events-config", json.dumps(events), "--no-enable-prefix-caching"),
         primary_blocks=DOCUMENT_BLOCKS,
         spec={"self_describing_kv_events": True},
-        variables={"VLLM_SERVER_DEV_MODE": "1"},  # or there is no /reset_prefix_cache
+        variables=CAN_BE_RESET,
     ) as server:
         yield server
 
@@ -137,11 +138,6 @@ def assert_it_knows_what_is_held(server: Server, router: Router) -> None:
 
     settle(server)
     wait_until(is_as_published, "the router's index does not become as large as what the tier holds")
-
-
-def reset(server: Server) -> None:
-    path = "/reset_prefix_cache?reset_external=true"
-    wait_until(lambda: post(server, path)["success"], "vLLM does not reset its caches")
 
 
 def test_a_router_knows_what_can_be_loaded(server, router, model, prompts, reference):
