@@ -33,8 +33,8 @@ C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parame
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-serving setup-cuda emulator test test-host test-serving test-monitoring test-cuda test-gpu \
-	gpu-check test-versions sanitize mutants mutants-cuda demo model bench bench-cuda bench-replay lint format wheel test-wheel \
-	clean
+	gpu-check test-versions sanitize mutants mutants-cuda soak demo model bench bench-cuda bench-replay lint format wheel \
+	test-wheel clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -46,6 +46,7 @@ help:
 	@echo "make test-gpu       the same on this machine's GPU (GPU_PYTHON=... has vLLM and this package)"
 	@echo "make gpu-check      on this machine's GPU: facts, rates and costs"
 	@echo "make test-versions  the tier's contract on other versions of vLLM"
+	@echo "make soak           10,000 kills of the owner of a pool (some ten minutes)"
 	@echo "make test-monitoring  docs/monitoring beside a real Prometheus and vLLM's server (some minutes)"
 	@echo "make mutants        break each rule's line and see its test fail"
 	@echo "make mutants-cuda   the same for the CUDA engine"
@@ -111,6 +112,10 @@ test-host: setup
 
 test-serving: setup-serving
 	$(RUN) -m pytest -m serving tests/serving
+
+# Kills the owner of a pool 10,000 times (some ten minutes), and reads what it left.
+soak: setup
+	$(RUN) -m tests.pool_kills 10000
 
 test-cuda: setup-cuda
 	ASYNC_TIER_CUDA=emulated $(CUDA_RUN) -m pytest $(CUDA_TESTS)

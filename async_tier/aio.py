@@ -30,6 +30,7 @@ from async_tier import block_store
 from async_tier.block_store import BlockStore, Finished, Statistics
 from async_tier.config import TierConfig
 from async_tier.engines import RowMemory
+from async_tier.memory.pool import Identity
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.rows import Rows
 
@@ -78,6 +79,7 @@ class AsyncBlockStore:
         *,
         engine: CopyEngine | None = None,
         arena: RowMemory | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         # Keeps the memory that copies touch until the engine has ended; None if the caller does.
@@ -85,7 +87,7 @@ class AsyncBlockStore:
         if not isinstance(primary, Rows):
             self._memory = _view_of(primary)
             primary = Rows.of_view(self._memory)
-        self.block_store = BlockStore(primary, config, engine=engine, arena=arena)
+        self.block_store = BlockStore(primary, config, engine=engine, arena=arena, identity=identity)
         self._jobs = 0
         # By job, the keys that it stores; oldest job first.
         self._open: OrderedDict[int, Sequence[bytes]] = OrderedDict()

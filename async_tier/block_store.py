@@ -488,16 +488,12 @@ class BlockStore:
     def clear(self) -> None:
         """Forget every block. Copies in flight continue, and their jobs are reported."""
         self._check_engine()
-        self._counts.resets += 1
-        self._step_hits.clear()
-        self.index.clear()
-        if self.peers is not None:  # theirs are from before, too, or of weights that this engine has no more
-            self.peers.clear()
-            if not self._counts.resets - 1:
-                logger.info(
-                    "The tier was reset, after which weights may be others: from now on it keeps its blocks to itself, "
-                    "and they end with this process. Set keep_on_reset where a reset does not mean that"
-                )
+        if self.peers is not None and not self._counts.resets:
+            logger.info(
+                "The tier was reset, after which weights may be others: from now on it keeps its blocks to itself, and "
+                "they end with this process. Set keep_on_reset where a reset does not mean that"
+            )
+        self._empty()
 
     def touch(self, keys: Collection[bytes], sequence: str | None = None) -> None:
         """Count `keys`, in this order, as used by the sequence; those not here are ignored."""
@@ -749,7 +745,7 @@ class BlockStore:
         broken = self._broken_by() if with_file else self.engine.broken
         if not self._broken and broken is not None:
             self._broken = True
-            self.clear()
+            self._empty()
             self.report_fault("go on copying; it is empty and takes nothing more", broken)
         if self.engine.seconds_under_way > LATE_S and not self._is_late:
             self._is_late = True
@@ -762,6 +758,13 @@ class BlockStore:
         if self.peers is not None:
             self.peers.look()
         return key in self._elsewhere
+
+    def _empty(self) -> None:
+        self._counts.resets += 1
+        self._step_hits.clear()
+        self.index.clear()
+        if self.peers is not None:  # theirs are from before, too, or of weights that this engine has no more
+            self.peers.clear()
 
     def _without_peers(self, peers: Peers, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
         """Those keys that no peer holds, and their rows of the primary. The others are not stored again."""

@@ -325,7 +325,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         )
         if (pool := self.block_store.arena.pool) is not None:
             logger.info(
-                "Tier '%s' begins with %d blocks that were in its file %s; %d others of this namespace have %d",
+                "Tier '%s' begins with %d blocks that were in its file %s; other files: %d, with %d blocks",
                 self.tier_type,
                 statistics.restored,
                 pool.path,

@@ -12,7 +12,7 @@ _REGISTRATION = "memory/registration.py"
 _NATIVE = "streams/native/cuda.c"
 
 MUTANTS_CUDA = [
-    Mutant("a lost context empties the tier", "block_store.py", "            self._broken = True\n            self.clear()\n", "            self._broken = True\n", CUDA),
+    Mutant("a lost context empties the tier", "block_store.py", "            self._broken = True\n            self._empty()\n", "            self._broken = True\n", CUDA),
     Mutant("other memory is by now where a tier has pinned", "memory/registration.py", "if any(_mappings[each] != self._mapping_at(each[0]) for each in used):", "if False:", CUDA),
     Mutant("a lost context is told once", "block_store.py", "self._counts.faults += not self._broken", "self._counts.faults += 1", CUDA),
     Mutant("the caller's context is given back", _DRIVER, "        self._driver.pop_context()", "        pass", CUDA),

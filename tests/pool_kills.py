@@ -9,6 +9,7 @@ block are made from its key, so that any byte of another block, or of none, is s
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
@@ -78,6 +79,11 @@ def own(folder: Path, seed: int, done: mmap.mmap) -> None:
         store.end_step()
 
 
+def signal_of_parent(number: int) -> None:
+    """Have this process sent a signal when its parent ends, so that none is left behind."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
 class Reader:
     """A peer of the owners. wrong: the blocks that were loaded with other bytes. right: how many were not."""
 
@@ -117,6 +123,7 @@ def run(folder: Path, kills: int, seed: int) -> Reader:
         child = os.fork()
         if child == 0:
             try:
+                signal_of_parent(signal.SIGKILL)
                 own(folder, seed + number, done)
             finally:  # it came here by an exception, which pytest must not see
                 os._exit(1)

@@ -293,6 +293,17 @@ def test_a_peers_file_that_is_truncated_is_let_go(open_store, caplog):
     theirs.close()
 
 
+def test_a_file_that_is_truncated_between_a_step_and_a_load(open_store):
+    ours, theirs = open_store(primary=empty()), open_store()
+    stored(theirs, 1, 2)
+    step(ours)
+    with file_of(theirs).open("r+b") as file:
+        file.truncate(0)
+    assert loaded(ours, 1, 2) == []
+    assert stored(ours, 1) == 1
+    theirs.close()
+
+
 def test_a_file_with_this_name_for_other_blocks_is_passed_over(open_store, caplog):
     theirs = open_store(namespace="others")
     stored(theirs, 1)

@@ -22,6 +22,7 @@ import pytest
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.eviction import LeastRecentlyUsed
+from async_tier.index import FILLING, FREE, READY, BlockIndex
 from async_tier.memory import pool
 from async_tier.memory.pool import PoolArena
 from async_tier.order import SequenceOrder
@@ -156,11 +157,11 @@ def _at_this_moment(folder: Path) -> list[bytes]:
         return sorted(found)
 
 
-def _own(path: str | Path, process: int) -> None:
+def _own(path: str | Path, process: int, since: float | None = None) -> None:
     """Write into a file that this process owns it; 0: that nobody does."""
     with open(path, "r+b") as file:
         file.seek(pool.OWNER_OFFSET)
-        file.write(pool.OWNER.pack(process, pool.pid_namespace(), time.time()))
+        file.write(pool.OWNER.pack(process, pool.pid_namespace(), time.time() if since is None else since))
 
 
 def test_a_block_that_was_dropped_does_not_survive(open_store):
@@ -175,8 +176,10 @@ def test_a_block_that_was_dropped_does_not_survive(open_store):
 def test_the_order_of_eviction_survives(open_store, policy):
     """Also of uses that were no stores."""
     store = open_store(4, eviction_policy=policy)
-    for number in (1, 2, 3, 4):
+    for number in (9, 1, 2, 3):
         stored(store, number)
+    store.index.drop(keys(9))
+    stored(store, 4)  # in the first row
     assert store.lookup(key(1))
     store.close()
     store = open_store(4, eviction_policy=policy)
@@ -247,7 +250,8 @@ def test_a_forked_child_does_not_keep_the_file(open_store):
         os.waitpid(child, 0)
 
 
-def test_an_owner_that_is_still_ending_is_waited_for(open_store, folder, monkeypatch):
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_an_owner_that_is_still_ending_is_waited_for(open_store, monkeypatch, is_reaped):
     """As one that dies gives up its memory before its GPU."""
     store = open_store()
     stored(store, 1)
@@ -260,11 +264,23 @@ def test_an_owner_that_is_still_ending_is_waited_for(open_store, folder, monkeyp
     def sleep(seconds: float) -> None:
         waited.set()
         sleeper.kill()
-        sleeper.wait()
+        if is_reaped:
+            sleeper.wait()
 
     monkeypatch.setattr(pool.time, "sleep", sleep)
+    monkeypatch.setattr(pool, "ENDING_S", 5)
     assert open_store().statistics().restored == 1
     assert waited.is_set()
+    monkeypatch.undo()
+    sleeper.wait()
+
+
+def test_another_process_with_its_number_is_not_the_owner(open_store):
+    store = open_store()
+    path = file_of(store)
+    store.close()
+    _own(path, os.getpid(), since=1.0)
+    assert file_of(open_store()) == path
 
 
 def test_a_file_whose_owner_does_not_end_is_passed_over(open_store, folder, monkeypatch, caplog):
@@ -396,6 +412,32 @@ def test_a_damaged_file_is_a_clean_start_with_one_line(open_store, what, caplog)
     assert again.statistics().faults == 0
 
 
+def test_a_file_of_another_version_is_removed(open_store, monkeypatch, caplog):
+    """Its name tells, but names can be changed."""
+    monkeypatch.setattr(pool, "VERSION", 9)
+    store = open_store()
+    path = file_of(store)
+    store.close()
+    monkeypatch.undo()
+    disguised = path.with_name(path.name.replace("-9-", "-1-"))
+    path.rename(disguised)
+    open_store()
+    assert f"{disguised} is removed, and its blocks are lost: it has version 9 of the format, not 1" in caplog.text
+
+
+def test_a_file_of_others_under_our_name_is_not_taken_over(open_store):
+    theirs = open_store(namespace="others")
+    stored(theirs, 1)
+    path = file_of(theirs)
+    theirs.close()
+    ours = open_store()
+    name = file_of(ours)
+    ours.close()
+    path.rename(name)
+    again = open_store()
+    assert (file_of(again) == name, here(again)) == (False, [])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_table_of_random_bytes_ends_nothing(open_store, seed):
     """Its keys are nobody's, and its parents make no circles."""
@@ -440,7 +482,7 @@ def test_a_file_of_another_user_is_passed_over(open_store, caplog):
     os.chown(path, 12345, 12345)
     again = open_store()
     assert (file_of(again) == path, here(again)) == (False, [])
-    assert f"{path} is passed over: it is no file, or belongs to another user" in caplog.text
+    assert f"{path} is passed over: it belongs to another user (number 12345)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "\u4e2d" * 256, "\U0001f600" * 256])
@@ -598,11 +640,12 @@ def test_a_mount_that_fills_up_leaves_fewer_rows(open_store, monkeypatch, caplog
 
 
 def test_a_mount_that_is_full_at_once_is_refused(open_store, monkeypatch):
-    with mounted("tmpfs", "size=3m") as place:
-        (place / "others").write_bytes(bytes(3 << 20))
-        monkeypatch.setattr(pool, "room_in", lambda _: 1 << 30)
-        assert "has no room for the tier: No space left on device" in refusal(open_store, pool=str(place / "pool"))
-        assert list((place / "pool").iterdir()) == []
+    for others in (2 << 20, 3 << 20):  # there is room for the table; nor for that
+        with mounted("tmpfs", "size=4m") as place:
+            (place / "others").write_bytes(bytes(others))
+            monkeypatch.setattr(pool, "room_in", lambda _: 1 << 30)
+            assert "has no room for the tier: No space left on device" in refusal(open_store, pool=str(place / "pool"))
+            assert list((place / "pool").iterdir()) == []
 
 
 def test_huge_pages_are_used_where_they_are_mounted(open_store):
@@ -635,10 +678,7 @@ def test_huge_pages_are_used_where_they_are_mounted(open_store):
 
 def test_restored_rows_are_ready_as_their_memory_is():
     """With CUDA they are pinned bit by bit, and no copy may touch the others."""
-    from async_tier.index import FILLING, READY, BlockIndex
-
-    memory = (ctypes.c_char * _native.Table.bytes(8))()
-    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    _memory, table = new_table()
     index = BlockIndex(8)
     index.usable = 2
     index.keep_in(table, [0, 3, 5], [b"a", b"b", b"c"], [-1, 0, 3], [5, 6, 7])
@@ -655,10 +695,51 @@ def test_restored_rows_are_ready_as_their_memory_is():
     )
 
 
+def new_table() -> tuple[Any, _native.Table]:
+    """(its memory, a table of eight rows)."""
+    memory = (ctypes.c_char * _native.Table.bytes(8))()
+    return memory, _native.Table(ctypes.addressof(memory), 8, -1, 0)
+
+
+def test_a_key_that_is_there_twice_is_there_once():
+    _memory, table = new_table()
+    for row in (0, 1, 2):
+        table.take([row], [b"a" if row < 2 else b"b"], -1)
+        table.publish([row])
+    index = BlockIndex(4)
+    index.keep_in(table, *table.restore())
+    assert (len(index), index.rows_used) == (2, 2)
+    assert len(table.restore()[0]) == 2
+    assert len(set(index.reserve([b"c", b"d"], None, None)[1])) == 2
+
+
+def test_serials_go_on_whatever_the_file_says():
+    memory, table = new_table()
+    table.take([0, 1, 2], [b"a", b"b", b"c"], -1)
+    table.publish([0, 1, 2])
+    memory[2056:2064] = bytes(8)
+    table.restore()
+    before = table.scan(0, 8)[2]
+    table.take([3], [b"d"], -1)
+    table.publish([3])
+    assert table.scan(3, 1)[2][0] > max(before)
+
+
+def test_uses_that_are_later_than_now_are_not_the_newest():
+    """The system's clock begins anew with the machine, and a disk does not."""
+    _memory, table = new_table()
+    table.take([0], [b"a"], -1)
+    table.publish([0])
+    index = BlockIndex(2)
+    index.keep_in(table, [0], [b"a"], [-1], [1 << 60])
+    index.mark_ready(index.reserve([b"b"], None, None)[1])
+    index.mark_ready(index.reserve([b"c"], None, None)[1])
+    assert [index.state(name) for name in (b"a", b"b", b"c")] == [FREE, READY, READY]
+
+
 def test_parents_that_make_a_circle_are_none():
     """No owner writes such a file, but blocks of a circle would never be evicted."""
-    memory = (ctypes.c_char * _native.Table.bytes(8))()
-    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    memory, table = new_table()
     table.take([0], [b"a"], -1)
     table.take([1], [b"b"], 0)
     table.publish([0, 1])
@@ -670,8 +751,7 @@ def test_parents_that_make_a_circle_are_none():
 
 
 def test_parents_that_are_gone_or_no_rows_are_none():
-    memory = (ctypes.c_char * _native.Table.bytes(8))()
-    table = _native.Table(ctypes.addressof(memory), 8, -1, 0)
+    memory, table = new_table()
     table.take([3], [b"a"], -1)
     table.take([4, 5], [b"b", b"c"], 3)
     table.publish([3, 4, 5])

@@ -125,13 +125,13 @@ class Description:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor of a regular file that belongs to this user. Raises OSError, or ValueError for another one."""
+    """A descriptor of a file that belongs to this user. Raises OSError, or ValueError for another user's."""
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+    owner = os.fstat(fd).st_uid
+    if owner == os.geteuid():
         return fd
     os.close(fd)
-    raise ValueError("it is no file, or belongs to another user")
+    raise ValueError(f"it belongs to another user (number {owner})")
 
 
 def check_folder(folder: Path, on_disk: bool, *, make: bool = True) -> None:

@@ -364,7 +364,7 @@ static PyObject *table_stale(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "OOK", &rows, &words, &epoch) || check_lists(rows, words))
         return NULL;
     atomic_thread_fence(memory_order_acquire); /* what was copied was read before what is read here */
-    int is_reset = atomic_load_explicit(&table->header->epoch, memory_order_relaxed) != epoch;
+    int is_reset = !is_intact(table) || atomic_load_explicit(&table->header->epoch, memory_order_relaxed) != epoch;
     PyObject *stale = PyList_New(0);
     for (Py_ssize_t i = 0; stale && i < PyList_Size(rows); i++) {
         Record *record = record_of(table, rows, i, &row);
@@ -455,7 +455,7 @@ static PyMethodDef table_methods[] = {
      "were more changes than a table remembers."},
     {"stale", table_stale, METH_VARARGS,
      "stale(rows, words, epoch) -> [int]\n\nThe positions of those rows whose word, or the table's epoch, is another "
-     "by now."},
+     "by now; of all if not is_intact()."},
     {"restore", table_restore, METH_NOARGS,
      "restore() -> (rows, keys, parents, used_at)\n\nFor a new owner: the ready blocks, the row of the block that each "
      "one continues (or -1), and its last\nuse in us of CLOCK_MONOTONIC. All other rows are empty from now on."},
