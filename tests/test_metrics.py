@@ -7,6 +7,7 @@ import functools
 import logging
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -23,14 +24,17 @@ from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier import eviction, plugin
-from async_tier.block_store import REFUSALS, Statistics
+from async_tier.block_store import REFUSALS
 from async_tier.manager import AsyncSecondaryTierManager
 from async_tier.testing import load_gate, store_gate
 from async_tier.vllm import compat, metrics
+from async_tier.vllm.promises import Promises
 from tests import helpers
 from tests.helpers import World, end_step, finish, job, key, keys, load, make_tier, remember, request, store
 from tests.rows import primary_rows
+from tests.test_pool import ROW_BYTES, folder, loaded, open_store, stored
 
+__all__ = ["folder", "open_store"]  # fixtures
 pytestmark = pytest.mark.contract
 plugin.register()
 TIERS = [{"type": "async"}, {"type": "example"}, {"type": "async"}]
@@ -208,6 +212,26 @@ def test_evicted_lost_and_reset(primary, server):
     assert changed["blocks"] == -4
 
 
+@pytest.mark.each_engine("host", "cuda, pool host")
+def test_peers_and_what_was_copied_from_them(open_store, server):
+    before = open_store()
+    stored(before, 1, 2)
+    before.close()
+    ours, theirs = open_store(), open_store()
+    stored(theirs, 5, 6, 7)
+    assert ours.lookup(key(5))
+    assert loaded(ours, 5, 6) == [5, 6]
+    values = metrics.TierMetrics("1:async", ours, Promises(64, ours.has, compat.group_of))
+    server.take(SimpleNamespace(get_stats=values.take))
+    assert {name: value for name, value in server.values().items() if re.search("peer|borrowed|restored", name)} == {
+        "peers": 1,
+        "peer_blocks": 3,
+        "restored_blocks": 2,
+        "borrowed_blocks_total": 2,
+        "borrowed_bytes_total": 2 * ROW_BYTES,
+    }
+
+
 class TestRefused:
     def begin(self, tier: AsyncSecondaryTierManager) -> tuple[list[bytes], Any]:
         """A request of 6 blocks, in their order."""
@@ -308,44 +332,79 @@ class TestRefused:
 
 
 class TestWarning:
-    """Of blocks that are refused: in the log, at most once a minute."""
+    """Of sizes that are too small: in the log, at most once a minute each."""
 
     @pytest.fixture
     def watch(self, monkeypatch):
+        """A minute passes before each `check`, which is told by how much the values have grown since the start."""
         clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
         monkeypatch.setattr(metrics, "time", clock)
-        before = Statistics("host", 8, 64)
-        return clock, metrics.RefusalWatch("1:async", before)
+        zero = make_tier(primary_rows(8)).get_stats().data["data"]
+        start = {(name.removeprefix(metrics.PREFIX), "".join(labels[1:])): 0 for name in zero for labels in zero[name]}
+        watch = metrics.Watch("1:async", start)
 
-    def count(self, stored: int, **refused: int) -> Statistics:
-        return Statistics("host", 8, 64, blocks_stored=stored, refused={**dict.fromkeys(REFUSALS, 0), **refused})
+        def check(seconds: float = 60, **grown: int) -> None:
+            clock.now += seconds
+            values = dict(start)
+            for name, value in grown.items():
+                found = [key for key in start if name in ("_".join(key).strip("_"), f"refused_{key[1]}")]
+                values[found[0]] = value
+            watch.check(values)
+
+        return check
 
     def test_the_commonest_reason_is_named_with_what_helps(self, watch, caplog):
-        clock, refusals = watch
-        clock.now += 60
-        refusals.check(self.count(90, own_request=2, in_use=8))
+        watch(copied_blocks_store=90, refused_own_request=2, refused_in_use=8)
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "1:async has refused 10 of the 100 blocks" in record.message
         assert "in the last 60 s, 8 of them because " + REFUSALS["in_use"] in record.message
 
     def test_one_in_a_hundred_is_none(self, watch, caplog):
-        clock, refusals = watch
-        clock.now += 60
-        refusals.check(self.count(990, in_use=10))
-        clock.now += 60
-        refusals.check(self.count(990, in_use=10))
+        watch(copied_blocks_store=990, refused_in_use=10)
+        watch(copied_blocks_store=990, refused_in_use=10)
         assert not caplog.records
-        clock.now += 60
-        refusals.check(self.count(1080, in_use=11))
+        watch(copied_blocks_store=1080, refused_in_use=11)
         assert "1 of the 91 blocks" in caplog.text
 
     def test_it_is_said_once_a_minute_and_of_that_minute(self, watch, caplog):
-        clock, refusals = watch
         for second in range(1, 181):
-            clock.now += 1
-            refusals.check(self.count(0, own_request=second))
+            watch(seconds=1, refused_own_request=second)
         assert [record.args[1:3] for record in caplog.records] == [(60, 60)] * 3
+
+    def test_a_tier_that_evicts_what_nobody_has_loaded_yet(self, watch, caplog):
+        watch(evicted_blocks=400, copied_blocks_load=99, oldest_block_age_seconds=20)
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert "1:async has evicted 400 blocks in the last 60 s and loaded 99; a block stays for 20 s" in record.message
+        assert "set bytes_to_use to more" in record.message
+
+    @pytest.mark.parametrize(
+        "grown",
+        [
+            {"evicted_blocks": 400, "copied_blocks_load": 100},
+            {"evicted_blocks": 400, "oldest_block_age_seconds": metrics.THRASHING_AGE_S},
+            {"copied_blocks_load": 100},
+            {},
+        ],
+        ids=["it is used", "blocks stay for long", "nothing is evicted", "nothing happens"],
+    )
+    def test_a_tier_that_is_large_enough(self, watch, caplog, grown):
+        watch(**grown)
+        assert not caplog.records
+
+    def test_requests_that_are_turned_away_for_want_of_a_primary(self, watch, caplog):
+        watch(turned_away_miss=2, promises_taken_up=198, turned_away_wait=99)
+        assert not caplog.records
+        watch(turned_away_miss=5, promises_taken_up=398, turned_away_wait=999)
+        (record,) = caplog.records
+        assert "no room for blocks that tier 1:async has, 3 times in the last 60 s" in record.message
+        assert "set cpu_bytes_to_use to more" in record.message
+
+    def test_the_alert_has_the_same_thresholds(self):
+        rule = (Path(__file__).parents[1] / "docs/monitoring/rules.yml").read_text().partition("AsyncTierThrashes")[2]
+        assert f"< {metrics.THRASHING_SHARE}" in rule
+        assert f"vllm:async_tier_oldest_block_age_seconds < {metrics.THRASHING_AGE_S}" in rule
 
     def test_the_tier_looks_at_every_step(self, primary, monkeypatch, caplog):
         tier = make_tier(primary, blocks=4)

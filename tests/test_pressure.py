@@ -177,14 +177,33 @@ def log_of(caplog, **sizes) -> list[str]:
     ("groups", "per_row", "tokens"), [(FULL, 1, 160), (HYBRID, 1, 80), (FULL, 3, 480)], ids=["full", "hybrid", "chunks"]
 )
 def test_the_log_says_at_start_what_the_primary_holds_in_tokens(caplog, groups, per_row, tokens):
-    (line,) = log_of(caplog, primary_blocks=40, groups=groups, blocks_per_chunk=per_row)
+    line, *_ = log_of(caplog, primary_blocks=40, groups=groups, blocks_per_chunk=per_row)
     assert f"the primary before it holds 40 blocks, {tokens} tokens" in line
+    assert "holds 256 blocks of" in line
+    assert f", {256 * tokens // 40} tokens); the primary" in line
 
 
-@pytest.mark.parametrize(("primary", "warns"), [(16, False), (15, True)])
-def test_the_log_warns_of_steps_that_the_primary_cannot_hold(caplog, primary, warns):
-    lines = log_of(caplog, primary_blocks=primary, max_num_batched_tokens=64)
-    assert any("max_num_batched_tokens=64" in line and "at least" in line for line in lines) == warns
+@pytest.mark.parametrize(
+    ("primary", "says"),
+    [
+        (15, "one step of max_num_batched_tokens=64 would take 16: vLLM stores nothing of such a step"),
+        (16, "2 steps of max_num_batched_tokens=64 would take 32: vLLM gives up stores"),
+        (31, "2 steps of max_num_batched_tokens=64 would take 32: vLLM gives up stores"),
+        (32, "beside them a prompt of max_model_len="),
+        (4096, None),
+    ],
+)
+def test_the_log_warns_of_what_the_primary_cannot_hold(caplog, primary, says):
+    sizes = {"primary_blocks": primary, "tier_blocks": 8 * primary, "max_num_batched_tokens": 64}
+    lines = [line for line in log_of(caplog, **sizes) if "of less use" in line]
+    assert len(lines) == (says is not None)
+    assert all(says in line and "set cpu_bytes_to_use to at least" in line for line in lines)
+
+
+def test_the_log_warns_of_a_tier_that_is_smaller_than_a_prompt(caplog):
+    lines = log_of(caplog, primary_blocks=4096, tier_blocks=50, max_num_batched_tokens=64)
+    assert any("less than one prompt of max_model_len=" in line for line in lines)
+    assert any("so nearly all that the tier holds is in the primary, too" in line for line in lines)
 
 
 def test_of_a_step_that_the_primary_cannot_hold_vllm_stores_nothing():

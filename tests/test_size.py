@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MLAAttent
 
 from async_tier.cpu_backend import CPUBackendTieringSpec
 from async_tier.operate import settings, size
+from async_tier.sizes import KVSizes
 from async_tier.vllm import kv_sizes
-from async_tier.vllm.kv_sizes import KVSizes
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BF16 = torch.bfloat16
@@ -267,7 +267,11 @@ def test_defaults_are_those_of_the_platform_that_is_asked_about(measure):
             {"tensor_parallel_size": 4},
             "tensor_parallel_size 4 does not divide the 6 KV heads of layer model.layers.0",
         ),
-        (LLAMA_8B, {"pipeline_parallel_size": 3}, "pipeline_parallel_size 3 gives its ranks layers of different sizes"),
+        (
+            LLAMA_8B,
+            {"pipeline_parallel_size": 3, "on_cpu": False},
+            "pipeline_parallel_size 3 gives its ranks layers of different sizes",
+        ),
     ],
 )
 def test_what_cannot_be_known_is_refused_in_one_sentence(measure, config, options, says):
@@ -276,6 +280,17 @@ def test_what_cannot_be_known_is_refused_in_one_sentence(measure, config, option
     ) as refused:
         measure(config, **options)
     assert "\n" not in str(refused.value)
+
+
+def test_what_the_cpu_backend_refuses_is_refused(measure):
+    with pytest.raises(ValueError, match=r"^pipeline_parallel_size must be 1 with CPUBackendTieringSpec, not 2"):
+        measure(LLAMA_8B, pipeline_parallel_size=2)
+
+
+@pytest.mark.parametrize("model", ["/no/such/model", "./model"])
+def test_a_folder_that_is_not_there_is_no_name(model):
+    with pytest.raises(ValueError, match=rf"^model must be a name, or a folder that is there, not '{model}'$"):
+        kv_sizes.measure(model, on_cpu=True, chunks={})
 
 
 def test_chunks_of_windows_are_a_problem(measure):
@@ -329,7 +344,7 @@ def test_too_little_memory_is_refused_and_enough_is_not():
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_what_it_prints_is_what_doctor_accepts(monkeypatch, on_cpu):
     monkeypatch.setattr(settings.doctor, "vllm_version", lambda: None)
-    monkeypatch.setattr(settings, "find_limits", lambda: [])
+    monkeypatch.setattr(settings.doctor, "find_limits", lambda: [])
     monkeypatch.setattr(settings.machine, "shared_memory", lambda: (GIB << 10, GIB << 10))
     config = size.transfer_config(size.divide(SIZES, 64 * GIB), on_cpu, {"blocks_per_chunk": 2}, {})
     found = list(settings.look_at_settings(config, SIZES, []))

@@ -101,7 +101,7 @@ def test_the_command_draws_and_sums_up(path, tmp_path):
     writer.slice("store copy", 5 * MS, 30 * MS, blocks=3)
     writer.counter("bytes in flight", 0, store=1 << 20, load=0)
     writer.close()
-    picture = tmp_path / "sub" / "overlap.png"
+    picture = tmp_path / "overlap.png"
     command = [sys.executable, "-m", "async_tier.timeline", str(path), "-o", str(picture)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -178,7 +178,8 @@ def test_a_range_outside_of_the_trace_is_refused_in_words(path, capsys):
     ("output", "words"),
     [
         ("overlap.xyz", "Format 'xyz' is not supported (supported formats: "),
-        ("trace.json/overlap.png", "File exists"),
+        ("trace.json/overlap.png", "Not a directory"),
+        ("sub/overlap.png", "No such file or directory"),
         ("trace.json/sub/overlap.png", "Not a directory"),
     ],
 )
@@ -186,6 +187,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_in_words(path, output, words,
     said = refusal(capsys, step_of_20_ms(path), "-o", str(path.parent / output))
     assert f"{path.parent / output} cannot be drawn: " in said
     assert words in said
+    assert not (path.parent / "sub").exists(), "no folder is made"
 
 
 def test_without_matplotlib_it_says_what_to_install(path, monkeypatch, capsys):

@@ -214,7 +214,6 @@ def draw(timeline: Timeline, output: Path, title: str) -> None:
     below.set_xlabel("seconds")
     if below.get_legend_handles_labels()[0]:
         below.legend(loc="upper right")
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output, dpi=130, format=output.suffix[1:] or "png")
     finally:

@@ -12,21 +12,23 @@ import re
 import resource
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 from async_tier import machine
-from async_tier.memory.claims import find_limits
+from async_tier.memory.claims import Limit, find_limits
+from async_tier.sizes import NOTE, OK, PROBLEM, WARNING, Finding
 from async_tier.text import format_size
 from async_tier.vllm import primary_file
 
-OK, NOTE, WARNING, PROBLEM = LEVELS = ("ok", "note", "warning", "problem")
 # The versions of vLLM that the package is made for: from the first on, and before the second.
 SUPPORTED = ((0, 25), (0, 34))
 CPU_BACKEND = (0, 32)
 PLUGIN = "async_tier"
 # Docker gives a container 64 MiB. No primary of use is smaller than this.
 SMALL_SHM = 1 << 30
+# Nor a tier smaller than this.
+SMALL_TIER = 1 << 20
 # The first CUDA whose driver takes many copies in one call.
 BATCH_COPIES = 12080
 NVIDIA_SMI_TIMEOUT_S = 20
@@ -34,16 +36,6 @@ _GPU_FIELDS = (
     "name,driver_version,memory.total,memory.free,pcie.link.width.current,pcie.link.width.max,mig.mode.current,"
     "pci.bus_id"
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """level: one of LEVELS. says: one sentence. advice: what to do, of a warning or problem."""
-
-    level: str
-    name: str
-    says: str
-    advice: str = ""
 
 
 def look_at_machine(clean: bool = False) -> Iterator[Finding]:
@@ -123,7 +115,7 @@ def look_at_processors() -> Iterator[Finding]:
 
 def look_at_memory() -> Iterator[Finding]:
     whole = None
-    for limit in find_limits():
+    for limit in limits():
         if whole is None or limit.available < whole:  # a cgroup without a limit has more than the machine
             yield Finding(OK, "memory", str(limit))
         whole = whole or limit.available
@@ -136,7 +128,7 @@ def look_at_shared_memory() -> Iterator[Finding]:
         yield Finding(PROBLEM, "shm", f"/dev/shm cannot be used: {error.strerror}", "mount a tmpfs there")
         return
     says = f"/dev/shm has {format_size(size)}, of which {format_size(room)} are free"
-    if room < SMALL_SHM:
+    if room + primaries_in_use() < SMALL_SHM:
         advice = "give the container more, with --shm-size or an emptyDir of medium Memory"
         yield Finding(WARNING, "shm", f"{says}; the primary lies there", advice)
     else:
@@ -165,6 +157,28 @@ def look_at_huge_pages() -> Iterator[Finding]:
         yield Finding(WARNING, "huge pages", f"{says}; the tier's memory gets small pages, which take longer", advice)
     else:
         yield Finding(OK, "huge pages", says)
+
+
+def limits() -> Iterator[Limit]:
+    """What limits memory, with the engines that have tiers; without those of tests and the like."""
+    for limit in find_limits():
+        yield replace(limit, holders=[holder for holder in limit.holders if holder.size >= SMALL_TIER])
+
+
+def primaries_in_use() -> int:
+    """Bytes of the primaries of engines that run here."""
+    return sum(file.size for file in primary_file.find_files() if file.state == primary_file.IN_USE)
+
+
+def lacks_room(name: str, says: str, missing: int, running: int, advice: str) -> Finding:
+    """What lacks `missing` bytes: a problem, unless engines that run here have them, one of which may be its own.
+
+    running: bytes that these have of the same memory.
+    """
+    if missing > running:
+        return Finding(PROBLEM, name, says, advice)
+    says += f"; engines that run here have {format_size(running)} of it"
+    return Finding(NOTE, name, says, f"nothing, if one of them is this server or ends before it; otherwise {advice}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 from async_tier import machine
 from async_tier.config import TierConfig
 from async_tier.memory.pool import HUGE, FoundPool, file_system, find_mount, find_pools, remove_pool, room_in
-from async_tier.operate.doctor import NOTE, OK, PROBLEM, Finding
+from async_tier.operate import doctor
+from async_tier.sizes import NOTE, OK, Finding
 from async_tier.text import brief, format_size, format_time
 
 
@@ -79,13 +80,17 @@ def look_at_pool(folder: Path, namespace: str | None, size: int, primary: int) -
     says += f"the tier's file takes {format_size(needed)} more"
     if file is not None:
         says += f" if it is {file.path.name}, which nobody owns"
+    running = 0
+    with contextlib.suppress(OSError):  # it is not there yet
+        running = sum(each.allocated for each in find_pools(folder) if each.owner is not None)
     with contextlib.suppress(OSError):  # without /dev/shm, which is a finding about the machine
         if os.stat(machine.ROOT / "dev/shm").st_dev == device:
             needed += primary
+            running += doctor.primaries_in_use()
             says += f", and the primary, which is there, too, {format_size(primary)}"
     if room is not None and needed > room:
         advice = f"mount it with more, make bytes_to_use less, or try async-tier pool clear {folder}"
-        yield Finding(PROBLEM, "pool", says, advice)
+        yield doctor.lacks_room("pool", says, needed - room, running, advice)
     else:
         yield Finding(OK, "pool", says)
     if kind == "tmpfs":

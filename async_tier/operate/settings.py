@@ -10,32 +10,31 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from async_tier import machine
 from async_tier.config import TierConfig, check_keys, device_number, load_policy, parse_threads
-from async_tier.memory.claims import find_limits
 from async_tier.memory.pool import check_folder
 from async_tier.operate import doctor, pools
-from async_tier.operate.doctor import CPU_BACKEND, GPU, NOTE, OK, PROBLEM, WARNING, Finding
+from async_tier.operate.doctor import CPU_BACKEND, GPU
+from async_tier.sizes import NOTE, OK, PROBLEM, WARNING, Finding, KVSizes, judge_primary, judge_tier
 from async_tier.text import brief, format_size, parse_size
-
-if TYPE_CHECKING:
-    from async_tier.vllm.kv_sizes import KVSizes
 
 CONNECTOR = "OffloadingConnector"
 GPU_SPEC, CPU_SPEC, CPU_SPEC_MODULE = "TieringOffloadingSpec", "CPUBackendTieringSpec", "async_tier.cpu_backend"
 TIER_TYPE, TIER_CLASS, TIER_MODULE = "async", "AsyncSecondaryTierManager", "async_tier.manager"
 # Keys of a tier's dictionary that are vLLM's, or checked by the tier itself.
 _NOT_OPTIONS = ("type", "module_path", "backpressure", "custom_param")
-# A primary of more than this share of the tier: 16 to 20 % of the hits of a replay were lost at a half.
-LARGEST_SHARE = 0.5
 
 
 def read(text: str) -> dict[str, Any]:
-    """The configuration in `text`: JSON, or the name of a file of JSON. Raises OSError and ValueError."""
-    if not text.lstrip().startswith("{"):
-        text = Path(text).read_text()
+    """The configuration in `text`: JSON, or the name of a file of JSON. Raises ValueError."""
+    if not text.lstrip().startswith(("{", "[")):
+        try:
+            text = Path(text).read_text() if text else ""
+        except (OSError, ValueError) as error:  # ValueError: it is not text
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"the configuration cannot be read from the file {brief(text)}: {reason}") from error
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:
@@ -78,21 +77,26 @@ def look_at_settings(config: Mapping[str, Any], sizes: KVSizes | None, gpus: Seq
         yield Finding(WARNING, "configuration", f"the key {brief(key)} is not known and has no effect", "remove it")
     ours = [tier for tier in tiers if tier is not None]
     if not ours:
-        advice = 'add {"type": "async"} to secondary_tiers'
-        yield Finding(PROBLEM, "configuration", "secondary_tiers has no tier of this package", advice)
+        types = ", ".join(brief(tier.get("type")) for tier in extra.get("secondary_tiers", []))
+        says = f"secondary_tiers has no tier of this package, but {types or 'none at all'}"
+        yield Finding(PROBLEM, "configuration", says, f'add {{"type": "{TIER_TYPE}"}}, or correct a type to that')
         return
     yield Finding(OK, "configuration", "its keys and values are accepted")
     if len(ours) > 1:
         yield Finding(NOTE, "tiers", "each block is held in every async tier: two hold no more than one")
-    in_host = [tier for tier in ours if not tier.is_on_device]
-    yield from _look_at_room(primary, sum(pools.new_memory(tier, tier.bytes_to_use or 2 * primary) for tier in in_host))
-    for tier in ours:
+    sized = [(tier, tier.bytes_to_use or 2 * primary) for tier in ours]
+    in_host = [pools.new_memory(tier, size) for tier, size in sized if not tier.is_on_device]
+    yield from _look_at_room(primary, sum(in_host))
+    for tier, size in sized:
+        if tier.is_on_device:
+            yield from _look_at_gpu(tier.pool, gpus[device_number(tier.pool)], size)
         if tier.pool_folder is not None:
-            size = tier.bytes_to_use or 2 * primary
             yield from pools.look_at_pool(tier.pool_folder, tier.namespace, size, primary)
-        yield from _look_at_sizes(primary, tier.bytes_to_use or 2 * primary, sizes)
+        yield from judge_tier(primary, size, sizes)
     if sizes is not None:
-        yield from _look_at_tokens(primary, sizes)
+        yield judge_primary(primary, sizes)
+        if sizes.problem:
+            yield Finding(PROBLEM, "blocks per chunk", sizes.problem, "remove blocks_per_chunk and block_size")
 
 
 def _ask_vllm(config: Mapping[str, Any]) -> None:
@@ -153,9 +157,6 @@ def _tier(tier: dict[str, Any], gpus: Sequence[GPU]) -> TierConfig | None:
         raise ValueError(f"engine {config.engine!r} with pool {config.pool!r} needs a GPU, and nvidia-smi finds none")
     if device is not None and device_number(device) >= len(gpus):
         raise ValueError(f"{device!r} is not there: this machine has cuda:0 to cuda:{len(gpus) - 1}")
-    if config.is_on_device and config.bytes_to_use and config.bytes_to_use > gpus[device_number(config.pool)].free:
-        free = format_size(gpus[device_number(config.pool)].free)
-        raise ValueError(f"bytes_to_use {format_size(config.bytes_to_use)} is more than {config.pool} has free, {free}")
     if config.trace_path is not None and not os.access(Path(config.trace_path).parent, os.W_OK):
         raise ValueError(f"trace_path {brief(config.trace_path)} cannot be written: its folder is not there, or closed")
     return config
@@ -163,11 +164,16 @@ def _tier(tier: dict[str, Any], gpus: Sequence[GPU]) -> TierConfig | None:
 
 def _look_at_room(primary: int, tiers: int) -> Iterator[Finding]:
     asked = f"the primary of {format_size(primary)} and tiers of {format_size(tiers)} in host memory"
-    for limit in find_limits():
-        if primary + tiers > limit.available - limit.promised:
-            yield Finding(PROBLEM, "memory for tiers", f"{asked} do not fit: {limit}", "make bytes_to_use less")
-            return
-    yield Finding(OK, "memory for tiers", f"{asked} fit")
+    running = doctor.primaries_in_use()
+    for limit in doctor.limits():
+        missing = primary + tiers - (limit.available - limit.promised)
+        if missing > 0:
+            theirs = running + sum(holder.size for holder in limit.holders)
+            says = f"{asked} do not fit: {limit}"
+            yield doctor.lacks_room("memory for tiers", says, missing, theirs, "make bytes_to_use less")
+            break
+    else:
+        yield Finding(OK, "memory for tiers", f"{asked} fit")
     try:
         _, room = machine.shared_memory()
     except OSError:
@@ -175,48 +181,12 @@ def _look_at_room(primary: int, tiers: int) -> Iterator[Finding]:
     if primary > room:
         says = f"the primary of {format_size(primary)} does not fit in /dev/shm, of which {format_size(room)} are free"
         advice = f"give it more than {format_size(primary)} (--shm-size), or make cpu_bytes_to_use less"
-        yield Finding(PROBLEM, "room for the primary", says, advice)
+        yield doctor.lacks_room("room for the primary", says, primary - room, running, advice)
 
 
-def _look_at_sizes(primary: int, tier: int, sizes: KVSizes | None) -> Iterator[Finding]:
-    says = f"the tier has {format_size(tier)}, the primary {format_size(primary)}"
-    if sizes is not None:
-        says += f"; the tier holds {sizes.tokens(tier)} tokens of this model"
-    advice = "make bytes_to_use at least eight times cpu_bytes_to_use, as far as memory allows"
-    if tier <= primary:
-        says += "; vLLM keeps each block in both, so nearly all that the tier holds is in the primary, too"
-        yield Finding(PROBLEM, "sizes", says, advice)
-    elif primary > LARGEST_SHARE * tier:
-        says += "; each block is in both at first, so a primary of more than half the tier costs a fifth of the hits"
-        yield Finding(WARNING, "sizes", says, advice)
-    elif sizes is not None and sizes.tokens(tier) < sizes.max_model_len:
-        says += f", less than one prompt of max_model_len={sizes.max_model_len}"
-        yield Finding(WARNING, "sizes", says, "make bytes_to_use larger")
-    else:
-        yield Finding(OK, "sizes", says)
-
-
-def _look_at_tokens(primary: int, sizes: KVSizes) -> Iterator[Finding]:
-    """Whether the primary holds what it must: a block, a step, and a prompt."""
-    if sizes.problem:
-        yield Finding(PROBLEM, "blocks per chunk", sizes.problem, "remove blocks_per_chunk and block_size")
-    rows = primary // sizes.block_bytes
-    step, prompt = sizes.max_num_batched_tokens, sizes.max_model_len
-    for tokens, level, name, says in (
-        (1, PROBLEM, "one token", "vLLM stores nothing"),
-        (step, PROBLEM, f"max_num_batched_tokens={step}", "vLLM stores nothing of such a step"),
-        (prompt, WARNING, f"max_model_len={prompt}", "of a longer prompt the rest is computed again"),
-    ):
-        blocks = sizes.blocks(tokens)
-        if blocks > rows:
-            least = blocks * sizes.block_bytes
-            yield Finding(
-                level,
-                "primary",
-                f"{name} takes {blocks} blocks of {format_size(sizes.block_bytes)}, but the primary holds "
-                f"{rows} ({sizes.tokens(primary)} tokens): {says}",
-                f"make cpu_bytes_to_use at least {least} ({format_size(least)})"
-                + (f", or {name.partition('=')[0]} less" if tokens > 1 else ""),
-            )
-            return
-    yield Finding(OK, "primary", f"the primary holds {sizes.tokens(primary)} tokens: each step, and each prompt")
+def _look_at_gpu(name: str, gpu: GPU, size: int) -> Iterator[Finding]:
+    says = f"a tier of {format_size(size)} and what vLLM itself takes of {name}, which has {format_size(gpu.size)}"
+    if size > gpu.free:
+        says += f", do not fit: {format_size(gpu.free)} are free"
+        advice = "make bytes_to_use less"
+        yield doctor.lacks_room("GPU memory", says, size - gpu.free, gpu.size - gpu.free, advice)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from async_tier.operate.settings import CONNECTOR, CPU_SPEC, CPU_SPEC_MODULE, GPU_SPEC, TIER_TYPE
+from async_tier.sizes import GOOD_RATIO, LEAST_RATIO, STEPS, KVSizes
 from async_tier.text import format_size
 
-if TYPE_CHECKING:
-    from async_tier.vllm.kv_sizes import KVSizes
-
-# Steps whose blocks are in the primary at a time: one being stored, and the next one being computed.
-STEPS = 2
-# A primary of an eighth of the tier cost a replay 5 % of its hits; beyond that, prompts are rather cut.
-TIER_PER_PRIMARY = 8
 # What the tier's index takes for a block, in bytes, besides the block.
 INDEX_BYTES = 320
 
@@ -29,25 +23,25 @@ class Plan:
 
 
 def divide(sizes: KVSizes, memory: int) -> Plan:
-    """The smallest primary that is of use, and the rest for the tier.
+    """The smallest primary that holds what it must, and the rest for the tier.
 
-    The primary holds the longest prompt beside the steps in flight; or a shorter prompt, if that would take more than
-    an eighth of what the tier gets. Raises ValueError if `memory` (bytes) is too little.
+    Where the longest prompt would take the primary beyond an eighth of the tier, the primary holds a shorter one, but
+    not a shorter one than the steps. Raises ValueError if `memory` (bytes) is too little.
     """
-    steps = STEPS * sizes.blocks(sizes.max_num_batched_tokens)
-    prompt = sizes.blocks(sizes.max_model_len)
+    steps, prompt = sizes.step_blocks, sizes.blocks(sizes.max_model_len)
     whole = memory // sizes.block_bytes
-    rows = min(steps + prompt, max(2 * steps, whole // (TIER_PER_PRIMARY + 1)))
+    rows = steps + min(prompt, max(steps, whole // (GOOD_RATIO + 1) - steps))
     tier = (memory - rows * sizes.block_bytes) // (sizes.block_bytes + INDEX_BYTES)
-    if tier < 2 * rows:
-        least = rows * (3 * sizes.block_bytes + 2 * INDEX_BYTES)
+    if tier < LEAST_RATIO * rows:
+        least = rows * (sizes.block_bytes + LEAST_RATIO * (sizes.block_bytes + INDEX_BYTES))
         raise ValueError(
             f"memory must be at least {least} bytes ({format_size(least)}), not {memory} ({format_size(memory)}): a "
-            f"primary that holds {2 * STEPS} steps of max_num_batched_tokens={sizes.max_num_batched_tokens} tokens or "
-            "all prompts, and a tier of twice that"
+            f"primary that holds {STEPS} steps of max_num_batched_tokens={sizes.max_num_batched_tokens} and beside "
+            f"them a prompt of {sizes.prompt_tokens(rows * sizes.block_bytes)} tokens, and a tier of {LEAST_RATIO} "
+            "times that"
         )
-    held = int((rows - steps) / sum(1 / tokens for tokens in sizes.tokens_per_block))
-    return Plan(rows * sizes.block_bytes, tier * sizes.block_bytes, min(sizes.max_model_len, held))
+    primary = rows * sizes.block_bytes
+    return Plan(primary, tier * sizes.block_bytes, sizes.prompt_tokens(primary))
 
 
 def transfer_config(plan: Plan, on_cpu: bool, chunks: dict[str, int], pool: dict[str, str]) -> dict[str, Any]:

@@ -37,13 +37,13 @@ import torch
 
 from async_tier.block_store import Finished
 from async_tier.order import SequenceOrder
+from async_tier.sizes import KVSizes
 
 try:
     import vllm.platforms
     import vllm.v1.kv_offload.base as vllm_base
     import vllm.v1.kv_offload.tiering.base as vllm_tiering
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheTensor
@@ -247,10 +247,13 @@ def tokens_per_block(offloading_spec: Any) -> tuple[int, ...]:
     return tuple(tokens * factor for tokens in groups)
 
 
-def tokens_per_step(offloading_spec: Any) -> int | None:
-    """vLLM's `max_num_batched_tokens`; None if that cannot be known."""
+def kv_sizes(offloading_spec: Any, row_bytes: int) -> KVSizes | None:
+    """What the KV in a row of `row_bytes` is for, and vLLM's limits on prompts and steps; None if unknown."""
     config = _find_config(VllmConfig, "vllm_config", offloading_spec)
-    return None if config is None else config.scheduler_config.max_num_batched_tokens
+    tokens = tokens_per_block(offloading_spec)
+    if config is None or not tokens:
+        return None
+    return KVSizes(row_bytes, tokens, config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
 
 
 def partial_chunk_problem(offloading_spec: Any) -> str | None:
@@ -325,6 +328,9 @@ def kv_layout(config: VllmConfig) -> str | None:
     """In which order the numbers of a layer's KV lie, as far as vLLM has decided; None if it has not."""
     if hasattr(config.cache_config, "kv_cache_layout"):
         return config.cache_config.kv_cache_layout
+    # Not at the top: the API server would import the models' layers with it.
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
+
     with set_current_vllm_config(config):  # what the connectors ask for; backends may ask for something else
         return get_kv_connector_cache_layout()
 

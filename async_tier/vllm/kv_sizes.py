@@ -12,7 +12,6 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
+from async_tier.sizes import KVSizes
 from async_tier.text import brief
 from async_tier.vllm import compat
 
@@ -46,41 +46,17 @@ _GPU_DEFAULTS = {"block_size": 16, "max_num_batched_tokens": 8192}
 _PLENTY = 1 << 50
 
 
-@dataclass(frozen=True)
-class KVSizes:
-    """What a model's KV takes. block_bytes: a row of primary and tier, of all workers. tokens_per_block: by KV group.
-
-    max_model_len, max_num_batched_tokens: vLLM's, in tokens. platform: who was asked, such as "vLLM 0.32.0 (cpu)".
-    problem: why vLLM would serve wrong KV with these blocks per chunk, or None.
-    """
-
-    block_bytes: int
-    tokens_per_block: tuple[int, ...]
-    max_model_len: int
-    max_num_batched_tokens: int
-    platform: str
-    problem: str | None
-
-    @property
-    def token_bytes(self) -> float:
-        """Bytes that each token takes, in all groups."""
-        return self.block_bytes * sum(1 / tokens for tokens in self.tokens_per_block)
-
-    def blocks(self, tokens: int) -> int:
-        """The number of blocks that so many consecutive tokens take."""
-        return sum(-(-tokens // per_block) for per_block in self.tokens_per_block)
-
-    def tokens(self, size: int) -> int:
-        """How many tokens fit in so many bytes."""
-        return int(size // self.block_bytes / sum(1 / tokens for tokens in self.tokens_per_block))
-
-
 def measure(model: str, *, on_cpu: bool, chunks: Mapping[str, Any], **options: Any) -> KVSizes:
     """The KV of `model`, a folder or a name.
 
     on_cpu: for CPUBackendTieringSpec. chunks: `blocks_per_chunk` or `block_size` of kv_connector_extra_config, or
     neither. options: of vLLM's EngineArgs. Raises ValueError, in one sentence, if the sizes cannot be known.
     """
+    stages = options.get("pipeline_parallel_size", 1)
+    if on_cpu and stages > 1:
+        raise ValueError(f"pipeline_parallel_size must be 1 with CPUBackendTieringSpec, not {stages}")
+    if model.startswith(("/", "./", "../")) and not os.path.isdir(model):  # which is no name on a hub
+        raise ValueError(f"model must be a name, or a folder that is there, not {brief(model)}")
     if current_platform.is_cpu() != on_cpu:
         options = {**(_CPU_DEFAULTS if on_cpu else _GPU_DEFAULTS), **options}
     extra = {"cpu_bytes_to_use": _PLENTY, **chunks}

@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -32,10 +31,16 @@ PREFIX = "vllm:async_tier_"
 _BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
 # Jobs that ended since the last step whose times are kept. More would mean that nobody asks for them.
 MAX_TIMES = 4096
-# How many refused blocks are worth a warning, and how often.
+# How many refused blocks, or requests that were turned away, are worth a warning, and how often.
 WARNING_SHARE = 0.01
+# A tier is too small if fewer than one block was loaded for four that were evicted, and blocks stay for less time than
+# people take between two questions. As in docs/monitoring/rules.yml.
+THRASHING_SHARE = 0.25
+THRASHING_AGE_S = 600
 WARNING_INTERVAL_S = 60.0
 
+# By name, and second label ("" for none).
+Values = dict[tuple[str, str], int]
 _Metric = tuple[type[OffloadingMetricMetadata], str, str]
 _GAUGE, _COUNTER, _HISTOGRAM = OffloadingGaugeMetadata, OffloadingCounterMetadata, OffloadingHistogramMetadata
 # By name: its kind, the label that it has besides the tier's ("" for none), and what it tells. Prometheus appends
@@ -57,6 +62,11 @@ METRICS: dict[str, _Metric] = {
     "refused_blocks": (_COUNTER, "reason", "Blocks offered to a store that were not stored."),
     "evicted_blocks": (_COUNTER, "", "Blocks that were evicted to make room."),
     "lost_blocks": (_COUNTER, "", "Blocks of loads that did not arrive. Their requests compute them."),
+    "peers": (_GAUGE, "", "Other files of the pool, each of an engine that runs or ran, whose blocks can be loaded."),
+    "peer_blocks": (_GAUGE, "", "Blocks in these."),
+    "restored_blocks": (_GAUGE, "", "Blocks that were in the pool's file when the tier started."),
+    "borrowed_blocks": (_COUNTER, "", "Blocks that were loaded from peers; they also count as copied."),
+    "borrowed_bytes": (_COUNTER, "", "Bytes that were loaded from peers."),
     "lookups": (_COUNTER, "result", "Lookups of blocks."),
     "turned_away": (_COUNTER, "answer", "Lookups of blocks that are here, but the primary has no room for them."),
     "promises_taken_up": (_COUNTER, "", "Requests that were scheduled with the blocks that they were promised."),
@@ -84,9 +94,9 @@ class TierMetrics:
         self._store = store
         self._promises = promises
         # What was sent last, by name and second label ("" for none).
-        self._sent: dict[tuple[str, str], int] = {}
+        self._sent: Values = {}
         self._times: deque[Finished] = deque(maxlen=MAX_TIMES)
-        self._refusals = RefusalWatch(label, store.statistics())
+        self._watch = Watch(label, self._values(store.statistics()))
 
     def note_ends(self, ended: Iterable[Finished]) -> None:
         """Keep the times of jobs with copies for the next `take`."""
@@ -94,26 +104,28 @@ class TierMetrics:
 
     def take(self) -> OffloadingConnectorStats | None:
         """What has changed since the last call, in an object of its own: counters by how much. None if nothing has."""
-        statistics = self._store.statistics()
-        self._refusals.check(statistics)
+        values = self._values(self._store.statistics())
+        self._watch.check(values)
+        if values == self._sent and not self._times:
+            return None
         stats = OffloadingConnectorStats()
-        for (name, label), value in self._values(statistics).items():
+        for (name, label), value in values.items():
             before = self._sent.get((name, label))
             if value == before:
                 continue
-            self._sent[name, label] = value
             labels = (self._label, label) if label else (self._label,)
             if METRICS[name][0] is _GAUGE:
                 stats.set_gauge(PREFIX + name, value, labels)
             else:
                 stats.increase_counter(PREFIX + name, value - (before or 0), labels)
+        self._sent = values
         while self._times:
             job = self._times.popleft()
             stats.observe_histogram(f"{PREFIX}queue_seconds", job.queued_seconds, (self._label, job.kind))
             stats.observe_histogram(f"{PREFIX}copy_seconds", job.seconds, (self._label, job.kind))
-        return None if stats.is_empty() else stats
+        return stats
 
-    def _values(self, now: Statistics) -> dict[tuple[str, str], int]:
+    def _values(self, now: Statistics) -> Values:
         age = self._store.index.policy.oldest_age()
         return {
             ("blocks", ""): now.blocks,
@@ -139,6 +151,11 @@ class TierMetrics:
             **{("refused_blocks", reason): count for reason, count in now.refused.items()},
             ("evicted_blocks", ""): now.evictions,
             ("lost_blocks", ""): now.blocks_lost,
+            ("peers", ""): now.peers,
+            ("peer_blocks", ""): now.peer_blocks,
+            ("restored_blocks", ""): now.restored,
+            ("borrowed_blocks", ""): now.blocks_borrowed,
+            ("borrowed_bytes", ""): now.blocks_borrowed * now.row_bytes,
             ("lookups", "hit"): now.hits,
             ("lookups", "miss"): now.misses,
             ("turned_away", "wait"): self._promises.waits,
@@ -149,35 +166,57 @@ class TierMetrics:
         }
 
 
-@dataclass
-class RefusalWatch:
-    """Warns when more than WARNING_SHARE of the blocks offered in WARNING_INTERVAL_S were refused.
+class Watch:
+    """Warns, at most once in WARNING_INTERVAL_S, when the tier or the primary was too small in that time.
 
-    label: the tier's name in the warning. last: the counts when the interval began, which was at `began`.
+    label: the tier's name in the warnings.
     """
 
-    label: str
-    last: Statistics
-    began: float = field(default_factory=lambda: time.monotonic())
+    def __init__(self, label: str, now: Values) -> None:
+        self._label = label
+        # The values when the interval began, and that time.
+        self._last = now
+        self._began = time.monotonic()
 
-    def check(self, now: Statistics) -> None:
+    def check(self, now: Values) -> None:
         """Look at the interval if it is over. An idle engine makes no steps, so it may have lasted longer."""
         at = time.monotonic()
-        seconds = at - self.began
+        seconds = at - self._began
         if seconds < WARNING_INTERVAL_S:
             return
-        last, self.last, self.began = self.last, now, at
-        refused = {reason: now.refused[reason] - last.refused[reason] for reason in REFUSALS}
-        offered = sum(refused.values()) + now.blocks_stored - last.blocks_stored
-        offered += now.blocks_present - last.blocks_present
-        if offered and sum(refused.values()) > WARNING_SHARE * offered:
+        grown = {key: value - self._last[key] for key, value in now.items()}
+        self._last, self._began = now, at
+        refused = {reason: grown["refused_blocks", reason] for reason in REFUSALS}
+        offered = sum(refused.values()) + grown["copied_blocks", "store"] + grown["present_blocks", ""]
+        if sum(refused.values()) > WARNING_SHARE * offered:
             worst = max(refused, key=refused.__getitem__)
             logger.warning(
                 "Tier %s has refused %d of the %d blocks that it was offered in the last %d s, %d of them because %s",
-                self.label,
+                self._label,
                 sum(refused.values()),
                 offered,
                 seconds,
                 refused[worst],
                 REFUSALS[worst],
+            )
+        evicted, loaded = grown["evicted_blocks", ""], grown["copied_blocks", "load"]
+        age = now["oldest_block_age_seconds", ""]
+        if loaded < THRASHING_SHARE * evicted and age < THRASHING_AGE_S:
+            logger.warning(
+                "Tier %s has evicted %d blocks in the last %d s and loaded %d; a block stays for %d s after its last "
+                "use. If users take longer between two questions, set bytes_to_use to more",
+                self._label,
+                evicted,
+                seconds,
+                loaded,
+                age,
+            )
+        turned_away, taken_up = grown["turned_away", "miss"], grown["promises_taken_up", ""]
+        if turned_away > WARNING_SHARE * (turned_away + taken_up):
+            logger.warning(
+                "The primary had no room for blocks that tier %s has, %d times in the last %d s, and they were "
+                "computed again; set cpu_bytes_to_use to more",
+                self._label,
+                turned_away,
+                seconds,
             )
