@@ -235,8 +235,8 @@ MUTANTS = [
     Mutant(
         "R12 the arena has no name",
         "memory/host.py",
-        "address: int = _libc.mmap(None, size, protection, flags, fd, 0)",
-        'fd = fd if fd >= 0 else (lambda f: f if os.ftruncate(f, size) is None else 0)(os.open("/dev/shm/async-tier-mutant", 66, 0o600)); address: int = _libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)',
+        "address = _map(None, size, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)",
+        'address = _map(None, size, protection, mmap.MAP_SHARED, (lambda f: f if os.ftruncate(f, size) is None else 0)(os.open("/dev/shm/async-tier-mutant", 66, 0o600)))',
         MEMORY,
     ),
     Mutant("R12 out of core dumps", "memory/host.py", "(mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK, ", "(mmap.MADV_DONTFORK, ", MEMORY),
@@ -844,7 +844,6 @@ MUTANTS = [
     Mutant('pool: memory is allocated before it is used', 'memory/pool.py', '                os.posix_fallocate(self._fd, self._rows_offset + first, size)\n', '                pass\n', POOL),
     Mutant('pool: a full mount leaves no file', 'memory/pool.py', '                    self.path.unlink(missing_ok=True)\n', '                    pass\n', POOL),
     Mutant('pool: the claim ends', 'memory/pool.py', '            _end_claim(self._claimed)\n', '            pass\n', POOL),
-    Mutant('pool: no claim for what is there', 'memory/pool.py', 'if _missing(self._fd, wanted) > 0 and ', 'if ', POOL),
     Mutant('pool: the mapping keeps the lock', 'memory/host.py', 'mmap.MADV_DONTFORK, ', '', POOL),
     Mutant('pool: a truncated file', 'block_store.py', 'not self._closed and not self._pool.table.is_intact()', 'False', POOL),
     Mutant('pool: a truncated file at the end', 'block_store.py', '        self._check_engine()\n        self._closed = True\n', '        self._closed = True\n', POOL),
@@ -885,6 +884,8 @@ MUTANTS = [
     Mutant("R10 a reset forgets the peers", "block_store.py", "            self.peers.clear()\n", "            pass\n", POOL),
     Mutant("R12 others cannot read a pool's file", "memory/pool.py", "os.O_CLOEXEC, 0o600)", "os.O_CLOEXEC, 0o644)", POOL),
     Mutant("R13 what was found at start has its parent", "eviction.py", "            self._parent[row] = parent\n            if parent >= 0:\n", "            if parent >= 0:\n", POOL),
+    Mutant("pool: huge pages", "memory/pool.py", "                collapse_memory(self.rows.address + at, min(COLLAPSED_BYTES, room - at))\n", "                pass\n", POOL),
+    Mutant("pool: on the boundary of a huge page", "memory/host.py", "        address = -(-start // page) * page\n", "        address = start + mmap.PAGESIZE\n", POOL),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from async_tier import machine
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.eviction import LeastRecentlyUsed
@@ -263,7 +265,7 @@ def test_an_owner_that_is_still_ending_is_waited_for(open_store, monkeypatch, is
 
     def sleep(seconds: float) -> None:
         waited.set()
-        sleeper.kill()
+        os.kill(sleeper.pid, signal.SIGKILL)  # Popen's own way would reap it
         if is_reaped:
             sleeper.wait()
 
@@ -529,6 +531,14 @@ def test_a_file_that_is_truncated_while_it_is_used_empties_the_tier(open_store, 
     store.close()
 
 
+def test_a_file_that_is_closed_is_not_taken_for_a_truncated_one(open_store, caplog):
+    store = open_store()
+    store.close()
+    store.poll()
+    store.submit_store(5, keys(3), [3])
+    assert "truncated" not in caplog.text
+
+
 def test_a_folder_that_vanishes_is_no_fault(open_store, folder):
     store = open_store()
     stored(store, 1)
@@ -646,6 +656,25 @@ def test_a_mount_that_is_full_at_once_is_refused(open_store, monkeypatch):
             monkeypatch.setattr(pool, "room_in", lambda _: 1 << 30)
             assert "has no room for the tier: No space left on device" in refusal(open_store, pool=str(place / "pool"))
             assert list((place / "pool").iterdir()) == []
+
+
+@pytest.mark.host_only
+def test_memory_is_put_into_huge_pages(open_store):
+    """Also where the file system gives small ones."""
+    version = tuple(int(number) for number in os.uname().release.split(".")[:2])
+    chosen = machine.huge_pages("shmem_enabled")
+    if version < (6, 1) or chosen in (None, "deny"):
+        pytest.skip("this system does not do that")
+    store = open_store(1024)
+
+    def in_huge_pages() -> int:
+        smaps = Path("/proc/self/smaps").read_text()
+        mine = smaps[smaps.index(f" {store.arena.pool.inode} ") :]
+        return int(mine.split("ShmemPmdMapped:")[1].split()[0])
+
+    wait_until(lambda: in_huge_pages() >= 4096, "its rows are in huge pages")
+    assert stored(store, 1, 2) == 2
+    assert loaded(store, 1, 2) == [1, 2]
 
 
 def test_huge_pages_are_used_where_they_are_mounted(open_store):

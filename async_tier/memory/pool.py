@@ -34,7 +34,7 @@ import numpy as np
 from async_tier import machine
 from async_tier.file_locks import is_locked, lock
 from async_tier.memory.claims import claim, claim_lock, refuse_if_unavailable
-from async_tier.memory.host import map_memory, unmap_memory
+from async_tier.memory.host import collapse_memory, map_memory, unmap_memory
 from async_tier.streams import _native
 from async_tier.streams.rows import Rows
 from async_tier.text import brief, format_size
@@ -55,6 +55,8 @@ DESCRIPTION_BYTES = 2048
 _HUGE_PAGE = 2 << 20
 # Memory is allocated so many bytes at a time, each of which takes some 20 ms.
 ALLOCATION_BYTES = 64 << 20
+# What is put into huge pages at a time, some 50 ms.
+COLLAPSED_BYTES = 16 << 20
 # How long a file is left to a process that is ending. A large one takes seconds.
 ENDING_S = 30.0
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
@@ -237,7 +239,7 @@ class PoolArena:
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)  # without the lock
             finally:
                 os.close(fd)
-            if _missing(self._fd, wanted) > 0 and file_system(os.fstat(self._fd).st_dev) != HUGE:
+            if file_system(os.fstat(self._fd).st_dev) != HUGE:
                 claimed = claim(address + rows_offset, count * row_bytes)
                 self._claimed += [] if claimed is None else [claimed]
         self._stop = threading.Event()
@@ -293,6 +295,13 @@ class PoolArena:
         try:
             while self._ready < self.rows.count and not self._stop.is_set():
                 self._allocate_next()
+            # A copy may go on meanwhile. It waits at most for the huge page that it touches.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            room = self.size - self._rows_offset
+            for at in range(0, room, COLLAPSED_BYTES):
+                if self._stop.is_set():
+                    break
+                collapse_memory(self.rows.address + at, min(COLLAPSED_BYTES, room - at))
         except OSError as error:
             if not self._stop.is_set():
                 logger.warning(
