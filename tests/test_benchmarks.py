@@ -224,7 +224,7 @@ def test_the_figures_of_all_benchmarks_come_together(benchmarks, monkeypatch, ca
     summary = json.loads((benchmarks.folder / "summary.json").read_text())
     keys = {f"{name}.{key}" for name, found in bench.FIGURES.items() for key in found}
     assert set(summary["figures"]) == keys
-    assert len(keys) == 17
+    assert len(keys) == 28
     assert all(summary[key] == 1.5 and summary["figures"][key]["met"] for key in keys)
     assert summary["failed"] == {}
     assert list(summary["seconds"]) == list(bench.FIGURES)

@@ -606,10 +606,10 @@ def test_a_file_that_an_engine_owns_is_not_taken_over(here, folder, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "of_all", "level", "says"),
     [
-        ("rw", None, NOTE, "comes in small pages (huge=never), which take longer"),
-        ("rw,huge=advise", None, NOTE, "comes in small pages (huge=advise), which take longer"),
+        ("rw", None, NOTE, "comes in small pages (huge=never), with which copies take longer"),
+        ("rw,huge=advise", None, NOTE, "comes in small pages (huge=advise), with which copies take longer"),
         ("rw,huge=always", None, OK, "comes in huge pages (huge=always)"),
-        ("rw,huge=always", "deny", NOTE, "comes in small pages (huge=never), which take longer"),
+        ("rw,huge=always", "deny", NOTE, "comes in small pages (huge=never), with which copies take longer"),
         ("rw", "force", OK, "comes in huge pages (huge=always)"),
     ],
 )

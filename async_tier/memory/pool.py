@@ -243,6 +243,8 @@ class PoolArena:
                 claimed = claim(address + rows_offset, count * row_bytes)
                 self._claimed += [] if claimed is None else [claimed]
         self._stop = threading.Event()
+        # Set when all rows have the memory that they will have, with `allocate`.
+        self.settled = threading.Event()
         self._release = weakref.finalize(
             self, _release, address, size, self._claimed, self._fd, self._stop, os.getpid()
         )
@@ -302,6 +304,7 @@ class PoolArena:
                 if self._stop.is_set():
                     break
                 collapse_memory(self.rows.address + at, min(COLLAPSED_BYTES, room - at))
+            self.settled.set()
         except OSError as error:
             if not self._stop.is_set():
                 logger.warning(

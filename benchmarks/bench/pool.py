@@ -86,6 +86,7 @@ def measure_copies(folder: str, moved: int, repetitions: int) -> dict[str, Sprea
             "private": tiers.ours(stack, size.primary, blocks, copy_threads=1),
             "pool": tiers.ours(stack, size.primary, blocks, copy_threads=1, pool=folder, namespace="copies"),
         }
+        size.tiers["pool"].block_store.arena.pool.settled.wait()
         for name in size.tiers:  # to warm up
             for _ in range(2):
                 size.measure(name, {})

@@ -38,6 +38,10 @@ FIGURES = {
     "head_of_line": ("p99_vs_idle",),
     "overlap": ("efficiency", "scheduler_slowdown"),
     "replay": ("hit_ratio_vs_optimal",),
+    "pool": (
+        *("submit", "submit_full", "hits", "misses", "end_of_step", "store_rate", "load_rate", "start", "attach"),
+        *("sharing", "restart"),
+    ),
     "serving": ("ttft_vs_recompute", "ttft_vs_kv_cache_hit", "ttft_vs_fs", "no_reuse_overhead"),
 }
 GIB = 1 << 30
@@ -50,6 +54,7 @@ NEEDS = {
     "head_of_line": (12, 10),
     "overlap": (5, 0),
     "replay": (4, 0),
+    "pool": (6, 3),
     "serving": (10, 2),
 }
 # What --quick has of it, at most: servers and imports are as large as ever.

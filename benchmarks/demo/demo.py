@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import sys
@@ -42,7 +41,6 @@ SECONDS_DRAWN = 5.0
 # How long a trace may take to be written to its end. It is written every second.
 TRACE_TIMEOUT_S = 30
 # What the tier logs at start.
-BEGINS_WITH = re.compile(r"begins with (\d+) blocks that were in its file")
 QUESTIONS = ("Which warehouse is named first?", "What is the last item in the list?")
 TIERS = {
     "async": {"type": "async"},
@@ -169,9 +167,10 @@ def ask_in_a_pool(servers: Servers, texts: list[str], tier: dict[str, Any], trac
         with servers.start("a second time, beside the first", "second", [tier]) as other:
             second = ask(other, "the second server", 1, texts)
             second_metrics = other.metrics()
+        restarted_metrics = server.metrics()
         return InPool(
             *(answers, again, seconds, metrics),
-            *(restarted, restored_blocks(server.log), server.metrics(), second, second_metrics),
+            *(restarted, restored_blocks(restarted_metrics), restarted_metrics, second, second_metrics),
         )
 
 
@@ -189,10 +188,9 @@ def end_trace(trace: Path) -> None:
         switch.unlink()
 
 
-def restored_blocks(log: Path) -> int:
-    """With how many blocks of its pool a tier began, which it logs; 0 if it does not say."""
-    found = BEGINS_WITH.search(log.read_text())
-    return int(found[1]) if found else 0
+def restored_blocks(metrics: Metrics) -> int:
+    """With how many blocks of its pool a server began."""
+    return int(sum(value for (name, _), value in metrics.items() if name == "vllm:async_tier_restored_blocks"))
 
 
 def run(model: Path | str, count: int, tokens: int, tier: str, output: Path) -> dict[str, Any]:

@@ -76,11 +76,11 @@ def test_a_killed_server_begins_with_its_blocks_and_others_read_them_until_and_a
     blocks = len(prompts) * DOCUMENT_BLOCKS
     tiers = [in_pool(model, pool)]
     with running(model, tmp_path / "restarted.log", tiers) as first:
-        assert restored_blocks(first.log) == blocks
+        assert restored_blocks(first.metrics()) == blocks
         assert texts(first, prompts) == reference
         assert blocks_read(settle(first), model) == blocks
         with running(model, tmp_path / "second.log", tiers) as second:
-            assert restored_blocks(second.log) == 0
+            assert restored_blocks(second.metrics()) == 0
             for times in (1, 2):
                 assert texts(second, prompts) == reference
                 metrics = settle(second)
@@ -92,7 +92,7 @@ def test_a_killed_server_begins_with_its_blocks_and_others_read_them_until_and_a
 
 def test_another_namespace_finds_nothing(tmp_path, model, prompts, reference, pool):
     with running(model, tmp_path / "server.log", [in_pool(model, pool, "another")]) as server:
-        assert restored_blocks(server.log) == 0
+        assert restored_blocks(server.metrics()) == 0
         assert texts(server, prompts) == reference
         metrics = settle(server)
         assert (blocks_read(metrics, model), blocks_stored(metrics, model)) == (0, len(prompts) * DOCUMENT_BLOCKS)
@@ -115,7 +115,7 @@ def test_r10_what_was_stored_before_a_reset_is_not_served_and_not_after_a_restar
         assert blocks_read(settle(server), model) == 2 * blocks
         server.kill()
     with running(model, tmp_path / "restarted.log", tiers) as server:
-        assert restored_blocks(server.log) == 0
+        assert restored_blocks(server.metrics()) == 0
         assert texts(server, prompts) == reference
         assert blocks_read(settle(server), model) == 0
 
