@@ -99,9 +99,11 @@ def look_at_pool(folder: Path, namespace: str | None, size: int, primary: int) -
         if huge in ("always", "within_size"):  # memory that is allocated before it is touched gets no advice
             yield Finding(OK, "pool's pages", f"the memory of {folder} comes in huge pages (huge={huge})")
         else:
-            says = f"the memory of {folder} comes in small pages (huge={huge}), with which copies take longer, until a "
-            says += "host engine has put it into huge ones, which takes 3 s per GiB and Linux 6.1"
-            yield Finding(NOTE, "pool's pages", says, "mount it with huge=within_size, or use hugetlbfs")
+            says = f"the memory of {folder} comes in small pages (huge={huge}), with which copies take longer"
+            advice = (
+                "mount it with huge=within_size, or use hugetlbfs; from Linux 6.1 on, a host engine puts it into huge "
+            )
+            yield Finding(NOTE, "pool's pages", says, f"{advice}pages in the background")
     elif kind == HUGE:
         yield Finding(OK, "pool's pages", f"the memory of {folder} comes in huge pages ({options})")
 
