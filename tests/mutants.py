@@ -886,6 +886,7 @@ MUTANTS = [
     Mutant("R13 what was found at start has its parent", "eviction.py", "            self._parent[row] = parent\n            if parent >= 0:\n", "            if parent >= 0:\n", POOL),
     Mutant("pool: huge pages", "memory/pool.py", "                collapse_memory(self.rows.address + at, min(COLLAPSED_BYTES, room - at))\n", "                pass\n", POOL),
     Mutant("pool: on the boundary of a huge page", "memory/host.py", "        address = -(-start // page) * page\n", "        address = start + mmap.PAGESIZE\n", POOL),
+    Mutant("pool: a closed file is free", "memory/pool.py", "            thread.join(RELEASE_TIMEOUT_S)\n", "            pass\n", POOL),
 ]  # fmt: skip
 
 

@@ -233,6 +233,28 @@ def test_a_store_that_nobody_closes_gives_up_its_file(open_store):
     assert file_of(open_store()) == path
 
 
+@pytest.mark.host_only
+def test_a_file_is_free_when_its_store_is_closed(open_store, monkeypatch):
+    """The system keeps a file open, and its lock, while a call works on its memory."""
+    began, may_end, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def collapse(address: int, size: int) -> None:
+        began.set()
+        assert may_end.wait(PATIENCE_S)
+
+    monkeypatch.setattr(pool, "collapse_memory", collapse)
+    store = open_store()
+    assert began.wait(PATIENCE_S)
+    closer = threading.Thread(target=lambda: (store.close(), closed.set()))
+    closer.start()
+    try:
+        assert not closed.wait(0.3), "it waits for the call"
+    finally:
+        may_end.set()
+        closer.join(PATIENCE_S)
+    assert closed.is_set()
+
+
 def test_a_forked_child_does_not_keep_the_file(open_store):
     store = open_store()
     stored(store, 1)

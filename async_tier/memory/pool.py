@@ -57,6 +57,8 @@ _HUGE_PAGE = 2 << 20
 ALLOCATION_BYTES = 64 << 20
 # What is put into huge pages at a time, some 50 ms.
 COLLAPSED_BYTES = 16 << 20
+# How long the end of its thread is waited for, at most.
+RELEASE_TIMEOUT_S = 5.0
 # How long a file is left to a process that is ending. A large one takes seconds.
 ENDING_S = 30.0
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
@@ -245,8 +247,9 @@ class PoolArena:
         self._stop = threading.Event()
         # Set when all rows have the memory that they will have, with `allocate`.
         self.settled = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._release = weakref.finalize(
-            self, _release, address, size, self._claimed, self._fd, self._stop, os.getpid()
+            self, _release, address, size, self._claimed, self._fd, self._stop, self._threads, os.getpid()
         )
         self.identity = identity
         self.size = size
@@ -267,7 +270,8 @@ class PoolArena:
             except OSError as error:
                 self._release()
                 raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
-            threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._allocate, name="async-tier-pool", daemon=True))
+            self._threads[0].start()
 
     @property
     def pool(self) -> PoolArena:
@@ -458,8 +462,19 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _release(address: int, size: int, claimed: list[int], fd: int, stop: threading.Event, owner: int) -> None:
+def _release(
+    address: int,
+    size: int,
+    claimed: list[int],
+    fd: int,
+    stop: threading.Event,
+    threads: list[threading.Thread],
+    owner: int,
+) -> None:
     stop.set()
+    for thread in threads if os.getpid() == owner else ():
+        if thread is not threading.current_thread():  # its call of some 50 ms keeps the file open, and so the lock
+            thread.join(RELEASE_TIMEOUT_S)
     is_intact = os.fstat(fd).st_size >= size
     os.close(fd)
     if os.getpid() == owner:  # a forked child may have other memory there
