@@ -876,7 +876,6 @@ MUTANTS = [
     Mutant('pool: peers: the other holder loses it', 'memory/peers.py', '            others.remove(place)\n', '            pass\n', POOL),
     Mutant('pool: peers: unmapped at the end', 'block_store.py', '            self.peers.close()\n        self.drain()', '            pass\n        self.drain()', POOL),
     Mutant("pool: R4 at a peer, too", "block_store.py", "            self.peers.drop(keys)\n\n    def _borrow", "            pass\n\n    def _borrow", POOL),
-    Mutant('pool: peers: signals', 'block_store.py', '            self.peers.signal(fd)\n', '            pass\n', POOL),
     Mutant("R6 a row that is taken is not ready", "streams/native/table.c", "(serial + (uint64_t)i) << 1, memory_order_relaxed", "(serial + (uint64_t)i) << 1 | 1, memory_order_relaxed", POOL),
     Mutant("R6 a record that has changed is stale", "streams/native/table.c", "atomic_load_explicit(&record->word, memory_order_relaxed) != word) {", "0) {", POOL),
     Mutant("R10 a reset empties the pool's file", "index.py", "            self._table.begin_reset()\n", "", POOL),

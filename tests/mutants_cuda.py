@@ -49,6 +49,7 @@ MUTANTS_CUDA = [
     Mutant("the arena on the device is the engine's to free", "memory/device.py", "address = engine.allocate(size)", "address = engine.driver.allocate(size)", CUDA),
     Mutant("the primary is registered", "engines.py", "        registration.register_all()\n", "", CUDA),
     Mutant("the arena is registered", "memory/pinned.py", "                self._pin_next()\n            self._pinner.start()", "                break", CUDA),
+    Mutant("pool: copies of peers' rows signal, too", "block_store.py", "            self.peers.signal(fd)\n", "            pass\n", ("test_peers.py",)),
     Mutant("pool: pinned memory is allocated", "memory/pinned.py", "            self.pool.allocate(self.registration.next_range[1] - self.rows.address)\n", "            pass\n", ("test_pool.py",)),
     Mutant("the primary is unregistered", "engines.py", "        engine.add_pinned(registration)\n", "", CUDA),
     Mutant("the arena is unregistered", "memory/pinned.py", "        engine.add_pinned(self)\n", "", CUDA),

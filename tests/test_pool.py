@@ -121,9 +121,8 @@ def test_blocks_survive_a_close(open_store):
     assert stored(again, 1, 2, 3, 4) == 1, "they are not stored again"
 
 
-def test_a_killed_owner_leaves_whole_blocks_or_none(folder, engine):
-    if engine != "host":
-        pytest.skip("a CUDA context does not survive a fork")
+@pytest.mark.host_only
+def test_a_killed_owner_leaves_whole_blocks_or_none(folder):
     reader = pool_kills.run(folder, 120, seed=7)
     with contextlib.closing(reader.store):
         assert reader.wrong == []
