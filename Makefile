@@ -27,6 +27,7 @@ CUDA_TESTS := tests/test_manager.py tests/test_metrics.py tests/test_oracle.py t
 	tests/test_pool.py tests/test_peers.py tests/test_trace.py tests/test_teardown.py $(wildcard tests/test_cuda_*.py) tests/cuda_emulator
 NATIVE := async_tier/streams/native
 C_FILES := $(wildcard $(NATIVE)/*.[ch] tests/*.c tests/cuda_emulator/*.cpp tests/cuda_emulator/*.[ch])
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # Where the wheel is tried: what a user would have.
 WHEEL_VENV := build/wheel-venv
 C_FLAGS := -fsyntax-only -std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
@@ -147,8 +148,17 @@ mutants: setup
 mutants-cuda: setup-cuda
 	$(CUDA_RUN) -m tests.mutants --cuda
 
-sanitize: $(CUDA_VENV)/.vllm
+# The table of a pool needs Python: its tests run on an extension that is built for it.
+sanitize: setup $(CUDA_VENV)/.vllm
 	$(MAKE) -C tests/cuda_emulator sanitize PYTHON=$(abspath $(CUDA_RUN)) OUT=$(abspath $(EMULATOR))
+	rm -rf build/sanitized
+	mkdir -p build/sanitized
+	cp -r async_tier tests benchmarks pyproject.toml README.md build/sanitized
+	rm -f build/sanitized/async_tier/streams/*.so
+	cd build/sanitized && CFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' $(abspath $(RUN)) \
+		-c 'from setuptools import setup; setup()' --quiet build_ext --inplace
+	cd build/sanitized && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONMALLOC=malloc $(abspath $(RUN)) -m pytest -q tests/test_pool.py tests/test_peers.py
 
 demo: setup
 	$(RUN) -m benchmarks.demo.demo $(if $(MODEL),--model '$(MODEL)')

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from async_tier import block_store
-from async_tier.block_store import BlockStore, Finished, Statistics
+from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.engines import RowMemory
+from async_tier.jobs import Finished, Statistics
 from async_tier.memory.pool import Identity
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.rows import Rows

@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from async_tier.config import TierConfig, load_policy
 from async_tier.engines import RowMemory, open_engine
+from async_tier.eviction import EvictionPolicy
 from async_tier.index import READY, BlockIndex
-from async_tier.memory.peers import Borrowed, Peers
-from async_tier.memory.pool import Identity, PoolArena
-from async_tier.observe.faults import FaultLog, one_line
-from async_tier.observe.trace import Submitted, TierTrace, TraceWriter
+from async_tier.jobs import Finished, Job, Statistics
+from async_tier.memory.peers import Borrowed, JoinedEvent, Peers
+from async_tier.memory.pool import Identity
+from async_tier.observe.faults import FaultLog, error_text
+from async_tier.observe.trace import TierTrace, TraceWriter
 from async_tier.order import SequenceOrder
 from async_tier.streams._native import TABLE_KEY_BYTES
 from async_tier.streams.base import CopyEngine, CopyEvent
@@ -41,168 +40,9 @@ logger = logging.getLogger(__name__)
 # A copy takes milliseconds. One that takes this long has met a fault of the driver or the device.
 LATE_S = 30
 
-# Why blocks that were offered to a store were not stored, and what helps.
-REFUSALS = {
-    "own_request": "requests have more blocks than the tier; set bytes_to_use to more",
-    "in_use": "copies and hits need the blocks that would be evicted; set bytes_to_use to more",
-    "not_ready": "the tier's memory is still being pinned, which ends by itself",
-    "failed": "stores fail; the log has the reason of each kind",
-}
-
-
-class Finished(NamedTuple):
-    """The end of a job.
-
-    success: whether every block arrived or needed no copy.
-    loaded_keys: the keys that did arrive, if a load failed in part; otherwise None.
-    bytes: bytes moved. seconds: from the start of the first copy to the end of the last one. queued_seconds: from the
-        submission to the start of the first copy. Both are 0 for a job without copies, and for one whose copies failed.
-    reason: why the job failed; None for a success. kind: "store" or "load".
-    """
-
-    job_id: int
-    success: bool
-    loaded_keys: tuple[bytes, ...] | None = None
-    bytes: int = 0
-    seconds: float = 0.0
-    reason: str | None = None
-    kind: str = "store"
-    queued_seconds: float = 0.0
-
-
-@dataclass
-class Statistics:
-    """The current state, and counts since construction. A block has `row_bytes` bytes.
-
-    engine: the copy engine, "cuda" or "host". capacity: rows of the arena. rows_ready: those that may be used by now.
-    rows_used: those that are not free. rows_pinned: those that copies or hits of this step need (twice, if both do).
-    blocks: those that can be loaded. stores_in_flight, loads_in_flight: jobs whose copies were not seen to end.
-    store_bytes_in_flight, load_bytes_in_flight: their bytes.
-
-    store_jobs, load_jobs: jobs submitted, whatever their outcome. failed_stores, failed_loads: jobs reported as failed,
-    including loads that lacked a block. blocks_stored, blocks_loaded: blocks copied successfully. blocks_present:
-    offered to a store, but already stored or being stored, here or by a peer. blocks_borrowed: those of blocks_loaded
-    that were copied from a peer's rows. restored: blocks that were found in the pool at start. peers: other files of
-    the pool. peer_blocks: blocks in these. refused: offered to a store, but not stored, by the reason
-    (see REFUSALS). blocks_lost: blocks of loads that did not arrive. evictions: blocks evicted. resets: how often
-    everything was forgotten. hits, misses: results of `lookup`. faults: unexpected errors, and jobs refused for bad
-    arguments or after `close`.
-    """
-
-    engine: str
-    capacity: int
-    row_bytes: int
-    rows_ready: int = 0
-    rows_used: int = 0
-    rows_pinned: int = 0
-    blocks: int = 0
-    stores_in_flight: int = 0
-    loads_in_flight: int = 0
-    store_bytes_in_flight: int = 0
-    load_bytes_in_flight: int = 0
-    store_jobs: int = 0
-    load_jobs: int = 0
-    failed_stores: int = 0
-    failed_loads: int = 0
-    blocks_stored: int = 0
-    blocks_loaded: int = 0
-    blocks_present: int = 0
-    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSALS, 0))
-    blocks_borrowed: int = 0
-    restored: int = 0
-    peers: int = 0
-    peer_blocks: int = 0
-    blocks_lost: int = 0
-    evictions: int = 0
-    resets: int = 0
-    hits: int = 0
-    misses: int = 0
-    faults: int = 0
-
-    @property
-    def jobs_in_flight(self) -> int:
-        return self.stores_in_flight + self.loads_in_flight
-
-    @property
-    def failed_jobs(self) -> int:
-        return self.failed_stores + self.failed_loads
-
-    @property
-    def blocks_refused(self) -> int:
-        return sum(self.refused.values())
-
-    @property
-    def bytes_stored(self) -> int:
-        return self.blocks_stored * self.row_bytes
-
-    @property
-    def bytes_loaded(self) -> int:
-        return self.blocks_loaded * self.row_bytes
-
 
 class _RefusedError(Exception):
     """A job is refused; the message says why."""
-
-
-class _Job:
-    __slots__ = (
-        *("blocks", "borrowed", "event", "job_id", "keys", "kind", "missing", "rows", "sequence", "submitted_ns"),
-        "traced",
-    )
-
-    event: CopyEvent
-
-    def __init__(self, job_id: int, kind: str, sequence: str | None, keys: Collection[bytes]) -> None:
-        """kind: "store" or "load". keys: all that the caller passed; only their number is kept."""
-        self.job_id = job_id
-        self.kind = kind
-        self.sequence = sequence
-        self.blocks = len(keys)
-        self.keys: Sequence[bytes] = ()  # those that are copied
-        self.rows: Sequence[int] = ()  # of the arena, one per key
-        self.borrowed: Sequence[Borrowed] = ()  # loads: what is copied from peers
-        self.missing = 0  # loads: how many of the caller's keys the tier lacked
-        self.submitted_ns = time.monotonic_ns()
-        self.traced: Submitted | None = None
-
-    def __str__(self) -> str:
-        request = "" if self.sequence is None else f", request {brief(self.sequence)}"
-        return f"job {self.job_id} ({self.kind}{request}, {self.blocks} block{'s' * (self.blocks != 1)})"
-
-
-class _WithBorrowed:
-    """The CopyEvent of a load from several memories. own: of the tier's own rows, if there are any among them.
-
-    Whether copies of peers' rows failed is asked of their own events.
-    """
-
-    def __init__(self, own: CopyEvent | None, borrowed: Sequence[CopyEvent]) -> None:
-        self._own = own
-        self._events = [*borrowed] if own is None else [own, *borrowed]
-
-    @property
-    def failed(self) -> bool:
-        return self._own is not None and self._own.failed
-
-    @property
-    def reason(self) -> str | None:
-        return None if self._own is None else self._own.reason
-
-    @property
-    def is_done(self) -> bool:
-        return all(event.is_done for event in self._events)
-
-    @property
-    def spans(self) -> list[tuple[str, int, int]]:
-        return sorted((span for event in self._events for span in event.spans), key=operator.itemgetter(1))
-
-    @property
-    def seconds(self) -> float:
-        spans = self.spans
-        return (max(end for _, _, end in spans) - spans[0][1]) * 1e-9 if spans else 0.0
-
-    def synchronize(self, seconds: float = 1e9) -> bool:
-        return all(event.synchronize(seconds) for event in self._events)
 
 
 class BlockStore:
@@ -243,38 +83,31 @@ class BlockStore:
         self.primary = primary
         capacity = _capacity(primary, config)
         policy = load_policy(config.eviction_policy)
-        writer = TraceWriter(config.trace_path) if config.trace_path is not None else None
-        if engine is None or arena is None:
-            try:
-                engine, arena = open_engine(primary, config, capacity, identity)
-            except BaseException:
-                if writer is not None:
-                    writer.close()
-                raise
-        self.engine, self.arena = engine, arena
-        # Runs even if nobody calls close().
         self._log = FaultLog(logger)
-        self._release = weakref.finalize(self, _release, self.engine, self.arena, writer, self._log)
-        self._pool = arena.pool
-        # The other files of the pool. Others may read it.
-        self.peers: Peers | None = None
-        self._elsewhere: Mapping[bytes, int] = {}  # by key, what peers hold
-        restored = 0
+        # What ends in this order reversed, even if nobody calls close(): no copy may touch memory that is freed.
+        ends = contextlib.ExitStack()
+        self._release = weakref.finalize(self, ends.close)
+        ends.callback(self._log.flush, now=True)
         try:
-            self.index = BlockIndex(self.arena.rows.count, policy)
-            self.index.usable = arena.ready
-            if self._pool is not None:
-                restored = self._join_pool(self._pool)
-        except Exception as error:  # whatever the policy's methods raise
+            self._trace: TierTrace | None = None
+            if config.trace_path is not None:
+                writer = TraceWriter(config.trace_path)
+                ends.callback(writer.close)
+                self._trace = TierTrace(writer)
+            if engine is None or arena is None:
+                engine, arena = open_engine(primary, config, capacity, identity)
+            ends.callback(arena.close)
+            ends.callback(engine.close)
+            self.engine, self.arena = engine, arena
+            self.index, restored = _open_index(arena, policy, config)
+            # The other files of the pool. Others may read it.
+            self.peers = Peers(arena.pool, engine.load_stream if engine.name == "host" else None)
+        except BaseException:
             self._release()
-            if isinstance(error, MemoryError):
-                raise
-            raise ValueError(
-                f"eviction_policy must be one that can be made ({type(error).__name__}: {brief(str(error))}), not "
-                f"{brief(config.eviction_policy)}"
-            ) from error
-        self._loads: deque[_Job] = deque()
-        self._stores: deque[_Job] = deque()
+            raise
+        self._elsewhere = self.peers.places  # by key, what peers hold
+        self._loads: deque[Job] = deque()
+        self._stores: deque[Job] = deque()
         # Rows of the jobs in each, so that `statistics` takes no longer for a longer queue.
         self._rows_in_flight = {"store": 0, "load": 0}
         self._finished: list[Finished] = []
@@ -289,17 +122,13 @@ class BlockStore:
         self._closed = False
         self._broken = False
         self._is_late = False
-        self._trace: TierTrace | None = None
-        if writer is not None:
-            self._trace = TierTrace(writer)
 
     # ------------------------------------------------------------------------------------------------- the contract
 
     def begin_sequence(self, sequence: str, order: SequenceOrder) -> None:
         """Use this order of the sequence's blocks until `finish_sequence`."""
         self.orders[sequence] = order
-        if self.peers is not None:
-            self.peers.look()
+        self.peers.look()
 
     def has(self, key: bytes) -> bool:
         """Whether `key` can be loaded now. Unlike `lookup`, this counts neither as a hit nor as a use."""
@@ -344,7 +173,7 @@ class BlockStore:
         if self._step_hits:
             self._note_hits()
         self.index.end_step()
-        if self.peers is not None and self.peers.count:
+        if self.peers.count:
             self.peers.refresh()
         if self._log.has_held_back:
             self._log.flush()
@@ -372,10 +201,11 @@ class BlockStore:
         self._check_engine()
         distinct = isinstance(keys, (set, frozenset))  # vLLM passes a set
         keys = list(keys)
-        job = _Job(job_id, "store", sequence, keys)
+        job = Job(job_id, "store", sequence, keys)
         try:
             sources = self._checked(keys, rows)
-            if self._pool is not None and not self._pool.table.fits(keys):
+            pool = self.arena.pool
+            if pool is not None and not pool.table.fits(keys):
                 raise _RefusedError(f"a key in a pool is 1 to {TABLE_KEY_BYTES} bytes")
         except _RefusedError as refusal:
             self._refuse(job, refusal)
@@ -387,8 +217,8 @@ class BlockStore:
             places = order.permutation(keys)
             keys = [keys[at] for at in places]
             sources = [sources[at] for at in places]
-        if self.peers is not None and not self._elsewhere.keys().isdisjoint(keys):
-            keys, sources = self._without_peers(self.peers, keys, sources)
+        if not self._elsewhere.keys().isdisjoint(keys):
+            keys, sources = self._not_elsewhere(keys, sources)
         new, arena_rows = self.index.reserve(keys, sequence, order, distinct)
         if len(new) < len(keys):
             self._count_left_out(keys, new, sequence)
@@ -421,7 +251,7 @@ class BlockStore:
         self._counts.load_jobs += 1
         self._check_engine()
         keys = list(keys)
-        job = _Job(job_id, "load", sequence, keys)
+        job = Job(job_id, "load", sequence, keys)
         try:
             targets = self._checked(keys, rows)
         except _RefusedError as refusal:
@@ -432,8 +262,7 @@ class BlockStore:
         if -1 in arena_rows:
             absent = [at for at, row in enumerate(arena_rows) if row < 0]
             self.index.drop([keys[at] for at in absent])
-            if self.peers is not None:
-                job.borrowed = self._borrow([keys[at] for at in absent], [targets[at] for at in absent])
+            job.borrowed = self._borrow([keys[at] for at in absent], [targets[at] for at in absent])
             found = [at for at, row in enumerate(arena_rows) if row >= 0]
             keys = [keys[at] for at in found]
             arena_rows = [arena_rows[at] for at in found]
@@ -457,7 +286,7 @@ class BlockStore:
                 keys, arena_rows = [], []
         job.keys, job.rows = [*keys, *borrowed], arena_rows
         if borrowed or event is None:
-            event = _WithBorrowed(event, [part.event for part in job.borrowed if part.event is not None])
+            event = JoinedEvent(event, [part.event for part in job.borrowed if part.event is not None])
         job.event = event
         self._loads.append(job)
         self._rows_in_flight["load"] += len(job.keys)
@@ -488,7 +317,7 @@ class BlockStore:
     def clear(self) -> None:
         """Forget every block. Copies in flight continue, and their jobs are reported."""
         self._check_engine()
-        if self.peers is not None and not self._counts.resets:
+        if self.arena.pool is not None and not self._counts.resets:
             logger.info(
                 "The tier was reset, after which weights may be others: from now on it keeps its blocks to itself, and "
                 "they end with this process. Set keep_on_reset where a reset does not mean that"
@@ -515,7 +344,7 @@ class BlockStore:
         """Count a fault, and log it as "The tier could not <doing>"; an exception's traceback, too, the first time."""
         self._counts.faults += 1
         error = reason if isinstance(reason, BaseException) else None
-        self._log.report(doing, f"The tier could not {doing}: {_error_text(reason)}", error, _error_text(reason))
+        self._log.report(doing, f"The tier could not {doing}: {error_text(reason)}", error, error_text(reason))
 
     def fail(
         self, job_id: int, kind: str, reason: BaseException, keys: object = (), sequence: str | None = None
@@ -525,7 +354,7 @@ class BlockStore:
         names = keys if isinstance(keys, Collection) else ()
         if kind == "load":
             self._forget([key for key in names if isinstance(key, bytes)])
-        self._fail_job(_Job(job_id, kind, sequence, names), reason)
+        self._fail_job(Job(job_id, kind, sequence, names), reason)
 
     def close(self) -> None:
         """End the engine and free the memory. Unfinished jobs fail, and `poll` still reports them. Idempotent."""
@@ -534,10 +363,9 @@ class BlockStore:
         self._check_engine()
         self._closed = True
         self.engine.close()
-        if self.peers is not None:
-            self.peers.close()
+        self.peers.close()
         self.drain()
-        if self._pool is not None and not self._broken:
+        if not self._broken:
             self.index.leave_table()
         self.index.clear()
         self._release()
@@ -575,8 +403,7 @@ class BlockStore:
     def signal(self, fd: int) -> None:
         """See CopyEngine.signal. Jobs that had nothing to copy are not signalled: see `has_results`."""
         self.engine.signal(fd)
-        if self.peers is not None:
-            self.peers.signal(fd)
+        self.peers.signal(fd)
 
     def statistics(self) -> Statistics:
         """A snapshot; see Statistics."""
@@ -588,8 +415,8 @@ class BlockStore:
             rows_used=self.index.rows_used,
             rows_pinned=storing + loading + self.index.step_pins,
             blocks=len(self.index),
-            peers=0 if self.peers is None else self.peers.count,
-            peer_blocks=0 if self.peers is None else len(self.peers),
+            peers=self.peers.count,
+            peer_blocks=len(self.peers),
             stores_in_flight=len(self._stores),
             loads_in_flight=len(self._loads),
             store_bytes_in_flight=storing * row_bytes,
@@ -602,7 +429,7 @@ class BlockStore:
 
     # ----------------------------------------------------------------------------------------------------- job ends
 
-    def _collect(self, queue: deque[_Job], end: Callable[[_Job], None]) -> None:
+    def _collect(self, queue: deque[Job], end: Callable[[Job], None]) -> None:
         # Jobs are reported in order of submission, so none behind an unfinished one needs to be asked.
         while queue and queue[0].event.is_done:
             job = queue.popleft()
@@ -613,14 +440,14 @@ class BlockStore:
                 self._forget(job.keys)
                 self._fail_job(job, error)
 
-    def _trace_begin(self, trace: TierTrace, job: _Job) -> None:
+    def _trace_begin(self, trace: TierTrace, job: Job) -> None:
         try:
             blocks = len(job.keys)
             job.traced = trace.submitted(job.kind, blocks, blocks * self.primary.row_bytes)
         except Exception as error:  # no job may be lost because of tracing
             self._stop_tracing(error)
 
-    def _trace_end(self, trace: TierTrace, job: _Job, reason: str | None) -> None:
+    def _trace_end(self, trace: TierTrace, job: Job, reason: str | None) -> None:
         try:
             if job.traced is not None:
                 trace.ended(job.traced, job.job_id, job.event, self.index.rows_used, reason)
@@ -633,7 +460,7 @@ class BlockStore:
         self._trace = None
         self.report_fault("trace jobs any more", reason)
 
-    def _end_store(self, job: _Job) -> None:
+    def _end_store(self, job: Job) -> None:
         if job.event.failed:
             self.index.drop_filling(job.keys, job.rows)
             self._finish(job, self._why_failed(job))
@@ -642,7 +469,7 @@ class BlockStore:
         self._counts.blocks_stored += len(job.rows)
         self._finish(job, None, None, len(job.rows) * self.primary.row_bytes, job.event.seconds)
 
-    def _end_load(self, job: _Job) -> None:
+    def _end_load(self, job: Job) -> None:
         self.index.unpin(job.rows)
         if job.event.failed:
             self._forget(job.keys)
@@ -658,12 +485,10 @@ class BlockStore:
     def _forget(self, keys: Collection[bytes]) -> None:
         """A load of `keys` failed: they are not to be asked for again, here or at a peer."""
         self.index.drop(keys)
-        if self.peers is not None:
-            self.peers.drop(keys)
+        self.peers.drop(keys)
 
     def _borrow(self, keys: list[bytes], targets: list[int]) -> list[Borrowed]:
         """Queue copies of those blocks that peers hold."""
-        assert self.peers is not None
         borrowed = []
         for part in self.peers.borrow(keys, targets):
             try:
@@ -674,11 +499,10 @@ class BlockStore:
                 self.report_fault("copy a peer's blocks", error)
         return borrowed
 
-    def _end_borrowing(self, job: _Job) -> None:
+    def _end_borrowing(self, job: Job) -> None:
         """Take out of a load those of its keys whose peer had changed, or lost, them before their copies ended."""
-        assert self.peers is not None
         for part in job.borrowed:
-            lost = part.keys if part.event is not None and part.event.failed else part.lost()
+            lost = part.lost()
             self._counts.blocks_borrowed += len(part.keys) - len(lost)
             if lost:
                 self.peers.drop(lost)
@@ -686,31 +510,31 @@ class BlockStore:
                 job.keys = [key for key in job.keys if key not in gone]
                 job.missing += len(lost)
 
-    def _why_failed(self, job: _Job) -> str:
+    def _why_failed(self, job: Job) -> str:
         if (broken := self._broken_by()) is not None:
             return broken
         if self._closed:
             return "the tier was closed before its copies were made"
         return job.event.reason or "its copies were not made"
 
-    def _why_incomplete(self, job: _Job) -> str | None:
+    def _why_incomplete(self, job: Job) -> str | None:
         if not job.missing:
             return None
         return f"the tier lacks {job.missing} of its blocks"
 
-    def _refuse(self, job: _Job, refusal: _RefusedError) -> None:
+    def _refuse(self, job: Job, refusal: _RefusedError) -> None:
         """Report the job as failed. Counts a fault, unless the engine is broken, which was counted when it broke."""
         self._counts.faults += not self._broken
         self._finish(job, str(refusal))
 
-    def _fail_job(self, job: _Job, error: BaseException) -> None:
+    def _fail_job(self, job: Job, error: BaseException) -> None:
         """Report the job as failed by an unexpected error. None of its copies is under way."""
         self._counts.faults += 1
-        self._finish(job, _error_text(error), error=error)
+        self._finish(job, error_text(error), error=error)
 
     def _finish(
         self,
-        job: _Job,
+        job: Job,
         reason: str | None = None,
         loaded_keys: tuple[bytes, ...] | None = None,
         size: int = 0,
@@ -729,7 +553,7 @@ class BlockStore:
             Finished(job.job_id, reason is None, loaded_keys, size, seconds, reason, job.kind, queued)
         )
 
-    def _count_failure(self, job: _Job, arrived: int) -> None:
+    def _count_failure(self, job: Job, arrived: int) -> None:
         """arrived: how many of a load's blocks did."""
         if job.kind == "load":
             self._counts.failed_loads += 1
@@ -755,39 +579,29 @@ class BlockStore:
 
     def _look_for(self, key: bytes) -> bool:
         """Whether a peer has `key` by now. For those who have no steps, in which that would be seen."""
-        if self.peers is not None:
-            self.peers.look()
+        self.peers.look()
         return key in self._elsewhere
 
     def _empty(self) -> None:
         self._counts.resets += 1
         self._step_hits.clear()
         self.index.clear()
-        if self.peers is not None:  # theirs are from before, too, or of weights that this engine has no more
-            self.peers.clear()
+        self.peers.clear()  # theirs are from before, too, or of weights that this engine has no more
 
-    def _without_peers(self, peers: Peers, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
+    def _not_elsewhere(self, keys: list[bytes], sources: list[int]) -> tuple[list[bytes], list[int]]:
         """Those keys that no peer holds, and their rows of the primary. The others are not stored again."""
-        held = {key for key in peers.held(keys) if not self.index.state(key)}
+        held = {key for key in self.peers.held(keys) if not self.index.state(key)}
         self._counts.blocks_present += sum(key in held for key in keys)
         kept = [at for at, key in enumerate(keys) if key not in held]
         return [keys[at] for at in kept], [sources[at] for at in kept]
 
     def _broken_by(self) -> str | None:
         """Why nothing can be copied any more; None if it can."""
-        if self._pool is not None and not self._closed and not self._pool.table.is_intact():
+        pool = self.arena.pool
+        if pool is not None and not self._closed and not pool.table.is_intact():
             self.index.lose_table()  # touching memory that the file has not any more would end the process
-            return f"{self._pool.path} was truncated"
+            return f"{pool.path} was truncated"
         return self.engine.broken
-
-    def _join_pool(self, pool: PoolArena) -> int:
-        """Begin with the blocks in the tier's file, and find the files of others. Returns how many blocks there are."""
-        restored, pool.restored = pool.restored, ([], [], [], [])
-        self.index.keep_in(pool.table, *restored)
-        own_stream = self.engine.load_stream if self.engine.name == "host" else None
-        self.peers = Peers(pool.path.parent, pool.identity, self.primary.row_bytes, pool.inode, own_stream)
-        self._elsewhere = self.peers.places
-        return len(restored[0])
 
     def _note_hits(self) -> None:
         """Pass this step's hits to the index as uses, in the order of lookup; together, which costs less."""
@@ -847,19 +661,23 @@ def _capacity(primary: Rows, config: TierConfig) -> int:
     return count
 
 
-def _error_text(reason: object) -> str:
-    """The error's type and message, on one line."""
-    text = one_line(reason)
-    if isinstance(reason, BaseException):
-        text = f"{type(reason).__name__}: {text}" if text else type(reason).__name__
-    return text
+def _open_index(arena: RowMemory, policy: type[EvictionPolicy], config: TierConfig) -> tuple[BlockIndex, int]:
+    """The index of the memory's rows, and how many blocks it begins with: those in the tier's own file, if it has one.
 
-
-def _release(engine: CopyEngine, arena: RowMemory, writer: TraceWriter | None, log: FaultLog) -> None:
-    """Close the engine before the arena: no copy may touch freed memory. Each is closed even if another raises."""
-    with contextlib.ExitStack() as ends:
-        ends.callback(log.flush, now=True)
-        if writer is not None:
-            ends.callback(writer.close)
-        ends.callback(arena.close)
-        ends.callback(engine.close)
+    Raises ValueError for a policy that cannot be made.
+    """
+    try:
+        index = BlockIndex(arena.rows.count, policy)
+        index.usable = arena.ready
+        if (pool := arena.pool) is None:
+            return index, 0
+        restored, pool.restored = pool.restored, ([], [], [], [])
+        index.keep_in(pool.table, *restored)
+        return index, len(restored[0])
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the policy's methods raise
+        raise ValueError(
+            f"eviction_policy must be one that can be made ({type(error).__name__}: {brief(str(error))}), not "
+            f"{brief(config.eviction_policy)}"
+        ) from error

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from async_tier.block_store import REFUSALS, Statistics
 from async_tier.config import TierConfig
+from async_tier.jobs import REFUSALS, Statistics
 from async_tier.manager import AsyncSecondaryTierManager
 from async_tier.vllm import metrics
 from tests.mutants import MUTANTS

@@ -20,6 +20,7 @@ FLOORS = (
     ("testing",),
     ("aio",),
     ("block_store",),
+    ("jobs",),
     ("engines",),
     ("index", "config"),
     ("eviction",),

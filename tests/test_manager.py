@@ -20,7 +20,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.v1.kv_offload.base import LookupResult
 
-from async_tier.block_store import Finished
+from async_tier.jobs import Finished
 from async_tier.manager import AsyncSecondaryTierManager
 from async_tier.testing import load_gate, store_gate
 from async_tier.vllm import compat

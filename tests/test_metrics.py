@@ -24,7 +24,7 @@ from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from async_tier import eviction, plugin
-from async_tier.block_store import REFUSALS
+from async_tier.jobs import REFUSALS
 from async_tier.manager import AsyncSecondaryTierManager
 from async_tier.testing import load_gate, store_gate
 from async_tier.vllm import compat, metrics

@@ -24,8 +24,8 @@ import yaml
 from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from async_tier.block_store import REFUSALS
 from async_tier.config import TierConfig
+from async_tier.jobs import REFUSALS
 from async_tier.vllm import metrics
 from benchmarks.monitoring import servers
 from benchmarks.monitoring.dashboard import (

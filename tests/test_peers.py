@@ -226,6 +226,19 @@ def test_r10_a_peer_that_resets_costs_its_blocks_and_nothing_else(open_store):
     assert here(ours) == [2, 4]
 
 
+def test_r4_a_borrowed_block_whose_copy_was_not_made_has_not_arrived(open_store):
+    ours, theirs = open_store(primary=empty()), open_store()
+    stored(theirs, 1)
+    step(ours)
+    before = store_target(ours)[0].copy()
+    Gate(ours.peers.stream).hold()
+    ours.submit_load(7, keys(1), [0])
+    ours.close()
+    (end,) = ours.poll()
+    assert (end.success, end.loaded_keys, end.bytes) == (False, (), 0)
+    assert np.array_equal(store_target(ours)[0], before)
+
+
 def test_r10_a_peer_that_resets_while_it_is_read(open_store):
     ours, theirs = open_store(primary=empty()), open_store()
     stored(theirs, 1)

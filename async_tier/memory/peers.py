@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import mmap
+import operator
 import os
 import time
 import weakref
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from async_tier.memory.host import map_memory, unmap_memory
-from async_tier.memory.pool import SUFFIX, Description, Identity, open_file
+from async_tier.memory.pool import SUFFIX, Description, PoolArena, open_file
 from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent, CopyStream
 from async_tier.streams.host import HostEngine, default_threads
@@ -67,29 +68,56 @@ class Borrowed:
     event: CopyEvent | None = None
 
     def lost(self) -> list[bytes]:
-        """After the copies: the keys of which other bytes may have been copied."""
+        """After the copies: the keys of which other bytes, or not all, may have been copied."""
+        if self.event is not None and self.event.failed:
+            return self.keys
         return [self.keys[at] for at in self.peer.table.stale(self.rows, self.words, self.epoch)]
 
 
-class Peers:
-    """The blocks of the other files in `folder` that have this identity.
+class JoinedEvent:
+    """The CopyEvent of a load from several memories. own: of the tier's own rows, if there are any among them.
 
-    own: the inode of the engine's own file. stream: copies what is borrowed; without one, threads of their own do.
+    Whether copies of peers' rows failed is asked of their own events.
     """
 
-    def __init__(
-        self, folder: Path, identity: Identity, row_bytes: int, own: int, stream: CopyStream | None = None
-    ) -> None:
-        # CUDA's engine only touches memory that is pinned, which takes long for what may never be read.
+    def __init__(self, own: CopyEvent | None, borrowed: Sequence[CopyEvent]) -> None:
+        self._own = own
+        self._events = [*borrowed] if own is None else [own, *borrowed]
+
+    @property
+    def failed(self) -> bool:
+        return self._own is not None and self._own.failed
+
+    @property
+    def reason(self) -> str | None:
+        return None if self._own is None else self._own.reason
+
+    @property
+    def is_done(self) -> bool:
+        return all(event.is_done for event in self._events)
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        return sorted((span for event in self._events for span in event.spans), key=operator.itemgetter(1))
+
+    @property
+    def seconds(self) -> float:
+        spans = self.spans
+        return (max(end for _, _, end in spans) - spans[0][1]) * 1e-9 if spans else 0.0
+
+    def synchronize(self, seconds: float = 1e9) -> bool:
+        return all(event.synchronize(seconds) for event in self._events)
+
+
+class Peers:
+    """The blocks of the other files of a pool. own: the engine's own file; without one there are no peers.
+
+    stream: copies what is borrowed; without one, threads of their own do.
+    """
+
+    def __init__(self, own: PoolArena | None, stream: CopyStream | None = None) -> None:
+        self._is_over = own is None
         self._engine: HostEngine | None = None
-        if stream is None:
-            self._engine = HostEngine(default_threads())
-            weakref.finalize(self, self._engine.close)
-            stream = self._engine.load_stream
-        self.stream: CopyStream = stream
-        self._folder, self._prefix, self._digest = str(folder), identity.prefix, identity.digest
-        self._row_bytes, self._own = row_bytes, own
-        self._is_over = False
         self._gone: list[Peer] = []
         self._refused: set[int] = set()  # inodes of files that cannot be used, each of which was logged
         self._looked_at = -1  # the folder's time of change, when its files were looked at
@@ -100,6 +128,16 @@ class Peers:
         # By key, the number of its peer << 32 | its row. Others may read it. Where several peers hold it, the others.
         self.places: dict[bytes, int] = {}
         self._others: dict[bytes, list[int]] = {}
+        if own is None:
+            return
+        if stream is None:
+            # CUDA's engine only touches memory that is pinned, which takes long for what may never be read.
+            self._engine = HostEngine(default_threads())
+            weakref.finalize(self, self._engine.close)
+            stream = self._engine.load_stream
+        self.stream: CopyStream = stream
+        self._folder, self._own = str(own.path.parent), own.inode
+        self._prefix, self._digest, self._row_bytes = own.identity.prefix, own.identity.digest, own.rows.row_bytes
         self.look()
         self.refresh(limit=1 << 60)
 

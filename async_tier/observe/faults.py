@@ -73,3 +73,11 @@ class FaultLog:
         more = f" (and {kind.held_back - 1} more like it since the last such line)" if kind.held_back > 1 else ""
         self._logger.error("%s%s", kind.last_line, more)
         kind.logged_at, kind.held_back = at, 0
+
+
+def error_text(reason: object) -> str:
+    """The error's type and message, on one line."""
+    text = one_line(reason)
+    if isinstance(reason, BaseException):
+        text = f"{type(reason).__name__}: {text}" if text else type(reason).__name__
+    return text

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from async_tier.block_store import Finished
+from async_tier.jobs import Finished
 from async_tier.order import SequenceOrder
 from async_tier.sizes import KVSizes
 

@@ -20,7 +20,8 @@ from vllm.v1.kv_offload.base import (
     OffloadingMetricMetadata,
 )
 
-from async_tier.block_store import REFUSALS, BlockStore, Finished, Statistics
+from async_tier.block_store import BlockStore
+from async_tier.jobs import REFUSALS, Finished, Statistics
 from async_tier.vllm.promises import Promises
 
 logger = logging.getLogger(__name__)

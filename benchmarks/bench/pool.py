@@ -126,13 +126,14 @@ def measure_start(folder: str, rows: int) -> float:
 def measure_attach(folder: str, rows: int) -> float:
     """Seconds until the blocks of PEERS other files are known."""
     arenas = [fill(folder, rows, number * rows) for number in range(PEERS)]
+    own = PoolArena(Path(folder), IDENTITY, 1, START_ROW_BYTES, allocate=True)
     began = time.perf_counter()
-    peers = Peers(Path(folder), IDENTITY, START_ROW_BYTES, own=0)
+    peers = Peers(own)
     took = time.perf_counter() - began
     if len(peers) != PEERS * rows:
         raise RuntimeError(f"{len(peers)} of {PEERS * rows} blocks were found")
     peers.close()
-    for arena in arenas:
+    for arena in [own, *arenas]:
         arena.close()
     return took
 

@@ -177,8 +177,7 @@ static PyObject *table_take(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *table_publish(PyObject *self, PyObject *rows) {
-    Table *table = table_of(self);
+static PyObject *set_ready(Table *table, PyObject *rows, uint64_t ready) {
     Py_ssize_t row;
     if (check_lists(rows, NULL))
         return NULL;
@@ -186,26 +185,17 @@ static PyObject *table_publish(PyObject *self, PyObject *rows) {
         Record *record = record_of(table, rows, i, &row);
         if (record == NULL)
             return NULL;
-        atomic_fetch_or_explicit(&record->word, 1, memory_order_release);
-        note_change(table->header, row);
-    }
-    Py_RETURN_NONE;
-}
-
-static PyObject *table_withdraw(PyObject *self, PyObject *rows) {
-    Table *table = table_of(self);
-    Py_ssize_t row;
-    if (check_lists(rows, NULL))
-        return NULL;
-    for (Py_ssize_t i = 0; i < PyList_Size(rows); i++) {
-        Record *record = record_of(table, rows, i, &row);
-        if (record == NULL)
-            return NULL;
-        if (atomic_fetch_and_explicit(&record->word, ~UINT64_C(1), memory_order_relaxed) & 1)
+        uint64_t word = ready ? atomic_fetch_or_explicit(&record->word, 1, memory_order_release)
+                              : atomic_fetch_and_explicit(&record->word, ~UINT64_C(1), memory_order_relaxed);
+        if ((word & 1) != ready)
             note_change(table->header, row);
     }
     Py_RETURN_NONE;
 }
+
+static PyObject *table_publish(PyObject *self, PyObject *rows) { return set_ready(table_of(self), rows, 1); }
+
+static PyObject *table_withdraw(PyObject *self, PyObject *rows) { return set_ready(table_of(self), rows, 0); }
 
 static PyObject *table_begin_reset(PyObject *self, PyObject *unused) {
     atomic_fetch_or_explicit(&table_of(self)->header->epoch, 1, memory_order_seq_cst);
