@@ -139,11 +139,11 @@ def reset(server: Server) -> None:
     wait_until(lambda: post(server, path)["success"], "vLLM does not reset its caches")
 
 
-def wait_until(holds: Callable[[], Any], what: str) -> None:
-    """Ask until it holds, for PATIENCE_S at most. `what`: what did not happen."""
+def wait_until(holds: Callable[[], Any], what: str | Callable[[], str]) -> None:
+    """Ask until it holds, for PATIENCE_S at most. `what`: what did not happen, or tells it when the time is over."""
     deadline = time.monotonic() + PATIENCE_S
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"{what}: {found!r}"
+    while not holds():
+        assert time.monotonic() < deadline, what if isinstance(what, str) else what()
         time.sleep(0.1)
 
 
@@ -183,10 +183,14 @@ def failures(metrics: Metrics) -> dict[tuple[str, str], float]:
 
 def settle(server: Server) -> Metrics:
     """The metrics when nothing is under way any more. Fails if that does not come, or if a job has failed."""
-    deadline = time.monotonic() + PATIENCE_S
-    while busy := busy_gauges(metrics := server.metrics()):
-        assert time.monotonic() < deadline, f"gauges that are not back to zero: {busy}"
-        time.sleep(0.1)
+    metrics: Metrics = {}
+
+    def is_at_rest() -> bool:
+        nonlocal metrics
+        metrics = server.metrics()
+        return not busy_gauges(metrics)
+
+    wait_until(is_at_rest, lambda: f"gauges that are not back to zero: {busy_gauges(metrics)}")
     assert failures(metrics) == {}
     assert any(name == "vllm:async_tier_blocks" for name, _ in metrics), "the tier has published nothing"
     return metrics
