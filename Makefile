@@ -42,7 +42,7 @@ help:
 	@echo "make setup-serving  also what test-serving needs: an S3 server and NIXL"
 	@echo "make test           all tests: test-host, then test-cuda"
 	@echo "make test-host      on copy threads, also end to end with vLLM's server"
-	@echo "make test-serving   some 20 real servers beside other tiers and with vLLM's features (20 minutes)"
+	@echo "make test-serving   some 20 real servers beside other tiers and with vLLM's features (25 minutes)"
 	@echo "make test-cuda      on all engines, with CUDA emulated"
 	@echo "make test-gpu       the same on this machine's GPU (GPU_PYTHON=... has vLLM and this package)"
 	@echo "make gpu-check      on this machine's GPU: facts, rates and costs"
