@@ -2164,14 +2164,14 @@ def test_a_tier_that_is_refused_at_the_last_moment_gives_everything_back(primary
 @each_pool
 def test_the_end_of_one_thing_does_not_depend_on_that_of_another(primary, pool, monkeypatch, tmp_path):
     path = tmp_path / "trace.json"
-    store = make_store(primary, pool=pool, trace_path=str(path))
-    real = store.engine.close
+    real = CudaEngine.close
 
-    def close():
-        real()
+    def close(engine: CudaEngine) -> None:
+        real(engine)
         raise RuntimeError("badly")
 
-    monkeypatch.setattr(store.engine, "close", close)
+    monkeypatch.setattr(CudaEngine, "close", close)
+    store = make_store(primary, pool=pool, trace_path=str(path))
     helpers.forget()
     with pytest.raises(RuntimeError, match="badly"):
         store._release()

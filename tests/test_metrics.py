@@ -283,7 +283,8 @@ class TestRefused:
     def test_because_memory_is_not_ready(self, primary, server):
         tier = make_tier(primary, blocks=4)
         tier.block_store.index.usable = 1
-        tier.block_store.arena = SimpleNamespace(rows=tier.block_store.arena.rows, ready=1)
+        arena = tier.block_store.arena
+        tier.block_store.arena = SimpleNamespace(rows=arena.rows, ready=1, pool=arena.pool)
         server.take(tier)
         store(tier, 1, keys(0, 1, 2), [0, 1, 2])
         assert server.values()["usable_blocks"] == 1

@@ -287,7 +287,8 @@ def test_other_software_or_hardware_is_another_pool(folder, monkeypatch, target,
 def test_another_model_runner_is_another_pool(folder, monkeypatch):
     config = make_config(folder)
     before = name_of(config)
-    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda self: True))
+    other = not config.use_v2_model_runner
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda self: other))
     assert name_of(config) != before
 
 

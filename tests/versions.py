@@ -14,7 +14,10 @@ from pathlib import Path
 
 BENCHMARKS = ("test_replay.py", "test_traces.py", "test_benchmarks.py")
 # Tests on parts of vLLM that only the version has which is installed.
-ONE_VERSION = ("test_cpu_backend.py", "test_engine.py", "test_pressure.py", "test_other_tiers.py")
+ONE_VERSION = (
+    *("test_cpu_backend.py", "test_engine.py", "test_pressure.py", "test_other_tiers.py"),
+    *("test_size.py", "test_cli.py"),
+)
 BUILD = Path(__file__).resolve().parent.parent / "build" / "versions"
 
 

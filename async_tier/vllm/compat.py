@@ -45,7 +45,6 @@ try:
     import vllm.v1.kv_offload.tiering.base as vllm_tiering
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheTensor
     from vllm.v1.kv_offload.base import ReqContext
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
@@ -353,6 +352,9 @@ def hash_seed(algorithm: str) -> str | None:
     vLLM takes PYTHONHASHSEED as a text, so "random" and "" are seeds, too. Its `get_none_hash_seed` is of no use: vLLM
     sets the seed after tiers are constructed.
     """
+    # Not at the top: up to 0.28 it brings vLLM's scheduler, which the API server, asking for metrics, does without.
+    from vllm.v1.core import kv_cache_utils
+
     resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
     if resolve is None:  # up to 0.28
         return os.environ.get("PYTHONHASHSEED")
