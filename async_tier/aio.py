@@ -31,7 +31,7 @@ from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.engines import RowMemory
 from async_tier.jobs import Finished, Statistics
-from async_tier.memory.pool import Identity
+from async_tier.memory.pool_files import Identity
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.rows import Rows
 

@@ -26,7 +26,7 @@ from async_tier.eviction import EvictionPolicy
 from async_tier.index import READY, BlockIndex
 from async_tier.jobs import Finished, Job, Statistics
 from async_tier.memory.peers import Borrowed, JoinedEvent, Peers
-from async_tier.memory.pool import Identity
+from async_tier.memory.pool_files import Identity
 from async_tier.observe.faults import FaultLog, error_text
 from async_tier.observe.trace import TierTrace, TraceWriter
 from async_tier.order import SequenceOrder

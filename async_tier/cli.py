@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from async_tier.config import TierConfig
-from async_tier.memory.pool import find_pools, room_in
+from async_tier.memory.pool_files import find_pools, room_in
 from async_tier.observe import timeline
 from async_tier.operate import doctor, pools, settings, size
 from async_tier.sizes import NOTE, OK, PROBLEM, WARNING, Finding, judge_primary, judge_tier

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from async_tier.config import TierConfig, device_number
 from async_tier.memory.host import Arena
-from async_tier.memory.pool import Identity, PoolArena
+from async_tier.memory.pool import PoolArena
+from async_tier.memory.pool_files import Identity
 from async_tier.memory.registration import Registration
 from async_tier.streams.base import CopyEngine
 from async_tier.streams.host import HostEngine, default_threads

@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadi
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.jobs import Statistics
-from async_tier.memory.pool import Identity
+from async_tier.memory.pool_files import Identity
 from async_tier.sizes import PROBLEM, WARNING, KVSizes, judge_primary, judge_tier
 from async_tier.streams.rows import Rows
 from async_tier.text import brief, format_size

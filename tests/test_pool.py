@@ -25,7 +25,7 @@ from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.eviction import LeastRecentlyUsed
 from async_tier.index import FILLING, FREE, READY, BlockIndex
-from async_tier.memory import pool
+from async_tier.memory import pool, pool_files
 from async_tier.memory.pool import PoolArena
 from async_tier.order import SequenceOrder
 from async_tier.streams import _native
@@ -144,11 +144,11 @@ def _at_this_moment(folder: Path) -> list[bytes]:
     (path,) = folder.glob("*.pool")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         _own(shutil.copy(path, other), 0)
-        description = pool.find_pools(Path(other))[0].description
+        description = pool_files.find_pools(Path(other))[0].description
         assert description is not None
         arena = PoolArena(
             Path(other),
-            pool.Identity(description.digest, {}),
+            pool_files.Identity(description.digest, {}),
             description.capacity,
             description.row_bytes,
             allocate=False,
@@ -161,8 +161,8 @@ def _at_this_moment(folder: Path) -> list[bytes]:
 def _own(path: str | Path, process: int, since: float | None = None) -> None:
     """Write into a file that this process owns it; 0: that nobody does."""
     with open(path, "r+b") as file:
-        file.seek(pool.OWNER_OFFSET)
-        file.write(pool.OWNER.pack(process, pool.pid_namespace(), time.time() if since is None else since))
+        file.seek(pool_files.OWNER_OFFSET)
+        file.write(pool_files.OWNER.pack(process, pool_files.pid_namespace(), time.time() if since is None else since))
 
 
 def test_a_block_that_was_dropped_does_not_survive(open_store):
@@ -409,7 +409,7 @@ def damaged(path: Path, what: str) -> None:
         elif what == "longer":
             file.truncate(size + 4096)
         elif what == "boot":
-            description = pool.Description.read(file.fileno())
+            description = pool_files.Description.read(file.fileno())
             file.write(dataclasses.replace(description, boot="0" * 36).pack())
 
 
@@ -437,7 +437,7 @@ def test_a_damaged_file_is_a_clean_start_with_one_line(open_store, what, caplog)
 
 def test_a_file_of_another_version_is_removed(open_store, monkeypatch, caplog):
     """Its name tells, but names can be changed."""
-    monkeypatch.setattr(pool, "VERSION", 9)
+    monkeypatch.setattr(pool_files, "VERSION", 9)
     store = open_store()
     path = file_of(store)
     store.close()
@@ -473,7 +473,7 @@ def test_a_table_of_random_bytes_ends_nothing(open_store, seed):
     end = _native.Table.bytes(32)
     with path.open("r+b") as file:
         for _ in range(dice.integers(1, 400)):
-            file.seek(int(dice.integers(pool.DESCRIPTION_BYTES, end)))
+            file.seek(int(dice.integers(pool_files.DESCRIPTION_BYTES, end)))
             file.write(dice.bytes(int(dice.integers(1, 9))))
     again = open_store(32)
     stored(again, *range(32, 64), sequence="another one")
@@ -511,7 +511,7 @@ def test_a_file_of_another_user_is_passed_over(open_store, caplog):
 @pytest.mark.parametrize("name", ["x" * 256, "\u4e2d" * 256, "\U0001f600" * 256])
 def test_a_file_names_what_it_is_for(open_store, folder, name):
     open_store(namespace=name).close()
-    (found,) = pool.find_pools(folder)
+    (found,) = pool_files.find_pools(folder)
     assert found.description is not None
     assert found.description.about["namespace"] == name
 
@@ -609,7 +609,7 @@ def test_what_is_no_folder_is_refused(open_store, folder):
 
 
 def test_a_disk_is_refused_unless_it_is_asked_for(open_store, tmp_path, monkeypatch):
-    kind = pool.file_system(tmp_path.stat().st_dev)
+    kind = pool_files.file_system(tmp_path.stat().st_dev)
     if kind in ("tmpfs", "hugetlbfs"):
         pytest.skip("there is no disk here")
     assert f"must be on tmpfs or hugetlbfs, such as /dev/shm, but is on {kind}" in refusal(

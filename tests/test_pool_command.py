@@ -19,8 +19,8 @@ import pytest
 from async_tier import cli, machine
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
-from async_tier.memory import pool
-from async_tier.memory.pool import Description, find_pools, remove_pool, room_in
+from async_tier.memory import pool, pool_files
+from async_tier.memory.pool_files import Description, find_pools, remove_pool, room_in
 from async_tier.operate import pools
 from async_tier.order import SequenceOrder
 from async_tier.streams.rows import Rows
@@ -315,14 +315,14 @@ def test_a_file_that_an_engine_has_just_taken_is_left(folder, opened):
 
 def test_a_file_that_has_the_name_by_now_is_left(folder, monkeypatch):
     """Between opening a file and locking it, an engine may remove it and give its name to a file of its own."""
-    path, real = leave_behind(folder), pool.lock
+    path, real = leave_behind(folder), pool_files.lock
 
     def lock(fd: int, start: int) -> None:
         path.unlink()
         path.write_text("another engine's")
         real(fd, start)
 
-    monkeypatch.setattr(pool, "lock", lock)
+    monkeypatch.setattr(pool_files, "lock", lock)
     assert remove_pool(path)
     assert path.read_text() == "another engine's"
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from async_tier.memory.host import map_memory, unmap_memory
-from async_tier.memory.pool import SUFFIX, Description, PoolArena, open_file
+from async_tier.memory.pool import PoolArena
+from async_tier.memory.pool_files import SUFFIX, Description, open_file
 from async_tier.streams import _native
 from async_tier.streams.base import CopyEvent, CopyStream
 from async_tier.streams.host import HostEngine, default_threads

@@ -12,7 +12,7 @@ from typing import Any
 
 from async_tier import machine
 from async_tier.config import TierConfig
-from async_tier.memory.pool import HUGE, FoundPool, file_system, find_mount, find_pools, remove_pool, room_in
+from async_tier.memory.pool_files import HUGE, FoundPool, file_system, find_mount, find_pools, remove_pool, room_in
 from async_tier.operate import doctor
 from async_tier.sizes import NOTE, OK, Finding
 from async_tier.text import brief, format_size, format_time

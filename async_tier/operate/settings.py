@@ -14,7 +14,7 @@ from typing import Any
 
 from async_tier import machine
 from async_tier.config import TierConfig, check_keys, device_number, load_policy, parse_threads
-from async_tier.memory.pool import check_folder
+from async_tier.memory.pool_files import check_folder
 from async_tier.operate import doctor, pools
 from async_tier.operate.doctor import CPU_BACKEND, GPU
 from async_tier.sizes import NOTE, OK, PROBLEM, WARNING, Finding, KVSizes, judge_primary, judge_tier

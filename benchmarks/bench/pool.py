@@ -20,7 +20,8 @@ import numpy as np
 
 from async_tier.index import BlockIndex
 from async_tier.memory.peers import Peers
-from async_tier.memory.pool import Identity, PoolArena
+from async_tier.memory.pool import PoolArena
+from async_tier.memory.pool_files import Identity
 from benchmarks.bench.copy_rate import MIB, RowSize, spreads
 from benchmarks.bench.growth import US, Times
 from benchmarks.bench.replay import Trace
