@@ -207,13 +207,20 @@ def run_pool(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         found = [pools.as_json(file) | ({"left": why} if options.action == "clear" else {}) for file, why in cleared]
         print(json.dumps({"folder": options.folder, "room": room, "files": found}, indent=2))
         return 1 if problems else 0
+    different = pools.why_different(files)
     for file, why in cleared:
         if options.action == "list":
             print(pools.describe(file))
+            if file.path in different:
+                print(different[file.path])
         else:
             print(f"removed {pools.describe(file)}" if why is None else f"left {file.path.name}: {why}")
     left = "no limit but memory's" if room is None else f"{format_size(room)} left"
-    print(f"{len(files)} files; the mount of {options.folder} has {left}")
+    gone = sum(why is None for _, why in cleared)
+    kept = f"{len(files)} files" if files else "no files of pools"
+    if options.action == "clear":
+        kept = f"{gone} removed, {len(files) - gone} left"
+    print(f"{kept}; the mount of {options.folder} has {left}")
     return 1 if problems else 0
 
 

@@ -144,7 +144,8 @@ class TierConfig:
             raise ValueError(f"pool {self.pool!r} needs engine 'cuda' or 'auto', not 'host'")
         name, allowed = self.namespace, "null unless pool is the absolute path of a folder"
         if self.pool_folder is not None:
-            allowed = f"a name of 1 to {MAX_NAMESPACE} printable characters for what the blocks in the folder belong to"
+            allowed = f"a name of 1 to {MAX_NAMESPACE} printable characters that are not all blanks, for what the "
+            allowed += "blocks in the folder belong to, such as 'prod'"
             if isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= len(name) <= MAX_NAMESPACE:
                 return
         if name is not None or self.pool_folder is not None:

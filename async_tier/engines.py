@@ -73,8 +73,9 @@ def _open_host_memory(
     if folder is None:
         return Arena(capacity, primary.row_bytes)
     if identity is None:
-        what = f"{config.namespace}\n{primary.row_bytes}".encode()
-        identity = Identity(hashlib.sha256(what).digest(), {"namespace": str(config.namespace)})
+        facts = {"namespace": str(config.namespace), "row_bytes": str(primary.row_bytes)}
+        what = "\n".join(facts.values()).encode()
+        identity = Identity(hashlib.sha256(what).digest(), {"namespace": facts["namespace"]}, facts)
     on_disk = config.pool_on_disk
     return PoolArena(folder, identity, capacity, primary.row_bytes, on_disk=on_disk, allocate=allocate)
 

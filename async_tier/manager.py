@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadingContext
@@ -12,10 +15,10 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, RequestOffloadi
 from async_tier.block_store import BlockStore
 from async_tier.config import TierConfig
 from async_tier.jobs import Statistics
-from async_tier.memory.pool_files import Identity
+from async_tier.memory.pool_files import Identity, differences, other_pools
 from async_tier.sizes import PROBLEM, WARNING, KVSizes, judge_primary, judge_tier
 from async_tier.streams.rows import Rows
-from async_tier.text import brief, format_size
+from async_tier.text import brief, enumerate_some, format_size
 from async_tier.vllm import compat, namespace
 from async_tier.vllm.logs import adopt_vllms_logging
 from async_tier.vllm.metrics import TierMetrics, definitions
@@ -333,12 +336,30 @@ class AsyncSecondaryTierManager(compat.TierBase):
                 statistics.peers,
                 statistics.peer_blocks,
             )
+            if not statistics.restored and not statistics.peers:
+                self._log_other_pools(pool.path.parent, pool.identity)
         if sizes is not None:
             for found in (judge_primary(primary_bytes, sizes), *judge_tier(primary_bytes, tier_bytes, sizes)):
                 if found.level in (WARNING, PROBLEM):
                     logger.warning(
                         "Tier '%s' is of less use than it could be: %s; %s", self.tier_type, found.says, found.advice
                     )
+
+    def _log_other_pools(self, folder: Path, identity: Identity) -> None:
+        """Say why the blocks in the folder are of no use, if there are any."""
+        with contextlib.suppress(OSError):
+            others = other_pools(folder, identity)
+            if others:
+                reasons = [differences(identity.facts, description.facts) for _, description in others]
+                nearest, (path, _) = min(zip(reasons, others, strict=True), key=lambda each: len(each[0]) or math.inf)
+                logger.info(
+                    "Tier '%s' begins empty, but its folder has files of other pools: %d. The nearest, %s, differs "
+                    'in %s. See "What makes two pools different" in docs/pool.md',
+                    self.tier_type,
+                    len(others),
+                    path.name,
+                    enumerate_some(nearest) or "what it does not say",
+                )
 
     def _on_reset(self) -> None:
         """Called when vLLM has reset its caches: the weights may have changed, and block hashes do not cover them."""
@@ -373,7 +394,8 @@ def _identity(config: TierConfig, offloading_spec: Any, primary: Rows) -> Identi
     namespace.check_seed(offloading_spec)
     facts = namespace.facts(offloading_spec, primary.row_bytes)
     name, model = str(config.namespace), (facts.get("model") or {}).get("model", "")
-    return Identity(namespace.digest(facts, name), {"namespace": name, "model": model, "vllm": facts["vllm"]})
+    shown = {"namespace": name, "model": model, "vllm": facts["vllm"]}
+    return Identity(namespace.digest(facts, name), shown, {"namespace": name, **namespace.plain_facts(facts)})
 
 
 def _resolve_engine(config: TierConfig, offloading_spec: Any) -> TierConfig:

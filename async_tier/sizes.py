@@ -88,7 +88,7 @@ def judge_primary(primary: int, sizes: KVSizes) -> Finding:
             sizes.step_blocks + sizes.blocks(most),
             WARNING,
             f"{STEPS} steps of {step} and beside them a prompt of max_model_len={most}",
-            f"while others are served, of prompts of more than {held} tokens the rest may be computed again",
+            f"beside others, of a prompt of more than {held} tokens only the start may come back",
             "max_model_len",
         ),
     ):

@@ -79,3 +79,9 @@ def nearest_key(key: object, known: Sequence[str]) -> str | None:
         return None
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()  # bytesToUse, BYTES_TO_USE
     return next(iter(difflib.get_close_matches(words, known, n=1, cutoff=0.7)), None)
+
+
+def enumerate_some(items: Sequence[str], count: int = 3) -> str:
+    """The first items, and how many more there are."""
+    more = len(items) - count
+    return ", ".join(items[:count]) + (f", and {more} more" if more > 0 else "")

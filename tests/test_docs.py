@@ -140,7 +140,9 @@ def test_statistics_and_metrics_are_as_documented():
     ours = {name for name in named if name.startswith(metrics.PREFIX)}
     assert ours == {metrics.PREFIX + name for name in metrics.METRICS}
     assert set(AsyncSecondaryTierManager.config_info_keys({})) <= named
-    text = "".join((VLLM / "v1/kv_offload" / name).read_text() for name in ("tiering/base.py", "cpu/common.py"))
+    files = ("v1/kv_offload/tiering/base.py", "v1/kv_offload/cpu/common.py")
+    files += ("distributed/kv_transfer/kv_connector/v1/offloading/metrics.py",)
+    text = "".join((VLLM / name).read_text() for name in files)
     assert {name for name in named if name.startswith("vllm:")} - ours <= set(re.findall(r'"(.*)"', text))
 
 

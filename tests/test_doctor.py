@@ -453,7 +453,7 @@ def test_sizes_in_tokens():
         assert "2 steps of max_num_batched_tokens=2048 would take 256: vLLM gives up stores" in steps
     (prompt,) = said(1534)
     assert "beside them a prompt of max_model_len=8192 would take 768" in prompt
-    assert "of prompts of more than 8176 tokens the rest may be computed again" in prompt
+    assert "of a prompt of more than 8176 tokens only the start may come back" in prompt
     assert "one step" not in said(512, tokens_per_block=(16, 16))[0], "of both groups a step takes 256 blocks"
     assert "one step" in said(510, tokens_per_block=(16, 16))[0]
     assert said(1536, problem="blocks_per_chunk must be 1") == ["blocks per chunk: blocks_per_chunk must be 1"]

@@ -402,6 +402,22 @@ class TestWarning:
         assert "no room for blocks that tier 1:async has, 3 times in the last 60 s" in record.message
         assert "set cpu_bytes_to_use to more" in record.message
 
+    def test_a_primary_that_is_too_small_for_a_step(self, watch, caplog):
+        """Nothing is stored then, so nothing is refused, evicted or found."""
+        watch(lookups_miss=metrics.LEAST_ASKED)
+        (record,) = caplog.records
+        assert "vLLM has asked tier 1:async for 10 blocks in the last 60 s, found none, and offered" in record.message
+        assert "set cpu_bytes_to_use to more, or max_num_batched_tokens to less" in record.message
+
+    @pytest.mark.parametrize(
+        "grown",
+        [{"jobs_store": 1}, {"lookups_hit": 1}, {"lookups_miss": metrics.LEAST_ASKED - 1}],
+        ids=["something is stored", "something is found", "hardly anything is asked"],
+    )
+    def test_a_primary_that_has_room_for_a_step(self, watch, caplog, grown):
+        watch(**{"lookups_miss": metrics.LEAST_ASKED, **grown})
+        assert not caplog.records
+
     def test_the_alert_has_the_same_thresholds(self):
         rule = (Path(__file__).parents[1] / "docs/monitoring/rules.yml").read_text().partition("AsyncTierThrashes")[2]
         assert f"< {metrics.THRASHING_SHARE}" in rule

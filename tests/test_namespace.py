@@ -40,6 +40,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_offload.base import OffloadingSpec
 
+from async_tier.memory.pool_files import DIGEST_MARK
 from async_tier.vllm import namespace
 
 # On every supported vLLM; but once is enough, as no engine is involved.
@@ -297,6 +298,21 @@ def test_the_environment_counts(folder, monkeypatch):
     before = name_of(config)
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     assert name_of(config) != before
+
+
+def test_facts_are_shown_by_their_names(folder):
+    config = make_config(folder, cache={"cache_dtype": "fp8"})
+    shown = namespace.plain_facts(facts_of(config))
+    assert (shown["cache.cache_dtype"], shown["model.max_model_len"]) == ("fp8", str(config.model_config.max_model_len))
+    assert shown["groups"].startswith(DIGEST_MARK), "it is long"
+    assert all(len(text) <= 60 for text in shown.values())
+
+
+def test_a_password_is_not_shown():
+    shown = namespace.plain_facts({"load": {"model_loader_extra_config": {"key": "secret"}, "load_format": "auto"}})
+    assert shown["load.load_format"] == "auto"
+    assert shown["load.model_loader_extra_config"].startswith(DIGEST_MARK)
+    assert "secret" not in str(shown)
 
 
 def test_another_namespace_is_another_pool(folder):

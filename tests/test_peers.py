@@ -288,6 +288,26 @@ def test_a_file_that_is_removed_is_let_go(open_store):
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.parametrize("what", ["the file", "the folder", "the folder, and another is made"])
+def test_an_engine_says_once_that_its_file_is_gone(open_store, folder, what, caplog):
+    """Else nobody knows why the others do not find its blocks, and why they are gone after a restart."""
+    ours = open_store()
+    stored(ours, 1)
+    step(ours)
+    assert "was removed" not in caplog.text
+    path = file_of(ours)
+    if what == "the file":
+        path.unlink()
+    else:
+        shutil.rmtree(folder)
+    if what == "the folder, and another is made":
+        stored(open_store(), 2)
+    for _ in range(3):
+        step(ours)
+    assert caplog.text.count(f"{path} was removed while its engine runs: the blocks in it end with this process") == 1
+    assert loaded(ours, 1) == [1]
+
+
 def test_a_peers_file_that_is_truncated_is_let_go(open_store, caplog):
     ours, theirs = open_store(), open_store()
     stored(theirs, 1)

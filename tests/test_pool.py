@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import logging
 import os
 import shutil
 import signal
@@ -410,14 +411,17 @@ def damaged(path: Path, what: str) -> None:
             file.truncate(size + 4096)
         elif what == "boot":
             description = pool_files.Description.read(file.fileno())
-            file.write(dataclasses.replace(description, boot="0" * 36).pack())
+            file.write(dataclasses.replace(description, boot="0" * 36).pack()[0])
+        elif what == "a letter":
+            file.seek(_native.Table.bytes(8) + 5)
+            file.write(b"\xff")
 
 
 @pytest.mark.parametrize(
     "what",
     [
         *("magic", "version", "a number", "a size that overflows", "torn", "empty", "truncated", "without rows"),
-        *("longer", "boot"),
+        *("longer", "boot", "a letter"),
     ],
 )
 def test_a_damaged_file_is_a_clean_start_with_one_line(open_store, what, caplog):
@@ -433,6 +437,28 @@ def test_a_damaged_file_is_a_clean_start_with_one_line(open_store, what, caplog)
     assert len(lines) == 1
     assert lines[0].startswith(f"{path} is removed, and its blocks are lost: ")
     assert again.statistics().faults == 0
+
+
+def test_facts_for_which_there_is_no_room_are_left_out(folder):
+    many = {f"{number:070d}": "a fact" for number in range(1000)}
+    PoolArena(folder, pool_files.Identity(bytes(32), {"namespace": "many"}, many), 8, ROW_BYTES, allocate=True).close()
+    (found,) = pool_files.find_pools(folder)
+    assert found.description is not None
+    assert (found.description.about, found.description.facts) == ({"namespace": "many"}, {})
+
+
+def test_a_tier_that_begins_empty_says_what_the_other_pools_are(folder, caplog):
+    caplog.set_level(logging.INFO)
+    options = {**helpers.engine_options(), "pool": str(folder)}
+    helpers.make_tier(PRIMARY, 8, **{**options, "namespace": "before"}).shutdown()
+    assert "begins empty" not in caplog.text
+    (path,) = folder.iterdir()
+    helpers.make_tier(PRIMARY, 8, **{**options, "namespace": "after"})
+    assert f"begins empty, but its folder has files of other pools: 1. The nearest, {path.name}, " in caplog.text
+    assert "differs in namespace ('after' here, 'before' there). See" in caplog.text
+    caplog.clear()
+    helpers.make_tier(PRIMARY, 8, **{**options, "namespace": "after"}).shutdown()
+    assert "begins empty" not in caplog.text, "it has a peer"
 
 
 def test_a_file_of_another_version_is_removed(open_store, monkeypatch, caplog):

@@ -24,6 +24,7 @@ from async_tier.memory.pool_files import Description, find_pools, remove_pool, r
 from async_tier.operate import pools
 from async_tier.order import SequenceOrder
 from async_tier.streams.rows import Rows
+from async_tier.text import enumerate_some
 from tests.rows import zero_rows
 
 ROW_BYTES, ROWS = 4096, 8
@@ -107,6 +108,38 @@ def test_a_file_that_nobody_owns(capsys, folder):
     assert said(capsys, "list", folder)[2] == "  owned by nobody; last taken 0 s ago; last used 0 s ago"
 
 
+def test_files_of_different_pools_say_in_what_they_differ(capsys, folder):
+    first = leave_behind(folder)
+    leave_behind(folder, namespace="another")
+    lines = said(capsys, "list", folder)
+    different = [line for line in lines if line.startswith("  differs")]
+    listed = [line.partition(":")[0] for line in lines if ".pool: " in line]
+    here, there = ("another", "a test") if listed[0] == first.name else ("a test", "another")
+    assert different == [f"  differs from {listed[0]} in namespace ('{here}' here, '{there}' there)"]
+
+
+def test_files_of_one_pool_do_not_differ(capsys, folder):
+    leave_behind(folder)
+    leave_behind(folder, rows=2 * ROWS)
+    assert not [line for line in said(capsys, "list", folder) if line.startswith("  differs")]
+
+
+@pytest.mark.parametrize("action", ["list", "clear"])
+def test_a_folder_without_pools(capsys, folder, action):
+    (folder / "notes.txt").touch()
+    (line,) = said(capsys, action, folder)
+    assert line.startswith({"list": "no files of pools; ", "clear": "0 removed, 0 left; "}[action])
+
+
+def test_differences_are_counted_where_there_are_many():
+    here = {"a": "1", "b": "#12", "c": "3", "d": "4", "e": "5"}
+    there = {"a": "1", "b": "#34", "c": "4", "e": "6", "f": "7"}
+    reasons = ["b", "c ('3' here, '4' there)", "d ('4' here, 'absent' there)", "e ('5' here, '6' there)"]
+    assert pool_files.differences(here, there) == [*reasons, "f ('absent' here, '7' there)"]
+    assert enumerate_some(pool_files.differences(here, there)) == ", ".join(reasons[:3]) + ", and 2 more"
+    assert pool_files.differences(here, {}) == []
+
+
 def test_a_list_for_programs(capsys, folder):
     path = leave_behind(folder)
     (file,) = found(capsys, "list", folder)
@@ -122,6 +155,7 @@ def test_a_list_for_programs(capsys, folder):
         "row_bytes": ROW_BYTES,
         "is_reset": False,
         "about": {"namespace": "a test"},
+        "facts": {"namespace": "a test", "row_bytes": str(ROW_BYTES)},
     }
 
 
@@ -158,7 +192,7 @@ def test_a_file_that_was_emptied_by_a_reset(capsys, folder):
 
 def rewrite(path: Path, **changes: Any) -> None:
     fd = os.open(path, os.O_RDWR)
-    os.pwrite(fd, dataclasses.replace(Description.read(fd), **changes).pack(), 0)
+    os.pwrite(fd, dataclasses.replace(Description.read(fd), **changes).pack()[0], 0)
     os.close(fd)
 
 
@@ -176,7 +210,7 @@ def replace_by_folder(path: Path) -> None:
 SPOILED = [
     (lambda path: damage(path, 0), "it is no pool"),
     (lambda path: damage(path, 16), "it has version 7 of the format, not 1"),
-    (lambda path: damage(path, 130), "its description is damaged"),
+    (lambda path: damage(path, 60), "its description is damaged"),
     (lambda path: os.truncate(path, 100), "it is too short"),
     (lambda path: os.truncate(path, 2 << 20), "it has 2097152 bytes and not 4194304"),
     (lambda path: rewrite(path, boot="0" * 36), "it is from before the machine was started, and may lack what"),
@@ -206,7 +240,7 @@ def test_a_file_of_another_user(capsys, folder, monkeypatch):
 
 
 def test_a_damaged_file_that_an_engine_owns(capsys, folder, opened):
-    damage(make_store(folder, opened).arena.pool.path, 130)
+    damage(make_store(folder, opened).arena.pool.path, 60)
     assert said(capsys, "list", folder, code=1)[1] == "  owned by an engine"
     assert said(capsys, "clear", folder)[0].endswith(".pool: owned by an engine")
 
@@ -267,7 +301,7 @@ def test_what_nobody_owns_is_removed_and_the_rest_is_left(capsys, folder, opened
     lines = said(capsys, "clear", folder)
     assert f"left {owned.name}: owned by process {os.getpid()} " in lines[0]
     assert lines[1].startswith(f"removed {free.name}: 4 of 8 rows ")
-    assert lines[-1].startswith("2 files; ")
+    assert lines[-1].startswith("1 removed, 1 left; ")
     assert [path.name for path in folder.iterdir()] == [owned.name]
 
 

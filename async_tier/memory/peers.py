@@ -6,7 +6,6 @@ What a peer holds may be gone at any moment, so a copy is made first and asked f
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import mmap
@@ -137,7 +136,8 @@ class Peers:
             weakref.finalize(self, self._engine.close)
             stream = self._engine.load_stream
         self.stream: CopyStream = stream
-        self._folder, self._own = str(own.path.parent), own.inode
+        self._folder, self._own, self._path = str(own.path.parent), own.inode, own.path
+        self._is_removed = False
         self._prefix, self._digest, self._row_bytes = own.identity.prefix, own.identity.digest, own.rows.row_bytes
         self.look()
         self.refresh(limit=1 << 60)
@@ -150,12 +150,16 @@ class Peers:
         """Find the files that came, and those that went, and `refresh`. Raises nothing."""
         if self._is_over:
             return
-        with contextlib.suppress(OSError):  # the folder was removed: what is mapped stays
+        try:
             changed = os.stat(self._folder).st_mtime_ns
             # The clock of these times is coarse: soon after a change there may be another one with the same time.
             if changed != self._looked_at or abs(time.time_ns() - changed) < COARSE_NS:
                 self._look()
                 self._looked_at = changed
+        except FileNotFoundError:  # the folder was removed: what is mapped stays
+            self._note_removed()
+        except OSError:
+            pass  # it cannot be read: as before
         self.refresh()
 
     def refresh(self, limit: int = REFRESH_RECORDS) -> None:
@@ -239,9 +243,21 @@ class Peers:
                 found.add(inode)
                 if inode != self._own and inode not in self._peers and inode not in self._refused:
                     self._attach(Path(entry.path), inode)
+        if self._own not in found:
+            self._note_removed()
         self._refused &= found
         for inode in self._peers.keys() - found:
             self._remove(self._peers[inode])
+
+    def _note_removed(self) -> None:
+        """Say once that the engine's own file is gone from the folder."""
+        if not self._is_removed:
+            self._is_removed = True
+            logger.warning(
+                "%s was removed while its engine runs: the blocks in it end with this process, and other engines that "
+                "start do not find them. Start the engine again to keep blocks",
+                self._path,
+            )
 
     def _attach(self, path: Path, inode: int) -> None:
         try:

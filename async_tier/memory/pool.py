@@ -27,6 +27,7 @@ from async_tier.memory.pool_files import (
     OWNER,
     OWNER_OFFSET,
     SUFFIX,
+    TEXT_BYTES,
     Description,
     Identity,
     boot_number,
@@ -74,9 +75,10 @@ class PoolArena:
         check_folder(folder, on_disk)
         table_bytes = _native.Table.bytes(count)
         page = max(_HUGE_PAGE, os.statvfs(folder).f_frsize)
-        rows_offset = -(-table_bytes // page) * page
+        rows_offset = -(-(table_bytes + TEXT_BYTES) // page) * page
         size = rows_offset + -(-count * row_bytes // page) * page
-        wanted = Description(identity.digest, count, row_bytes, rows_offset, size, boot_number(), identity.about)
+        geometry = (count, row_bytes, rows_offset, size)
+        wanted = Description(identity.digest, *geometry, boot_number(), identity.about, identity.facts)
         # A claim of memory that is not allocated yet, as one descriptor or none. Huge pages were set aside before.
         self._claimed: list[int] = []
         with claim_lock():
@@ -255,7 +257,9 @@ def _create(folder: Path, prefix: str, wanted: Description) -> tuple[Path, int, 
             address = map_memory(wanted.rows_offset, fd)  # hugetlbfs has no write()
         except OSError as error:
             raise MemoryError(f"pool {folder} has no room for the tier: {error.strerror}") from error
-        ctypes.memmove(address, data := wanted.pack(), len(data))
+        fields, text = wanted.pack()
+        ctypes.memmove(address, fields, len(fields))
+        ctypes.memmove(address + _native.Table.bytes(wanted.capacity), text, len(text))
         unmap_memory(address, wanted.rows_offset)
         # With a folder's descriptor Python calls linkat, which follows this link.
         try:

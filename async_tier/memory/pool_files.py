@@ -2,6 +2,7 @@
 
     0 ........... description: what is in the file and whose it is; written once, before the file has a name
     2048 ........ the table: which row holds which block; streams/native/table.c owns all of it
+    after it .... a text, as JSON, for people; it belongs to the description
     rows_offset . the rows
 
 Who owns a file has a lock on its first byte: see `memory.pool`.
@@ -18,7 +19,8 @@ import stat
 import struct
 import time
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +33,16 @@ from async_tier.text import brief
 VERSION = 1
 SUFFIX = ".pool"
 _MAGIC = b"async-tier pool\n"
-# Magic, version, digest, rows, bytes of a row, start of the rows, size of the file, boot, length of the text after it.
+# Magic, version, digest, rows, bytes of a row, start of the rows, size of the file, boot, length of the text.
 _FIELDS = struct.Struct("<16sI32sQQQQ36sI")
 _SUM = struct.Struct("<I")  # a CRC of all of the above, and of the text
-_TEXT_BYTES = 1408
+TEXT_BYTES = 64 << 10
 # The owner's process, or 0 if it has closed the file in good order; its PID namespace; when it came (time.time).
 OWNER = struct.Struct("<QQd")
 OWNER_OFFSET = 1536
 DESCRIPTION_BYTES = 2048
+# How a fact begins of which only a digest is kept.
+DIGEST_MARK = "#"
 # Of /proc/self/mountinfo. Others keep their files on a disk, or on other machines.
 HUGE = "hugetlbfs"
 _IN_MEMORY = ("tmpfs", HUGE)
@@ -48,10 +52,14 @@ _NAME = re.compile(rf"[0-9a-f]{{16}}-\d+-\d+{re.escape(SUFFIX)}")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a pool is for. digest: 32 bytes, of all that its blocks' meaning depends on. about: shown to people."""
+    """What a pool is for. digest: 32 bytes, of all that its blocks' meaning depends on.
+
+    about: shown to people. facts: what the digest is made of, so that people can be told why two pools are different.
+    """
 
     digest: bytes
     about: dict[str, str]
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -70,12 +78,19 @@ class Description:
     size: int
     boot: str
     about: dict[str, str]
+    facts: Mapping[str, str]
 
-    def pack(self) -> bytes:
-        text = json.dumps(self.about, ensure_ascii=False).encode(errors="replace")[:_TEXT_BYTES]
+    def pack(self) -> tuple[bytes, bytes]:
+        """The bytes at the start of the file, and those after the table."""
+        text = b""
+        for facts in (self.facts, {}):
+            text = json.dumps([self.about, facts], ensure_ascii=False).encode(errors="replace")
+            if len(text) <= TEXT_BYTES:
+                break
+        text = text[:TEXT_BYTES]
         numbers = (self.capacity, self.row_bytes, self.rows_offset, self.size)
-        fields = _FIELDS.pack(_MAGIC, VERSION, self.digest, *numbers, self.boot.encode(), len(text)) + text
-        return fields + _SUM.pack(zlib.crc32(fields))
+        fields = _FIELDS.pack(_MAGIC, VERSION, self.digest, *numbers, self.boot.encode(), len(text))
+        return fields + _SUM.pack(zlib.crc32(fields + text)), text
 
     @classmethod
     def read(cls, fd: int) -> Description:
@@ -88,11 +103,11 @@ class Description:
             raise ValueError("it is no pool")
         if version != VERSION:
             raise ValueError(f"it has version {version} of the format, not {VERSION}")
-        end = _FIELDS.size + min(length, _TEXT_BYTES)
-        if _SUM.unpack_from(data, end)[0] != zlib.crc32(data[:end]):
-            raise ValueError("its description is damaged")
         capacity, row_bytes, rows_offset, size = numbers
         table_end = _native.Table.bytes(capacity) if capacity < 1 << 31 else size
+        text = os.pread(fd, min(length, TEXT_BYTES), table_end) if table_end < 1 << 62 else b""
+        if _SUM.unpack_from(data, _FIELDS.size)[0] != zlib.crc32(data[: _FIELDS.size] + text):
+            raise ValueError("its description is damaged")
         if not (capacity >= 1 and row_bytes >= 1 and table_end <= rows_offset <= size - capacity * row_bytes):
             raise ValueError("its description is damaged")
         if (real := os.fstat(fd).st_size) != size:
@@ -100,10 +115,10 @@ class Description:
         if (started := boot.decode(errors="replace")) != boot_number():
             raise ValueError("it is from before the machine was started, and may lack what was not written")
         try:
-            about = json.loads(data[_FIELDS.size : end])
+            about, facts = json.loads(text)
         except ValueError:  # longer than there is room for
-            about = {}
-        return cls(digest, capacity, row_bytes, rows_offset, size, started, about)
+            about, facts = {}, {}
+        return cls(digest, capacity, row_bytes, rows_offset, size, started, about, facts)
 
 
 def open_file(path: Path, flags: int) -> int:
@@ -132,7 +147,8 @@ def check_folder(folder: Path, on_disk: bool, *, make: bool = True) -> None:
             folder.mkdir(0o700, exist_ok=True)
         status = folder.stat()
     except OSError as error:
-        raise ValueError(f"{name} must be a folder, or one that can be made ({error.strerror})") from error
+        missing = f"; {brief(str(folder.parent))} has to be there" if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{name} must be a folder, or one that can be made ({error.strerror}){missing}") from error
     if not stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{name} must be a folder")
     if status.st_uid != os.geteuid():
@@ -277,6 +293,32 @@ def _owner(process: int, namespace: int) -> str:
     except OSError:
         return "an engine that is starting"
     return f"process {process} ({name})"
+
+
+def other_pools(folder: Path, identity: Identity) -> list[tuple[Path, Description]]:
+    """The files of other pools in a folder, and what they are for. Raises OSError if it cannot be read."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        if not _NAME.fullmatch(name) or name.startswith(identity.prefix):
+            continue
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as ends:
+            fd = open_file(folder / name, os.O_RDONLY)
+            ends.callback(os.close, fd)
+            found.append((folder / name, Description.read(fd)))
+    return found
+
+
+def differences(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    """Why two pools are different, by their facts, in words. Nothing, if the facts of one are not known."""
+    if not here or not there:
+        return []
+    found = []
+    for name in sorted(here.keys() | there.keys()):
+        values = here.get(name, "absent"), there.get(name, "absent")
+        if values[0] != values[1]:
+            has_digest = any(value.startswith(DIGEST_MARK) for value in values)
+            found.append(name if has_digest else f"{name} ({brief(values[0])} here, {brief(values[1])} there)")
+    return found
 
 
 def remove_pool(path: Path) -> bool:

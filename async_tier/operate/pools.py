@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,20 @@ from typing import Any
 
 from async_tier import machine
 from async_tier.config import TierConfig
-from async_tier.memory.pool_files import HUGE, FoundPool, file_system, find_mount, find_pools, remove_pool, room_in
+from async_tier.memory.pool_files import (
+    HUGE,
+    Description,
+    FoundPool,
+    differences,
+    file_system,
+    find_mount,
+    find_pools,
+    remove_pool,
+    room_in,
+)
 from async_tier.operate import doctor
 from async_tier.sizes import NOTE, OK, Finding
-from async_tier.text import brief, format_size, format_time
+from async_tier.text import brief, enumerate_some, format_size, format_time
 
 
 def describe(file: FoundPool) -> str:
@@ -38,6 +49,23 @@ def describe(file: FoundPool) -> str:
     return says
 
 
+def why_different(files: Sequence[FoundPool]) -> dict[Path, str]:
+    """By path, of each file of another pool than those before it: in what it differs from the nearest of these."""
+    found: dict[Path, str] = {}
+    before: list[tuple[str, Description]] = []
+    for file in files:
+        here = file.description
+        if here is None:
+            continue
+        if before and here.digest not in {there.digest for _, there in before}:
+            reasons = [(differences(here.facts, there.facts), name) for name, there in before]
+            nearest, name = min(reasons, key=lambda each: len(each[0]) or math.inf)
+            if nearest:
+                found[file.path] = f"  differs from {name} in {enumerate_some(nearest)}"
+        before.append((file.path.name, here))
+    return found
+
+
 def as_json(file: FoundPool) -> dict[str, Any]:
     """The same for programs."""
     found = {key: getattr(file, key) for key in ("allocated", "problem", "owner")} | {"name": file.path.name}
@@ -45,7 +73,7 @@ def as_json(file: FoundPool) -> dict[str, Any]:
         return found
     found |= {key: getattr(file, key) for key in ("since", "blocks", "idle_s", "is_reset")}
     about, rows, row_bytes = file.description.about, file.description.capacity, file.description.row_bytes
-    return {**found, "about": about, "rows": rows, "row_bytes": row_bytes}
+    return {**found, "about": about, "facts": file.description.facts, "rows": rows, "row_bytes": row_bytes}
 
 
 def clear(files: Sequence[FoundPool]) -> Iterator[tuple[FoundPool, str | None]]:

@@ -34,6 +34,8 @@ _BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 
 MAX_TIMES = 4096
 # How many refused blocks, or requests that were turned away, are worth a warning, and how often.
 WARNING_SHARE = 0.01
+# Fewer lookups in that time say nothing.
+LEAST_ASKED = 10
 # A tier is too small if fewer than one block was loaded for four that were evicted, and blocks stay for less time than
 # people take between two questions. As in docs/monitoring/rules.yml.
 THRASHING_SHARE = 0.25
@@ -211,6 +213,16 @@ class Watch:
                 seconds,
                 loaded,
                 age,
+            )
+        asked, hits = grown["lookups", "miss"], grown["lookups", "hit"]
+        if asked >= LEAST_ASKED and not hits and not grown["jobs", "store"]:
+            logger.warning(
+                "vLLM has asked tier %s for %d blocks in the last %d s, found none, and offered it none to store. It "
+                "stores nothing of a step that does not fit the primary: set cpu_bytes_to_use to more, or "
+                "max_num_batched_tokens to less",
+                self._label,
+                asked,
+                seconds,
             )
         turned_away, taken_up = grown["turned_away", "miss"], grown["promises_taken_up", ""]
         if turned_away > WARNING_SHARE * (turned_away + taken_up):

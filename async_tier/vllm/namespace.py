@@ -31,6 +31,7 @@ import vllm
 import vllm.envs
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from async_tier.memory.pool_files import DIGEST_MARK
 from async_tier.text import brief
 from async_tier.vllm import compat
 
@@ -92,6 +93,10 @@ _ENVIRONMENT = (
     "VLLM_USE_MODELSCOPE",
     "VLLM_TEST_FORCE_LOAD_FORMAT",
 )
+# What people are shown of a fact, in characters.
+_LONGEST_FACT = 60
+# Facts in which there may be passwords.
+_SECRET = ("model_loader_extra_config",)
 # Packages whose presence and version decide which attention backend vLLM chooses, and so the layout.
 _PACKAGES = ("flashinfer-python", "flash-attn", "aiter")
 
@@ -151,6 +156,20 @@ def digest(facts: Mapping[str, Any], namespace: str) -> bytes:
     """The name of a pool, 32 bytes. facts: of `facts`. namespace: what the user says of all that they do not cover."""
     text = json.dumps([namespace, facts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
+
+
+def plain_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts by their full names, to be compared and shown. Long ones, and what may be secret, only as digests."""
+    found: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value and name not in _SECRET:
+            found |= {f"{name}.{inner}": text for inner, text in plain_facts(value).items()}
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        if len(text) > _LONGEST_FACT or name in _SECRET:
+            text = DIGEST_MARK + hashlib.sha256(text.encode()).hexdigest()[:16]
+        found[name] = text
+    return found
 
 
 def fingerprint(path: str) -> str:
