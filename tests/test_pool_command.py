@@ -118,10 +118,11 @@ def test_files_of_different_pools_say_in_what_they_differ(capsys, folder):
     assert different == [f"  differs from {listed[0]} in namespace ('{here}' here, '{there}' there)"]
 
 
-def test_files_of_one_pool_do_not_differ(capsys, folder):
-    leave_behind(folder)
-    leave_behind(folder, rows=2 * ROWS)
-    assert not [line for line in said(capsys, "list", folder) if line.startswith("  differs")]
+def test_only_the_first_file_of_another_pool_says_so(capsys, folder):
+    for namespace in ("a test", "another"):
+        for rows in (ROWS, 2 * ROWS):
+            leave_behind(folder, rows, namespace=namespace)
+    assert len([line for line in said(capsys, "list", folder) if line.startswith("  differs")]) == 1
 
 
 @pytest.mark.parametrize("action", ["list", "clear"])
