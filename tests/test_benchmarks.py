@@ -26,7 +26,7 @@ import pytest
 from async_tier.observe.trace import TraceWriter
 from async_tier.streams.host import HostStream
 from async_tier.streams.row_stream import UNLIMITED
-from benchmarks.bench import conversations, copy_rate, head_of_line, overlap, serving, serving_report
+from benchmarks.bench import conversations, copy_rate, growth, head_of_line, overlap, serving, serving_report
 from benchmarks.bench import run as bench
 from benchmarks.bench.conversations import FS, NO_OFFLOAD, OURS, Contender
 from benchmarks.bench.head_of_line import Latencies
@@ -906,3 +906,15 @@ def test_the_rooms_of_benchmarks_import_from_below_and_no_module_from_itself():
         graph[name] = {each for each in imported(path) if each in MODULES}
         assert {each.split(".")[1] for each in graph[name]} <= ROOMS[room] | {room}, name
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises where there is a circle
+
+
+def test_a_tier_without_memory_is_asked_as_a_dict_is(monkeypatch):
+    """It needs all that a store asks of an engine and of memory."""
+    monkeypatch.setattr(growth, "GROWTH_LOOKUPS", 10)
+    monkeypatch.setattr(growth, "GROWTH_JOBS", 2)
+    growing = growth.Growing(4 * tiers.JOB_BLOCKS)
+    growing.look_up()
+    growing.turn_over()
+    assert growing.times.spreads().keys() == {
+        f"{what}, {whose}" for what in ("lookup", "store") for whose in ("ours", "dict")
+    }

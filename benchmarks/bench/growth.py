@@ -67,7 +67,7 @@ def store_without_memory(blocks: int) -> BlockStore:
     engine: Any = SimpleNamespace(
         name="null", broken=None, seconds_under_way=0.0, load_stream=stream, store_stream=stream, close=lambda: None
     )
-    arena: Any = SimpleNamespace(rows=rows(1 << 40, blocks), ready=blocks, close=lambda: None)
+    arena: Any = SimpleNamespace(rows=rows(1 << 40, blocks), ready=blocks, pool=None, close=lambda: None)
     return BlockStore(rows(1 << 41, tiers.JOB_BLOCKS), engine=engine, arena=arena)
 
 
